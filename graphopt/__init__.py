@@ -1,0 +1,48 @@
+"""graphopt: compiler-style graph optimization for PyTorch training.
+
+A training step (forward, loss, backward and update) is captured once as one graph, rewritten by passes
+that keep its meaning, and run by the scheme that is fastest for the batch at hand.
+"""
+
+import os as _os
+
+__version__ = "0.1.0"
+
+# `passes` and `cost_model` are symbolic links in a checkout and real folders in an installed wheel. Where
+# git could not make links (Windows without developer mode, some archives) each is a small text file, and
+# importing it would only say "No module named 'graphopt.passes'". Two file-system look-ups tell the user.
+for _name in ("passes", "cost_model"):
+    if _os.path.isfile(_os.path.join(_os.path.dirname(__file__), _name)):
+        raise ImportError(
+            f"graphopt/{_name} is a text file, but should be a symbolic link to ../{_name}: this checkout "
+            "was made without symbolic links. In the repository run\n"
+            "    git config core.symlinks true\n"
+            "    git checkout -- graphopt/passes graphopt/cost_model\n"
+            "(on Windows with developer mode switched on), or install a wheel, which needs no links."
+        )
+del _name
+
+from graphopt.errors import (  # noqa: E402  (the check above must come before any import of ours)
+    BatchError,
+    CaptureError,
+    GraphoptError,
+    GraphoptWarning,
+    LoadError,
+    OptimizerError,
+    PassError,
+    StaleGraphError,
+    VerificationError,
+)
+
+__all__ = [
+    "BatchError",
+    "CaptureError",
+    "GraphoptError",
+    "GraphoptWarning",
+    "LoadError",
+    "OptimizerError",
+    "PassError",
+    "StaleGraphError",
+    "VerificationError",
+    "__version__",
+]

@@ -1,0 +1,88 @@
+"""The errors and the warning of graphopt.
+
+Every error is raised *before* anything was changed: after it, the model, the optimizer and the graph are
+what they were. A message names the argument, what came, what was expected, and what to do about it.
+"""
+
+
+class GraphoptError(Exception):
+    """The common base: ``except graphopt.GraphoptError`` catches whatever the library raises on purpose."""
+
+
+class CaptureError(GraphoptError):
+    """Raised by ``capture`` when a model, loss or optimizer cannot become one graph.
+
+    Typical causes are control flow that depends on the values of tensors, calls to ``.item()``, and
+    operators without a traceable form. The message names the module path and the source line.
+    ``optimize`` does not raise it: it falls back to eager with one :class:`GraphoptWarning`.
+    """
+
+
+class BatchError(GraphoptError):
+    """Raised when a batch does not fit the model or the graph.
+
+    The shape, dtype, device or nesting differs from what was captured and cannot be captured anew, or
+    a dimension has size 0.
+    """
+
+
+class OptimizerError(GraphoptError):
+    """Raised when an optimizer does not belong to the model.
+
+    For example, it owns no parameter of the model, or the same parameter is owned by two optimizers.
+    """
+
+
+class StaleGraphError(GraphoptError):
+    """Raised when a graph no longer describes its model.
+
+    A parameter or buffer was deleted, replaced by one of another shape or dtype, or moved to another
+    device. What can be followed without risk (``requires_grad``, train/eval mode, parameter groups) is
+    planned anew instead.
+    """
+
+
+class LoadError(GraphoptError):
+    """Raised by ``TrainingGraph.load`` when a file cannot be used here.
+
+    It is damaged, was written in another format or by another torch version whose operators differ, or
+    its signature does not fit the model it is to be bound to. Loading never runs code from the file.
+    """
+
+
+class PassError(GraphoptError):
+    """Raised when a pass returned a graph that breaks an invariant of the IR.
+
+    Invariants are: the graph lints, and every node's shape, dtype, aliasing and the order of mutations are
+    consistent. The fault is the pass's, not the user's; the graph given to the pass is untouched.
+
+    >>> raise PassError("no_ops", "node 'view_3' has shape (2, 3), its user expects (3, 2)")
+    Traceback (most recent call last):
+    ...
+    graphopt.errors.PassError: pass 'no_ops': node 'view_3' has shape (2, 3), its user expects (3, 2)
+    """
+
+    def __init__(self, pass_name: str, message: str) -> None:
+        """Names the pass (``pass_name``) and says which invariant it broke (``message``)."""
+        super().__init__(pass_name, message)
+        self.pass_name = pass_name
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"pass {self.pass_name!r}: {self.message}"
+
+
+class VerificationError(GraphoptError):
+    """Raised by strict verification when a graph does not compute what eager computes.
+
+    Outputs, gradients, new buffers or new parameters differ from eager's by more than eager itself
+    differs from a float64 reference. The message names the first value that differs and by how much.
+    """
+
+
+class GraphoptWarning(UserWarning):
+    """Given once for each cause when graphopt does less than it was asked to.
+
+    Most often it runs a step in eager mode. It says what could not be done, where, and what would help.
+    ``warnings.simplefilter("error", graphopt.GraphoptWarning)`` turns every fallback into an error.
+    """

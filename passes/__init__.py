@@ -1,0 +1,11 @@
+"""Rewrites of a training graph that keep its meaning: ``TrainingGraph -> PassResult``.
+
+This folder is imported as ``graphopt.passes`` (``graphopt/passes`` is a link to it), so that a user's own
+``passes.py`` and ours never shadow each other.
+"""
+
+if __name__ != "graphopt.passes":
+    raise ImportError(
+        f"this folder was imported as {__name__!r}, which would make a second copy of every class in it; "
+        "use `import graphopt.passes` (with the repository installed or its root on sys.path)"
+    )
