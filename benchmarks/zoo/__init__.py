@@ -1,0 +1,1 @@
+"""Published model architectures with random weights, for benchmarks and tests. Nothing is downloaded."""

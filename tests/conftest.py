@@ -1,0 +1,65 @@
+"""What every test runs under: one torch thread, a fixed seed, no network, and the hypothesis profiles."""
+
+import os
+import random
+
+# Before the first import of torch or transformers: nothing is downloaded, and nothing starts more threads
+# than the test processes already have.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.zoo._torchvision import define_missing_operators
+
+define_missing_operators()
+
+SEED = 0
+
+# `ci` is for every run, `fuzz` for `make fuzz`. Deadlines would measure the machine, not the code. Both draw
+# new examples in each run; a failure prints how to reproduce it and is kept in `.hypothesis/`.
+_ALWAYS = {
+    "deadline": None,
+    "derandomize": False,
+    "print_blob": True,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+}
+hypothesis.settings.register_profile("ci", max_examples=25, **_ALWAYS)
+hypothesis.settings.register_profile("fuzz", max_examples=2000, **_ALWAYS)
+hypothesis.settings.load_profile("ci")
+
+
+class _TorchRandom:
+    """Torch's random state in the form of ``random.Random``: hypothesis resets it before each example."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+# hypothesis keeps a weak reference only.
+_torch_random = _TorchRandom()
+hypothesis.register_random(_torch_random)
+
+
+@pytest.fixture(autouse=True)
+def _repeatable() -> None:
+    """Starts each test with one torch thread and the same random state, whatever ran before it."""
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    random.seed(SEED)
+    np.random.seed(SEED)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests marked ``cuda`` where there is no device."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "cuda" in item.keywords:
+            item.add_marker(skip)
