@@ -1,0 +1,85 @@
+"""Sizes that may be symbolic: how shapes with a free batch size become numbers.
+
+A captured graph holds ``torch.SymInt`` sizes over a few symbols (usually one, ``batch``). Everything that counts
+(elements, bytes, FLOPs) is computed once as a sympy expression and evaluated for the sizes asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import mul
+from typing import Any
+
+import sympy
+import torch
+
+Expr = sympy.Expr | int
+
+
+def expression(value: Any) -> Expr:
+    """The size ``value`` (int, ``torch.SymInt`` or sympy) as an int where it is one, else as a sympy expression."""
+    if isinstance(value, torch.SymInt):
+        value = value.node.expr
+    if isinstance(value, sympy.Integer):
+        return int(value)
+    return value
+
+
+def product(sizes: Iterable[Any]) -> Expr:
+    """The product of sizes, 1 for none."""
+    return reduce(mul, (expression(s) for s in sizes), 1)
+
+
+def numel(tensor: torch.Tensor) -> Expr:
+    """Number of elements of a (fake) tensor."""
+    return product(tensor.shape)
+
+
+def nbytes(tensor: torch.Tensor) -> Expr:
+    """Bytes of the elements of a (fake) tensor; a broadcast dimension (stride 0) is stored once."""
+    stored = (s for s, stride in zip(tensor.shape, tensor.stride(), strict=True) if expression(stride) != 0)
+    return product(stored) * tensor.element_size()
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """The free sizes of a graph: their public names, their sympy symbols, and the sizes seen at capture.
+
+    ``guards`` are sympy booleans over the symbols: the graph is valid only where all of them hold.
+    """
+
+    symbols: Mapping[str, sympy.Symbol] = field(default_factory=dict)
+    hints: Mapping[str, int] = field(default_factory=dict)
+    guards: tuple[sympy.Basic, ...] = ()
+
+    def evaluate(self, value: Any, sizes: Mapping[str, int] | None = None) -> int:
+        """``value`` as an int at ``sizes`` (by name; sizes that are not given are those of the capture)."""
+        value = expression(value)
+        if isinstance(value, int):
+            return value
+        return int(value.xreplace(self.substitution(sizes)))
+
+    def substitution(self, sizes: Mapping[str, int] | None = None) -> dict[sympy.Symbol, sympy.Integer]:
+        """The mapping symbol -> integer at ``sizes``. Raises KeyError for a name this graph does not have."""
+        chosen = {**self.hints, **(sizes or {})}
+        unknown = set(chosen) - set(self.symbols)
+        if unknown:
+            raise KeyError(f"sizes: unknown name {sorted(unknown)}, this graph has {sorted(self.symbols)}")
+        return {self.symbols[name]: sympy.Integer(size) for name, size in chosen.items()}
+
+    def admits(self, sizes: Mapping[str, int]) -> bool:
+        """Whether the graph is valid at ``sizes`` (every guard of the capture holds, every size at least 2)."""
+        if any(size < 2 for size in sizes.values()):
+            return False
+        substitution = self.substitution(sizes)
+        return all(bool(guard.xreplace(substitution)) for guard in self.guards)
+
+    def rename(self, value: Any) -> str:
+        """A size as text, with public names in place of symbols: ``2*batch``."""
+        value = expression(value)
+        if isinstance(value, int):
+            return str(value)
+        public = {symbol: sympy.Symbol(name) for name, symbol in self.symbols.items()}
+        return str(value.xreplace(public)).replace(" ", "")
