@@ -54,22 +54,23 @@ class PassError(GraphoptError):
     """Raised when a pass returned a graph that breaks an invariant of the IR.
 
     Invariants are: the graph lints, and every node's shape, dtype, aliasing and the order of mutations are
-    consistent. The fault is the pass's, not the user's; the graph given to the pass is untouched.
+    consistent. The fault is the pass's, not the user's; the graph given to the pass is untouched. The check that
+    notices it may not know which pass is at work: whoever runs the pass then sets ``pass_name``.
 
-    >>> raise PassError("no_ops", "node 'view_3' has shape (2, 3), its user expects (3, 2)")
+    >>> raise PassError("node 'view_3' has shape (2, 3), its user expects (3, 2)", pass_name="no_ops")
     Traceback (most recent call last):
     ...
     graphopt.errors.PassError: pass 'no_ops': node 'view_3' has shape (2, 3), its user expects (3, 2)
     """
 
-    def __init__(self, pass_name: str, message: str) -> None:
-        """Names the pass (``pass_name``) and says which invariant it broke (``message``)."""
-        super().__init__(pass_name, message)
-        self.pass_name = pass_name
+    def __init__(self, message: str, *, pass_name: str | None = None) -> None:
+        """Says which invariant was broken (``message``) and by which pass, where that is known."""
+        super().__init__(message)
         self.message = message
+        self.pass_name = pass_name
 
     def __str__(self) -> str:
-        return f"pass {self.pass_name!r}: {self.message}"
+        return self.message if self.pass_name is None else f"pass {self.pass_name!r}: {self.message}"
 
 
 class VerificationError(GraphoptError):
