@@ -54,8 +54,8 @@ class PassError(GraphoptError):
     """Raised when a pass returned a graph that breaks an invariant of the IR.
 
     Invariants are: the graph lints, and every node's shape, dtype, aliasing and the order of mutations are
-    consistent. The fault is the pass's, not the user's; the graph given to the pass is untouched. The check that
-    notices it may not know which pass is at work: whoever runs the pass then sets ``pass_name``.
+    consistent. The fault is the pass's, not the user's; the graph given to the pass is untouched. The check
+    that notices it may not know which pass is at work: whoever runs the pass then sets ``pass_name``.
 
     >>> raise PassError("node 'view_3' has shape (2, 3), its user expects (3, 2)", pass_name="no_ops")
     Traceback (most recent call last):
