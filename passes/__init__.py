@@ -9,3 +9,16 @@ if __name__ != "graphopt.passes":
         f"this folder was imported as {__name__!r}, which would make a second copy of every class in it; "
         "use `import graphopt.passes` (with the repository installed or its root on sys.path)"
     )
+
+from graphopt.passes._base import (
+    Change,
+    Pass,
+    PassResult,
+    Pipeline,
+    Refusal,
+    Saving,
+    Tier,
+    check,
+)
+
+__all__ = ["Change", "Pass", "PassResult", "Pipeline", "Refusal", "Saving", "Tier", "check"]
