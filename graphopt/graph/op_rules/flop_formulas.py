@@ -1,0 +1,114 @@
+"""FLOP formulas of contractions, from the shapes of a node's operands. A multiply-add counts two.
+
+The numbers are those of ``torch.utils.flop_counter`` wherever that counts an operator, including its conventions:
+causal masks, padding and biases are not accounted for, and the weight gradient of a grouped convolution is counted
+as if it had one group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import fx
+
+from graphopt.graph.op_rules.arguments import operand, operand_names, operand_nodes, shape
+from graphopt.graph.sizes import Expr, expression, product
+
+Formula = Callable[[fx.Node], Expr]
+
+
+def contraction(spec: str) -> Formula:
+    """A product of two operands: ``"self: bmk, mat2: bkn"`` costs 2 x the product of all sizes that are named.
+
+    One letter a dimension, ``*`` for any number of leading dimensions.
+    """
+    operands = [tuple(part.strip() for part in term.split(":")) for term in spec.split(",")]
+
+    def formula(node: fx.Node) -> Expr:
+        sizes: dict[str, Expr] = {}
+        for name, letters in operands:
+            dims = shape(node, name)
+            if letters.startswith("*"):
+                letters = letters[1:]
+                sizes["*"] = product(dims[: len(dims) - len(letters)])
+                dims = dims[len(dims) - len(letters) :]
+            sizes.update(zip(letters, dims, strict=True))
+        return 2 * product(sizes.values())
+
+    return formula
+
+
+def convolution(input_name: str) -> Formula:
+    """2 x batch x weight elements x positions: of the result, or of the input where it is transposed."""
+
+    def formula(node: fx.Node) -> Expr:
+        x, w = shape(node, input_name), shape(node, "weight")
+        transposed = "transposed" in operand_names(node) and operand(node, "transposed")
+        positions = x[2:] if transposed else node.meta["val"].shape[2:]
+        return 2 * x[0] * product(w) * product(positions)
+
+    return formula
+
+
+def convolution_backward(node: fx.Node) -> Expr:
+    """Input gradient: as the forward. Weight gradient: the same with all input and output channels (no groups)."""
+    gradient, x, w = shape(node, "grad_output"), shape(node, "input"), shape(node, "weight")
+    positions = product(x[2:] if operand(node, "transposed") else gradient[2:])
+    wants_input, wants_weight, _ = operand(node, "output_mask")
+    count: Expr = 0
+    if wants_input:
+        count += 2 * x[0] * product(w) * positions
+    if wants_weight:
+        count += 2 * x[0] * x[1] * gradient[1] * product(w[2:]) * positions
+    return count
+
+
+def attention(node: fx.Node) -> Expr:
+    """scores = q k^T, out = scores v. Key and value heads may be fewer (grouped queries)."""
+    b, h, s, d, k, v = _attention_sizes(node)
+    return 2 * b * h * s * k * (d + v)
+
+
+def attention_backward(node: fx.Node) -> Expr:
+    """scores again, gradients of scores and of v, gradients of q and of k."""
+    b, h, s, d, k, v = _attention_sizes(node)
+    return 2 * b * h * s * k * (3 * d + 2 * v)
+
+
+def _attention_sizes(node: fx.Node) -> tuple[Expr, ...]:
+    """batch, query heads, queries, query features, keys, value features."""
+    q, k, v = (shape(node, name) for name in ("query", "key", "value"))
+    offsets = next((n for n in ("cum_seq_q", "cu_seqlens_q") if n in operand_names(node)), None)
+    if (offsets and len(q) == 3) or (offsets == "cu_seqlens_q" and operand(node, offsets) is not None):
+        # jagged rows are counted as if all were of the greatest length, like flop_counter on fake tensors
+        longest = ("max_q", "max_k") if offsets == "cum_seq_q" else ("max_seqlen_q", "max_seqlen_k")
+        queries, keys = (_size(operand(node, name)) for name in longest)
+        return shape(node, offsets)[0] - 1, q[-2], queries, q[-1], keys, v[-1]
+    return q[0], q[1], q[2], q[3], k[2], v[3]
+
+
+def _size(value: object) -> Expr:
+    return expression(value.meta["val"] if isinstance(value, fx.Node) else value)
+
+
+def matmul_backward(node: fx.Node) -> Expr:
+    """One product of the forward's cost for each gradient wanted; ``grad`` holds the free dimensions of both."""
+    contracted = shape(node, "self")[-1]
+    return 2 * sum(operand(node, "mask")) * product(shape(node, "grad")) * contracted
+
+
+def linear_backward(node: fx.Node) -> Expr:
+    """Input and weight gradient, one product each."""
+    wanted = sum(operand(node, "output_mask")[:2])
+    return 2 * wanted * product(shape(node, "grad_output")) * shape(node, "weight")[-1]
+
+
+def recurrent(products: int, *weights: str) -> Formula:
+    """A fused recurrent layer: each step multiplies every row with the weight matrices, ``products`` times."""
+
+    def formula(node: fx.Node) -> Expr:
+        rows = product(shape(node, "input")[:-1])
+        matrices = [w.meta["val"].shape for name in weights for w in operand_nodes(node, name)]
+        return 2 * products * rows * sum(product(m) for m in matrices if len(m) == 2)
+
+    return formula
