@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import mul
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
 
-Expr = sympy.Expr | int
+Expr: TypeAlias = sympy.Expr | int
 
 
 def expression(value: Any) -> Expr:
@@ -47,7 +47,8 @@ def nbytes(tensor: torch.Tensor) -> Expr:
 class Symbols:
     """The free sizes of a graph: their public names, their sympy symbols, and the sizes seen at capture.
 
-    ``guards`` are sympy booleans over the symbols: the graph is valid only where all of them hold.
+    ``guards`` are sympy booleans over the symbols: the graph is valid only where all of them hold. A named size without
+    a symbol is fixed: the graph is valid only at its hint (batch size 1 is always captured so).
     """
 
     symbols: Mapping[str, sympy.Symbol] = field(default_factory=dict)
@@ -64,14 +65,21 @@ class Symbols:
     def substitution(self, sizes: Mapping[str, int] | None = None) -> dict[sympy.Symbol, sympy.Integer]:
         """The mapping symbol -> integer at ``sizes``. Raises KeyError for a name this graph does not have."""
         chosen = {**self.hints, **(sizes or {})}
-        unknown = set(chosen) - set(self.symbols)
+        unknown = set(chosen) - set(self.hints)
         if unknown:
-            raise KeyError(f"sizes: unknown name {sorted(unknown)}, this graph has {sorted(self.symbols)}")
-        return {self.symbols[name]: sympy.Integer(size) for name, size in chosen.items()}
+            raise KeyError(f"sizes: unknown name {sorted(unknown)}, this graph has {sorted(self.hints)}")
+        fixed = {n: s for n, s in chosen.items() if n not in self.symbols and s != self.hints[n]}
+        if fixed:
+            raise KeyError(
+                f"sizes: this graph was captured for fixed sizes, it cannot be evaluated at {fixed}"
+            )
+        return {symbol: sympy.Integer(chosen[name]) for name, symbol in self.symbols.items()}
 
     def admits(self, sizes: Mapping[str, int]) -> bool:
         """Whether the graph is valid at ``sizes`` (every guard of the capture holds, every size at least 2)."""
-        if any(size < 2 for size in sizes.values()):
+        if any(
+            size < 2 if name in self.symbols else size != self.hints[name] for name, size in sizes.items()
+        ):
             return False
         substitution = self.substitution(sizes)
         return all(bool(guard.xreplace(substitution)) for guard in self.guards)

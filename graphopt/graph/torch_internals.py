@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Any
 
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+import sympy
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import fx, nn
+from torch._dynamo.source import ConstantSource
+from torch._functorch._aot_autograd import descriptors as aot
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.fx.experimental.sym_node import SymNode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 from torch.utils import _pytree as pytree
 
 
@@ -14,3 +37,194 @@ def fake_mode_of(values: Any) -> FakeTensorMode | None:
         if isinstance(leaf, FakeTensor):
             return leaf.fake_mode
     return None
+
+
+def preserve_node_meta() -> AbstractContextManager[None]:
+    """While active, nodes made by a trace copy ``current_trace_meta()["custom"]``."""
+    return fx_traceback.preserve_node_meta()
+
+
+def current_trace_meta() -> dict[str, Any]:
+    """The metadata that the next traced node receives."""
+    return fx_traceback.current_meta
+
+
+@dataclass(frozen=True)
+class ExportedJoint:
+    """A joint graph as AOTAutograd gives it, with its descriptors put into plain words.
+
+    ``inputs``: ``(kind, name)`` of each placeholder: ``parameter``/``buffer`` with the attribute path, ``batch`` or
+    ``tangent`` with an index. ``outputs``: ``(kind, name)`` of each result: ``buffer``/``batch`` (a new value),
+    ``output`` with an index, ``parameter gradient`` with a path, ``batch gradient`` with an index.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[tuple[str, str], ...]
+    outputs: tuple[tuple[str, str], ...]
+    symbol: sympy.Symbol | None
+    guards: tuple[sympy.Basic, ...]
+
+
+def export_joint(
+    module: nn.Module, tensors: Sequence[torch.Tensor], batched: Sequence[bool], *, symbolic: bool
+) -> ExportedJoint:
+    """Trace forward and backward of ``module`` on flat tensors by `aot_export_joint_with_descriptors`.
+
+    With ``symbolic`` the first dimension of each ``batched`` tensor is one symbol; ``guards`` are what the trace
+    assumed of it. Parameters of ``module`` and tensors that require grad get gradients; with none the graph is the
+    forward alone. Source: torch/_functorch/aot_autograd.py.
+    """
+    shape_env = ShapeEnv(duck_shape=False)
+    mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
+    fakes = []
+    for tensor, has_batch in zip(tensors, batched, strict=True):
+        dims = [DimDynamic.STATIC] * tensor.dim()
+        if has_batch and symbolic:
+            dims[0] = DimDynamic.DYNAMIC
+        context = StatelessSymbolicContext(dynamic_sizes=dims, constraint_sizes=[None] * tensor.dim())
+        fakes.append(mode.from_tensor(tensor, symbolic_context=context))
+    leading = [f for f, has_batch in zip(fakes, batched, strict=True) if has_batch and symbolic]
+    for other in leading[1:]:
+        torch._check(other.shape[0] == leading[0].shape[0])
+    with ExitStack() as stack:
+        joint = aot_export_joint_with_descriptors(stack, module, tuple(fakes))
+    graph = joint.graph_module.graph
+    inputs = tuple(_input_words(n.meta["desc"]) for n in graph.nodes if n.op == "placeholder")
+    outputs = tuple(_output_words(d) for d in graph.find_nodes(op="output")[0].meta["desc"])
+    symbol = (
+        leading[0].shape[0].node.expr if leading and isinstance(leading[0].shape[0], torch.SymInt) else None
+    )
+    if not isinstance(symbol, sympy.Symbol):
+        symbol = None
+    return ExportedJoint(joint.graph_module, inputs, outputs, symbol, _guards(shape_env, symbol))
+
+
+def _guards(shape_env: ShapeEnv, symbol: sympy.Symbol | None) -> tuple[sympy.Basic, ...]:
+    """What a trace assumed of ``symbol``, without what always holds."""
+    if symbol is None:
+        return ()
+    found: dict[sympy.Basic, None] = {}
+    for guard in shape_env.guards:
+        expr = shape_env.simplify(guard.expr)
+        if expr is not sympy.true and expr.free_symbols == {symbol}:
+            found[expr] = None
+    bounds = shape_env.var_to_range[symbol]
+    if bounds.lower > 2:
+        found[sympy.Ge(symbol, bounds.lower)] = None
+    return tuple(found)
+
+
+def _input_words(descriptor: Any) -> tuple[str, str]:
+    if isinstance(descriptor, aot.ParamAOTInput):
+        return "parameter", descriptor.target
+    if isinstance(descriptor, aot.BufferAOTInput):
+        return "buffer", descriptor.target
+    if isinstance(descriptor, aot.PlainAOTInput):
+        return "batch", str(descriptor.idx)
+    if isinstance(descriptor, aot.TangentAOTInput):
+        return "tangent", _output_words(descriptor.output)[1]
+    raise NotImplementedError(f"input {descriptor}")
+
+
+def _output_words(descriptor: Any) -> tuple[str, str]:
+    if descriptor is None:  # the place of a gradient that an input without requires_grad does not have
+        return "none", ""
+    if isinstance(descriptor, aot.InputMutationAOTOutput):
+        return _input_words(descriptor.mutated_input)
+    if isinstance(descriptor, aot.PlainAOTOutput):
+        return "output", str(descriptor.idx)
+    if isinstance(descriptor, aot.GradAOTOutput):
+        kind, name = _input_words(descriptor.grad_of)
+        return f"{kind} gradient", name
+    raise NotImplementedError(f"output {descriptor}")
+
+
+def fails_on_fakes(module: nn.Module, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether ``module(*tensors)`` raises on fake tensors for a reason of its own (not for being fake)."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(t.detach()) for t in tensors]
+    state = {
+        k: mode.from_tensor(v.detach()) for k, v in [*module.named_parameters(), *module.named_buffers()]
+    }
+    try:
+        with mode, torch.no_grad():
+            torch.func.functional_call(module, state, tuple(fakes))
+    except _FAKE_ONLY:
+        return False
+    except Exception:  # the answer itself: the model's own code raised
+        return True
+    return False
+
+
+_FAKE_ONLY = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+    UnsupportedOperatorException,
+)
+
+
+class Sizes:
+    """Symbolic sizes and other symbolic numbers made anew, and fake tensors over them (for a loaded graph).
+
+    ``symbols`` maps names to sympy symbols. Each symbol is backed by its hint; one without a hint is unbacked.
+    """
+
+    def __init__(self) -> None:
+        self._shape_env = ShapeEnv(duck_shape=False)
+        self._mode = FakeTensorMode(shape_env=self._shape_env, allow_non_fake_inputs=True)
+        self.symbols: dict[str, sympy.Symbol] = {}
+        self._hints: dict[sympy.Symbol, sympy.Number] = {}
+
+    def add_size(self, name: str, hint: int) -> sympy.Symbol:
+        """A new size symbol, at least 2 as in a capture."""
+        return self._add(name, hint, positive=True)
+
+    def add_number(self, name: str, hint: float | None, python_type: type[int] | type[float]) -> sympy.Symbol:
+        """A new symbol that is no size: a step count, a hyper-parameter; without a hint one that data decides."""
+        if hint is not None:
+            return self._add(name, python_type(hint), positive=None)
+        env = self._shape_env
+        made = env.create_unbacked_symint() if python_type is int else env.create_unbacked_symfloat()
+        self.symbols[name] = made.node.expr
+        return self.symbols[name]
+
+    def _add(self, name: str, hint: float, positive: bool | None) -> sympy.Symbol:
+        symbol = self._shape_env.create_symbol(
+            hint,
+            ConstantSource(name),
+            dynamic_dim=DimDynamic.DYNAMIC,
+            positive=positive,
+            do_not_specialize_zero_one=positive is None,
+        )
+        self.symbols[name] = symbol
+        self._hints[symbol] = sympy.sympify(hint)
+        return symbol
+
+    def assume(self, guard: sympy.Basic) -> bool:
+        """Let operators on these sizes rely on ``guard``. False where it does not hold for the hints."""
+        if guard.xreplace(self._hints) is not sympy.true:
+            return False
+        self._shape_env.evaluate_expr(guard)
+        return True
+
+    def number(self, expr: sympy.Basic, python_type: type) -> Any:
+        """``expr`` as a `torch.SymInt`, `torch.SymFloat` or `torch.SymBool`."""
+        value = expr.xreplace(self._hints)
+        hint = python_type(value) if not value.free_symbols else None
+        node = SymNode(expr, self._shape_env, python_type, hint)
+        return {int: torch.SymInt, float: torch.SymFloat, bool: torch.SymBool}[python_type](node)
+
+    def empty(
+        self, shape: Sequence[Any], stride: Sequence[Any], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """A fake tensor over these sizes. Makes no guard."""
+        with self._mode, self._shape_env.suppress_guards():
+            return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
+def hint_of(symbol: sympy.Symbol, number: Any) -> float | None:
+    """What ``symbol`` was at capture, as known to a symbolic number that it occurs in; None if only data decides."""
+    hints = number.node.shape_env.backed_var_to_val
+    value = hints.get(symbol)
+    return None if value is None else (int(value) if value.is_integer and symbol.is_integer else float(value))

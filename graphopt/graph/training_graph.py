@@ -104,16 +104,22 @@ class TrainingGraph:
     (``file.py:line`` of the user's code, may be empty).
     """
 
-    def __init__(self, graph: fx.Graph, signature: Signature, constants: Mapping[str, torch.Tensor] | None = None):
+    def __init__(
+        self, graph: fx.Graph, signature: Signature, constants: Mapping[str, torch.Tensor] | None = None
+    ):
         """Takes ownership of ``graph``; its placeholders and its output tuple must match ``signature`` in order."""
         self._graph = graph
         self._signature = signature
         self._constants = dict(constants or {})
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         if len(placeholders) != len(signature.inputs):
-            raise PassError(f"graph has {len(placeholders)} placeholders, its signature {len(signature.inputs)} inputs")
+            raise PassError(
+                f"graph has {len(placeholders)} placeholders, its signature {len(signature.inputs)} inputs"
+            )
         if len(self.results) != len(signature.outputs):
-            raise PassError(f"graph has {len(self.results)} results, its signature {len(signature.outputs)} outputs")
+            raise PassError(
+                f"graph has {len(self.results)} results, its signature {len(signature.outputs)} outputs"
+            )
         self._placeholders = tuple(placeholders)
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -178,8 +184,10 @@ class TrainingGraph:
         return sum(n.op == "call_function" for n in self._graph.nodes)
 
     def __repr__(self) -> str:
-        phases = ", ".join(f"{sum(n.meta.get('phase') == p for n in self.nodes)} {p}" for p in
-                           (Phase.FORWARD, Phase.BACKWARD, Phase.UPDATE))
+        phases = ", ".join(
+            f"{sum(n.meta.get('phase') == p for n in self.nodes)} {p}"
+            for p in (Phase.FORWARD, Phase.BACKWARD, Phase.UPDATE)
+        )
         return f"TrainingGraph({len(self)} operators: {phases}; {len(self.inputs)} inputs, {len(self.outputs)} outputs)"
 
     # -- counting -----------------------------------------------------------------------------------------------
@@ -273,14 +281,26 @@ class Draft:
         """The nodes of the inputs."""
         return [n for n in self.graph.nodes if n.op == "placeholder"]
 
-    def add(self, op: Callable[..., Any], *args: Any, like: fx.Node, before: fx.Node | None = None,
-            after: fx.Node | None = None, phase: Phase | None = None, **kwargs: Any) -> fx.Node:
+    def add(
+        self,
+        op: Callable[..., Any],
+        *args: Any,
+        like: fx.Node,
+        before: fx.Node | None = None,
+        after: fx.Node | None = None,
+        phase: Phase | None = None,
+        **kwargs: Any,
+    ) -> fx.Node:
         """Insert ``op(*args, **kwargs)`` and infer its metadata on fake tensors.
 
         Placed before or after the given node, else right before ``like``. Module path, source line and phase are
         those of ``like`` unless ``phase`` is given.
         """
-        place = self.graph.inserting_after(after) if after is not None else self.graph.inserting_before(before or like)
+        place = (
+            self.graph.inserting_after(after)
+            if after is not None
+            else self.graph.inserting_before(before or like)
+        )
         with place:
             node = self.graph.call_function(op, args, kwargs)
         node.meta["val"] = infer(node)

@@ -1,0 +1,319 @@
+"""`capture`: a model's training step as one `TrainingGraph`.
+
+Route: `torch._functorch.aot_autograd.aot_export_joint_with_descriptors` traces forward, loss and backward of the
+user's own Python into one functional ATen graph. Chosen over `torch.func.grad_and_value` with `make_fx` on evidence:
+it functionalises buffers that change, keeps autograd's own order of gradient additions (so results are eager's bit
+for bit), and describes every input and output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from graphopt.errors import BatchError, CaptureError, GraphoptError
+from graphopt.graph.batch import BatchLayout, ModelLoss, flatten
+from graphopt.graph.provenance import Provenance
+from graphopt.graph.sizes import Symbols
+from graphopt.graph.step_module import StepModule, unchanged
+from graphopt.graph.torch_internals import ExportedJoint, export_joint
+from graphopt.graph.training_graph import (
+    Input,
+    InputKind,
+    Output,
+    OutputKind,
+    Phase,
+    Signature,
+    TrainingGraph,
+)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A captured graph with what it takes to call it: the layout of its batch and the nesting of its outputs."""
+
+    graph: TrainingGraph
+    layout: BatchLayout
+    output_spec: Any = None
+    output_constants: tuple[tuple[int, Any], ...] = ()
+
+
+def capture(
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss: Callable[..., Any] | str | None = None,
+    optimizer: Any = None,
+    backward: bool = True,
+    gradients: str | Collection[str] = "wanted",
+    clip: Any = None,
+    accumulate: int = 1,
+) -> TrainingGraph:
+    """Capture forward, loss, backward and (with an optimizer) update of one training step.
+
+    Args:
+        model: any `torch.nn.Module`; it is traced in its present train/eval mode and is not changed.
+        batch: an example batch: a tensor, a tuple ``(inputs..., target)``, or a dict for models called by keyword.
+            Its first dimension is captured symbolically unless it is 1, which is a regime of its own.
+        loss: ``loss(model(*inputs), target)``, a scalar. ``"model"``, or None with an optimizer: the model returns
+            its own loss. None otherwise: the outputs' tangents become inputs.
+        optimizer: a `torch.optim.Optimizer` or a list of them, whose update becomes part of the graph (SGD, Adam,
+            AdamW, RMSprop, Adagrad; any other leaves gradients as outputs). State that the optimizer would make at
+            its first step is made now.
+        backward: False captures the forward graph alone.
+        gradients: ``"wanted"``: of parameters and batch tensors that require grad; ``"all"``: of every floating-point
+            parameter and batch tensor, whatever their flags; or the names of the parameters wanted.
+        clip: maximal norm (a float), `ClipNorm` or `ClipValue`: gradients are clipped before the update.
+        accumulate: the loss is divided by it and gradients are added to those accumulated so far, which become inputs.
+
+    Returns:
+        The graph. Its range of validity is ``graph.symbols`` (free sizes and guards).
+
+    Raises:
+        BatchError: the batch is empty or the model rejects it.
+        CaptureError: the step cannot become one graph (data-dependent control flow ...); says where.
+        OptimizerError: an optimizer owns no parameter of the model, or two own the same one.
+
+    Example:
+        >>> import torch, graphopt
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> batch = (torch.randn(5, 4), torch.randint(2, (5,)))
+        >>> graph = graphopt.capture(net, batch, loss=torch.nn.functional.cross_entropy)
+        >>> [str(o) for o in graph.outputs][:2]
+        ['loss loss', 'gradient 0.weight']
+        >>> graph.flops({"batch": 10}) == 2 * graph.flops({"batch": 5})
+        True
+    """
+    captured = capture_step(
+        model, batch, loss=loss if loss is not None or optimizer is None else ModelLoss, backward=backward,
+        gradients=gradients, accumulate=accumulate,
+    )  # fmt: skip
+    if optimizer is None and clip is None and accumulate == 1:
+        return captured.graph
+    from graphopt.graph.update import with_update
+
+    return with_update(captured.graph, model, optimizer, clip=clip, accumulated=accumulate > 1)
+
+
+def capture_step(
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss: Callable[..., Any] | str | None = None,
+    backward: bool = True,
+    gradients: str | Collection[str] = "wanted",
+    accumulate: int = 1,
+) -> Captured:
+    """`capture` without the update: the joint graph and how to call it. Arguments as there."""
+    _check_arguments(model, loss, accumulate)
+    tensors, layout, size = flatten(batch)
+    _check_devices(model, tensors, layout)
+    parameters = dict(model.named_parameters())
+    if not backward:
+        trainable: set[str] = set()
+    elif gradients == "wanted":
+        trainable = {name for name, p in parameters.items() if p.requires_grad}
+    elif gradients == "all":
+        trainable = {name for name, p in parameters.items() if p.is_floating_point() or p.is_complex()}
+    else:
+        trainable = set(gradients)
+        if unknown := trainable - set(parameters):
+            raise CaptureError(f"gradients: {sorted(unknown)} are no parameters of the model")
+    tensors = [_with_gradient(t, backward and (gradients == "all" or t.requires_grad)) for t in tensors]
+
+    # A symbolic capture first; where that fails (a model that needs to know its batch size) a fixed one.
+    attempts = [(tensors, symbolic) for symbolic in ([True, False] if size > 1 else [False])]
+    if gradients == "all":  # some operators refuse a gradient for an input that never needs one
+        attempts += [([t.detach() for t in tensors], symbolic) for _, symbolic in list(attempts)]
+    failure: Exception | None = None
+    for attempt, symbolic in attempts:
+        provenance = Provenance(model)
+        module = StepModule(model, layout, loss, trainable, provenance, accumulate)
+        try:
+            with unchanged(model), provenance.recording(), torch.enable_grad(), _no_autocast(module):
+                joint = export_joint(module, attempt, layout.batched, symbolic=symbolic)
+            graph = _training_graph(joint, module, layout, size)
+            return Captured(graph, layout, module.output_spec, tuple(module.output_constants))
+        except GraphoptError:
+            raise
+        except (
+            Exception
+        ) as error:  # the model's own code ran: any exception is possible, all are re-raised below
+            failure = failure or _explained(error, provenance, model, tensors, layout, loss)
+    assert failure is not None
+    raise failure
+
+
+def _check_arguments(model: Any, loss: Any, accumulate: int) -> None:
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(loss, str) and loss != ModelLoss:
+        raise CaptureError(f"loss: expected a callable, None or {ModelLoss!r}, got {loss!r}")
+    if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
+        raise CaptureError("loss: it has trainable parameters of its own; make it a submodule of the model")
+    if accumulate < 1:
+        raise CaptureError(f"accumulate: expected a positive integer, got {accumulate}")
+
+
+def _check_devices(model: nn.Module, tensors: Sequence[torch.Tensor], layout: BatchLayout) -> None:
+    devices = {p.device for p in model.parameters()}
+    for tensor, name in zip(tensors, layout.names, strict=True):
+        if devices and tensor.device not in devices and tensor.dim():
+            raise BatchError(
+                f"batch: {name} is on {tensor.device}, the model on {', '.join(map(str, devices))}; move one with .to()"
+            )
+
+
+def _with_gradient(tensor: torch.Tensor, wanted: bool) -> torch.Tensor:
+    return tensor.detach().requires_grad_(wanted and (tensor.is_floating_point() or tensor.is_complex()))
+
+
+def _no_autocast(module: StepModule) -> Any:
+    """Backward must run without the autocast region around the call, as in eager; forward enters it by itself."""
+    from contextlib import ExitStack
+
+    stack = ExitStack()
+    for device, _ in module.autocast:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
+
+
+def _explained(
+    error: Exception, provenance: Provenance, model: nn.Module, tensors: Sequence[torch.Tensor], layout: BatchLayout,
+    loss: Any,
+) -> GraphoptError:  # fmt: skip
+    """The error of a failed trace as ours: BatchError if the model itself rejects the batch, else CaptureError."""
+    place = " at ".join(
+        w for w in (provenance.module and f"in module {provenance.module!r}", provenance.source) if w
+    )
+    first_line = str(error).strip().split("\n")[0] or type(error).__name__
+    if isinstance(error, (RuntimeError, ValueError, TypeError, IndexError)) and _model_rejects(
+        model, tensors, layout, loss
+    ):
+        shapes = [f"{n}: {t.dtype} {list(t.shape)}" for n, t in zip(layout.names, tensors, strict=True)]
+        explained: GraphoptError = BatchError(
+            f"batch: the model rejects it {place}: {first_line} (got {'; '.join(shapes)})"
+        )
+    else:
+        explained = CaptureError(f"the step cannot be captured as one graph {place}: {first_line}")
+    explained.__cause__ = error
+    return explained
+
+
+def _model_rejects(model: nn.Module, tensors: Sequence[torch.Tensor], layout: BatchLayout, loss: Any) -> bool:
+    """Whether forward and loss fail by themselves, tried on fake tensors so that nothing real is touched."""
+    from graphopt.graph.torch_internals import fails_on_fakes
+
+    module = StepModule(model, layout, loss, (), Provenance(model))
+    with unchanged(model):
+        return fails_on_fakes(module, tensors)
+
+
+_INPUT_KINDS = {"parameter": InputKind.PARAMETER, "buffer": InputKind.BUFFER, "batch": InputKind.BATCH}
+
+
+def _training_graph(
+    joint: ExportedJoint, module: StepModule, layout: BatchLayout, size: int
+) -> TrainingGraph:
+    """The exported joint graph in our terms: named inputs and outputs, phases, places, and a loss that starts backward."""
+    names = {"parameter": module.parameter_names, "buffer": module.buffer_names}
+
+    def public(kind: str, name: str) -> str:
+        return names[kind][name] if kind in names else layout.names[int(name)]
+
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    inputs: list[Input] = []
+    ones: list[fx.Node] = []
+    constants: dict[str, torch.Tensor] = {}
+    descriptors = iter(joint.inputs)
+    for node in joint.module.graph.nodes:
+        if node.op == "placeholder":
+            kind, name = next(descriptors)
+            if kind == "tangent":
+                if module.loss is not None:
+                    ones.append(node)  # the gradient of the loss by itself, made below
+                    continue
+                input_ = Input(InputKind.TANGENT, module.output_names[int(name)])
+            else:
+                input_ = Input(_INPUT_KINDS[kind], public(kind, name))
+            prefix = {"tangent": "tangent_", "batch": "batch_"}.get(kind, "")
+            copies[node] = graph.placeholder(prefix + input_.name.replace(".", "_"))
+            _set_meta(copies[node], node, Phase.INPUT)
+            inputs.append(input_)
+            continue
+        for tangent in [t for t in ones if t in node.all_input_nodes]:
+            copies[tangent] = _ones(graph, tangent)
+            ones.remove(tangent)
+        if node.op == "output":
+            results = node.args[0]
+            continue
+        if node.op == "get_attr":
+            constants[str(node.target)] = _constant(joint.module, str(node.target))
+        elif node.op != "call_function" or isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise CaptureError(f"the step holds {node.target}, a higher-order operator that has no flat form")
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+        backward = node.meta.get("partitioner_tag", "is_forward").endswith("backward")
+        _set_meta(copies[node], node, Phase.BACKWARD if backward else Phase.FORWARD)
+    outputs, nodes = [], []
+    for (kind, name), result in zip(joint.outputs, results, strict=True):
+        output = _output(kind, name, module, public) if result is not None else None
+        if output is not None:
+            outputs.append(output)
+            nodes.append(copies[result])
+    graph.output(tuple(nodes)).meta["phase"] = Phase.OUTPUT
+    symbols = Symbols(
+        {"batch": joint.symbol} if joint.symbol is not None else {}, {"batch": size}, joint.guards
+    )
+    order = sorted(
+        range(len(outputs)), key=lambda i: outputs[i].kind is not OutputKind.LOSS
+    )  # the loss first
+    graph.find_nodes(op="output")[0].args = (tuple(nodes[i] for i in order),)
+    signature = Signature(tuple(inputs), tuple(outputs[i] for i in order), symbols)
+    return TrainingGraph(graph, signature, constants)
+
+
+def _output(kind: str, name: str, module: StepModule, public: Callable[[str, str], str]) -> Output | None:
+    if kind == "output" and module.loss is not None:
+        scaled = module.accumulate > 1 and name == "0"  # only there to start backward
+        return None if scaled else Output(OutputKind.LOSS, "loss")
+    if kind == "output":
+        return Output(OutputKind.OUTPUT, module.output_names[int(name)])
+    if kind == "buffer":
+        return Output(OutputKind.BUFFER, public(kind, name))
+    if kind.endswith("gradient"):
+        return Output(OutputKind.GRADIENT, public(kind.removesuffix(" gradient"), name))
+    raise CaptureError(f"the model writes into its {kind} {public(kind, name)!r} in place; clone it first")
+
+
+def _ones(graph: fx.Graph, tangent: fx.Node) -> fx.Node:
+    """The gradient of the loss by itself: a constant one. (A second, detached loss has no gradient.)"""
+    value = tangent.meta["val"]
+    node = graph.call_function(
+        torch.ops.aten.full.default, (list(value.shape), 1.0), {"dtype": value.dtype, "device": value.device}
+    )
+    _set_meta(node, tangent, Phase.BACKWARD)
+    return node
+
+
+def _set_meta(node: fx.Node, origin: fx.Node, phase: Phase) -> None:
+    place = origin.meta.get("custom") or {}
+    node.meta = {
+        "val": origin.meta.get("val"), "phase": phase,
+        "module": place.get("module", ""), "source": place.get("source", ""),
+    }  # fmt: skip
+
+
+def _constant(module: fx.GraphModule, target: str) -> torch.Tensor:
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    if not isinstance(value, torch.Tensor):
+        raise CaptureError(
+            f"the step holds {target}, a {type(value).__name__}; only tensors can be constants"
+        )
+    return value
