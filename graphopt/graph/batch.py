@@ -66,18 +66,12 @@ def flatten(batch: Any) -> tuple[list[torch.Tensor], BatchLayout, int]:
         else:
             constants.append((position, _hashable(leaf, path)))
     if not tensors:
-        raise BatchError(
-            "batch: found no tensor in it; give tensors, or a tuple, list or dict that holds some"
-        )
+        raise BatchError("batch: found no tensor in it; give tensors, or a tuple, list or dict that holds some")
     size = next((int(t.shape[0]) for t in tensors if t.dim()), 0)
     if size == 0:
         shapes = [tuple(t.shape) for t in tensors]
-        raise BatchError(
-            f"batch: its size is 0 (shapes {shapes}); expected a leading dimension of at least 1"
-        )
-    shapes = tuple(
-        tuple(None if i == 0 and s == size else int(s) for i, s in enumerate(t.shape)) for t in tensors
-    )
+        raise BatchError(f"batch: its size is 0 (shapes {shapes}); expected a leading dimension of at least 1")
+    shapes = tuple(tuple(None if i == 0 and s == size else int(s) for i, s in enumerate(t.shape)) for t in tensors)
     layout = BatchLayout(
         spec=spec,
         names=tuple(names),
@@ -123,9 +117,7 @@ def compute_loss(
             )
         return loss(model(**{k: v for k, v in batch.items() if k != key}), batch[key])
     if len(batch) < 2:
-        raise BatchError(
-            "batch: a loss needs inputs and a target, got one tensor; give a tuple (inputs..., target)"
-        )
+        raise BatchError("batch: a loss needs inputs and a target, got one tensor; give a tuple (inputs..., target)")
     return loss(model(*batch[:-1]), batch[-1])
 
 
@@ -161,7 +153,5 @@ def _hashable(leaf: Any, path: Any) -> Any:
         hash(leaf)
     except TypeError:
         where = ".".join(_key(k) for k in path)
-        raise BatchError(
-            f"batch: {where} is a {type(leaf).__name__}; expected tensors and plain values"
-        ) from None
+        raise BatchError(f"batch: {where} is a {type(leaf).__name__}; expected tensors and plain values") from None
     return leaf

@@ -140,9 +140,7 @@ def capture_step(
             return Captured(graph, layout, module.output_spec, tuple(module.output_constants))
         except GraphoptError:
             raise
-        except (
-            Exception
-        ) as error:  # the model's own code ran: any exception is possible, all are re-raised below
+        except Exception as error:  # the model's own code ran: any exception is possible, all are re-raised below
             failure = failure or _explained(error, provenance, model, tensors, layout, loss)
     assert failure is not None
     raise failure
@@ -187,9 +185,7 @@ def _explained(
     loss: Any,
 ) -> GraphoptError:  # fmt: skip
     """The error of a failed trace as ours: BatchError if the model itself rejects the batch, else CaptureError."""
-    place = " at ".join(
-        w for w in (provenance.module and f"in module {provenance.module!r}", provenance.source) if w
-    )
+    place = " at ".join(w for w in (provenance.module and f"in module {provenance.module!r}", provenance.source) if w)
     first_line = str(error).strip().split("\n")[0] or type(error).__name__
     if isinstance(error, (RuntimeError, ValueError, TypeError, IndexError)) and _model_rejects(
         model, tensors, layout, loss
@@ -216,9 +212,7 @@ def _model_rejects(model: nn.Module, tensors: Sequence[torch.Tensor], layout: Ba
 _INPUT_KINDS = {"parameter": InputKind.PARAMETER, "buffer": InputKind.BUFFER, "batch": InputKind.BATCH}
 
 
-def _training_graph(
-    joint: ExportedJoint, module: StepModule, layout: BatchLayout, size: int
-) -> TrainingGraph:
+def _training_graph(joint: ExportedJoint, module: StepModule, layout: BatchLayout, size: int) -> TrainingGraph:
     """The exported joint graph in our terms: named inputs and outputs, phases, places, and a loss that starts backward."""
     names = {"parameter": module.parameter_names, "buffer": module.buffer_names}
 
@@ -266,12 +260,8 @@ def _training_graph(
             outputs.append(output)
             nodes.append(copies[result])
     graph.output(tuple(nodes)).meta["phase"] = Phase.OUTPUT
-    symbols = Symbols(
-        {"batch": joint.symbol} if joint.symbol is not None else {}, {"batch": size}, joint.guards
-    )
-    order = sorted(
-        range(len(outputs)), key=lambda i: outputs[i].kind is not OutputKind.LOSS
-    )  # the loss first
+    symbols = Symbols({"batch": joint.symbol} if joint.symbol is not None else {}, {"batch": size}, joint.guards)
+    order = sorted(range(len(outputs)), key=lambda i: outputs[i].kind is not OutputKind.LOSS)  # the loss first
     graph.find_nodes(op="output")[0].args = (tuple(nodes[i] for i in order),)
     signature = Signature(tuple(inputs), tuple(outputs[i] for i in order), symbols)
     return TrainingGraph(graph, signature, constants)
@@ -313,7 +303,5 @@ def _constant(module: fx.GraphModule, target: str) -> torch.Tensor:
     for part in target.split("."):
         value = getattr(value, part)
     if not isinstance(value, torch.Tensor):
-        raise CaptureError(
-            f"the step holds {target}, a {type(value).__name__}; only tensors can be constants"
-        )
+        raise CaptureError(f"the step holds {target}, a {type(value).__name__}; only tensors can be constants")
     return value

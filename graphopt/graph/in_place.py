@@ -87,9 +87,7 @@ def decide(graph: TrainingGraph) -> InPlace:
 
 def _destinations(graph: TrainingGraph) -> tuple[dict[fx.Node, fx.Node], set[fx.Node]]:
     """For each input that the step overwrites its new value; and all values that are returned besides."""
-    inputs = {
-        (i.kind.value, i.name, i.field): n for i, n in zip(graph.inputs, graph.placeholders, strict=True)
-    }
+    inputs = {(i.kind.value, i.name, i.field): n for i, n in zip(graph.inputs, graph.placeholders, strict=True)}
     destination: dict[fx.Node, fx.Node] = {}
     returned: set[fx.Node] = set()
     for output, value in zip(graph.outputs, graph.results, strict=True):
@@ -106,9 +104,7 @@ def _pairs(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node | None]]:
     """(operand, result) for every operand that the in-place form of ``node`` writes."""
     slots = _written(node)
     parts = {u.args[1]: u for u in node.users if u.target is getitem}
-    several = (
-        len(node.target._schema.returns) > 1 if isinstance(node.target, torch._ops.OpOverload) else False
-    )
+    several = len(node.target._schema.returns) > 1 if isinstance(node.target, torch._ops.OpOverload) else False
     for slot, argument in slots:
         operand = node.args[argument]
         part = parts.get(slot) if several else node
@@ -142,9 +138,7 @@ def _written(node: fx.Node) -> list[tuple[int, int]]:
     written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
     slots = list(enumerate(written))
     if "grad_scale" in {a.name for a in arguments} and node.kwargs.get("grad_scale") is None:
-        slots = [
-            (slot, i) for slot, i in slots if arguments[i].name != "grads"
-        ]  # written only to unscale them
+        slots = [(slot, i) for slot, i in slots if arguments[i].name != "grads"]  # written only to unscale them
     return [(slot, i) for slot, i in slots if i < len(node.args)]
 
 
@@ -159,7 +153,4 @@ def _alike(operand: fx.Node, result: fx.Node) -> bool:
 
 def _whole(value: fx.Node, root: fx.Node) -> bool:
     """Whether ``value`` covers the storage of ``root`` in its layout (it is no slice or transpose of it)."""
-    return (
-        value.meta["val"].shape == root.meta["val"].shape
-        and value.meta["val"].stride() == root.meta["val"].stride()
-    )
+    return value.meta["val"].shape == root.meta["val"].shape and value.meta["val"].stride() == root.meta["val"].stride()

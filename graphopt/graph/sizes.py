@@ -70,16 +70,12 @@ class Symbols:
             raise KeyError(f"sizes: unknown name {sorted(unknown)}, this graph has {sorted(self.hints)}")
         fixed = {n: s for n, s in chosen.items() if n not in self.symbols and s != self.hints[n]}
         if fixed:
-            raise KeyError(
-                f"sizes: this graph was captured for fixed sizes, it cannot be evaluated at {fixed}"
-            )
+            raise KeyError(f"sizes: this graph was captured for fixed sizes, it cannot be evaluated at {fixed}")
         return {symbol: sympy.Integer(chosen[name]) for name, symbol in self.symbols.items()}
 
     def admits(self, sizes: Mapping[str, int]) -> bool:
         """Whether the graph is valid at ``sizes`` (every guard of the capture holds, every size at least 2)."""
-        if any(
-            size < 2 if name in self.symbols else size != self.hints[name] for name, size in sizes.items()
-        ):
+        if any(size < 2 if name in self.symbols else size != self.hints[name] for name, size in sizes.items()):
             return False
         substitution = self.substitution(sizes)
         return all(bool(guard.xreplace(substitution)) for guard in self.guards)

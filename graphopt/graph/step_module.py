@@ -60,9 +60,9 @@ class StepModule(nn.Module):
                 stack.enter_context(torch.autocast(device, dtype=dtype))
             state = {f"model.{name}": tensor for name, tensor in given.items()}
             result = torch.func.functional_call(_Runner(self.model, self.loss), state, (batch,))
-            for name in (
-                self.buffer_names.values()
-            ):  # `self.count = self.count + 1`: a new tensor in place of the buffer
+            for (
+                name
+            ) in self.buffer_names.values():  # `self.count = self.count + 1`: a new tensor in place of the buffer
                 if state[f"model.{name}"] is not given[name]:
                     given[name].copy_(state[f"model.{name}"])
         if self.loss is None:
@@ -72,9 +72,7 @@ class StepModule(nn.Module):
     def _loss_outputs(self, loss: Any) -> tuple[torch.Tensor, ...]:
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             what = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-            raise CaptureError(
-                f"loss: expected a scalar tensor, got {what}; reduce it with .mean() or .sum()"
-            )
+            raise CaptureError(f"loss: expected a scalar tensor, got {what}; reduce it with .mean() or .sum()")
         loss = loss.clone() if loss._is_view() else loss
         return (loss,) if self.accumulate == 1 else (loss / self.accumulate, loss.detach())
 
@@ -92,9 +90,7 @@ class StepModule(nn.Module):
             alias = leaf._is_view() or any(leaf is k for k in known)
             outputs.append(leaf.clone() if alias else leaf)
             known.append(leaf)
-            self.output_names.append(
-                ".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) or "0"
-            )
+            self.output_names.append(".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) or "0")
         return tuple(outputs)
 
 
@@ -107,9 +103,7 @@ class _Runner(nn.Module):
         self.loss = loss
 
     def forward(self, batch: Any) -> Any:
-        return (
-            call_model(self.model, batch) if self.loss is None else compute_loss(self.model, batch, self.loss)
-        )
+        return call_model(self.model, batch) if self.loss is None else compute_loss(self.model, batch, self.loss)
 
 
 def _ambient_autocast(model: nn.Module, layout: BatchLayout) -> list[tuple[str, torch.dtype]]:

@@ -91,9 +91,7 @@ def export_joint(
     graph = joint.graph_module.graph
     inputs = tuple(_input_words(n.meta["desc"]) for n in graph.nodes if n.op == "placeholder")
     outputs = tuple(_output_words(d) for d in graph.find_nodes(op="output")[0].meta["desc"])
-    symbol = (
-        leading[0].shape[0].node.expr if leading and isinstance(leading[0].shape[0], torch.SymInt) else None
-    )
+    symbol = leading[0].shape[0].node.expr if leading and isinstance(leading[0].shape[0], torch.SymInt) else None
     if not isinstance(symbol, sympy.Symbol):
         symbol = None
     return ExportedJoint(joint.graph_module, inputs, outputs, symbol, _guards(shape_env, symbol))
@@ -143,9 +141,7 @@ def fails_on_fakes(module: nn.Module, tensors: Sequence[torch.Tensor]) -> bool:
     """Whether ``module(*tensors)`` raises on fake tensors for a reason of its own (not for being fake)."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(t.detach()) for t in tensors]
-    state = {
-        k: mode.from_tensor(v.detach()) for k, v in [*module.named_parameters(), *module.named_buffers()]
-    }
+    state = {k: mode.from_tensor(v.detach()) for k, v in [*module.named_parameters(), *module.named_buffers()]}
     try:
         with mode, torch.no_grad():
             torch.func.functional_call(module, state, tuple(fakes))

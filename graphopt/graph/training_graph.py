@@ -104,22 +104,16 @@ class TrainingGraph:
     (``file.py:line`` of the user's code, may be empty).
     """
 
-    def __init__(
-        self, graph: fx.Graph, signature: Signature, constants: Mapping[str, torch.Tensor] | None = None
-    ):
+    def __init__(self, graph: fx.Graph, signature: Signature, constants: Mapping[str, torch.Tensor] | None = None):
         """Takes ownership of ``graph``; its placeholders and its output tuple must match ``signature`` in order."""
         self._graph = graph
         self._signature = signature
         self._constants = dict(constants or {})
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         if len(placeholders) != len(signature.inputs):
-            raise PassError(
-                f"graph has {len(placeholders)} placeholders, its signature {len(signature.inputs)} inputs"
-            )
+            raise PassError(f"graph has {len(placeholders)} placeholders, its signature {len(signature.inputs)} inputs")
         if len(self.results) != len(signature.outputs):
-            raise PassError(
-                f"graph has {len(self.results)} results, its signature {len(signature.outputs)} outputs"
-            )
+            raise PassError(f"graph has {len(self.results)} results, its signature {len(signature.outputs)} outputs")
         self._placeholders = tuple(placeholders)
 
     # -- reading ------------------------------------------------------------------------------------------------
@@ -296,11 +290,7 @@ class Draft:
         Placed before or after the given node, else right before ``like``. Module path, source line and phase are
         those of ``like`` unless ``phase`` is given.
         """
-        place = (
-            self.graph.inserting_after(after)
-            if after is not None
-            else self.graph.inserting_before(before or like)
-        )
+        place = self.graph.inserting_after(after) if after is not None else self.graph.inserting_before(before or like)
         with place:
             node = self.graph.call_function(op, args, kwargs)
         node.meta["val"] = infer(node)
