@@ -33,6 +33,8 @@ from graphopt.errors import (  # noqa: E402  (the check above must come before a
     StaleGraphError,
     VerificationError,
 )
+from graphopt.graph.capture import capture  # noqa: E402
+from graphopt.graph.training_graph import TrainingGraph  # noqa: E402
 
 __all__ = [
     "BatchError",
@@ -43,6 +45,8 @@ __all__ = [
     "OptimizerError",
     "PassError",
     "StaleGraphError",
+    "TrainingGraph",
     "VerificationError",
     "__version__",
+    "capture",
 ]

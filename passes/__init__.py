@@ -20,5 +20,24 @@ from graphopt.passes._base import (
     Tier,
     check,
 )
+from graphopt.passes.common_subexpressions import CommonSubexpressions
+from graphopt.passes.dead_code import DeadCode
+from graphopt.passes.gradient_liveness import GradientLiveness, LivenessResult
+from graphopt.passes.layer_walk import COPIES, WEIGHTLESS, LayerDecision, walk_layers
+from graphopt.passes.no_ops import NoOps
+from graphopt.passes.selective_saving import SelectiveSaving
 
-__all__ = ["Change", "Pass", "PassResult", "Pipeline", "Refusal", "Saving", "Tier", "check"]
+__all__ = [
+    "Change",
+    "CommonSubexpressions",
+    "DeadCode",
+    "NoOps",
+    "Pass",
+    "PassResult",
+    "Pipeline",
+    "Refusal",
+    "Saving",
+    "SelectiveSaving",
+    "Tier",
+    "check",
+]

@@ -213,7 +213,7 @@ _INPUT_KINDS = {"parameter": InputKind.PARAMETER, "buffer": InputKind.BUFFER, "b
 
 
 def _training_graph(joint: ExportedJoint, module: StepModule, layout: BatchLayout, size: int) -> TrainingGraph:
-    """The exported joint graph in our terms: named inputs and outputs, phases, places, and a loss that starts backward."""
+    """The exported joint graph in our terms: named inputs and outputs, phases, places; the loss begins backward."""
     names = {"parameter": module.parameter_names, "buffer": module.buffer_names}
 
     def public(kind: str, name: str) -> str:
@@ -263,7 +263,9 @@ def _training_graph(joint: ExportedJoint, module: StepModule, layout: BatchLayou
     symbols = Symbols({"batch": joint.symbol} if joint.symbol is not None else {}, {"batch": size}, joint.guards)
     order = sorted(range(len(outputs)), key=lambda i: outputs[i].kind is not OutputKind.LOSS)  # the loss first
     graph.find_nodes(op="output")[0].args = (tuple(nodes[i] for i in order),)
-    signature = Signature(tuple(inputs), tuple(outputs[i] for i in order), symbols)
+    required = [n for n, p in module.model.named_parameters() if p.requires_grad]
+    required += [n for n, flag in zip(layout.names, layout.requires_grad, strict=True) if flag]
+    signature = Signature(tuple(inputs), tuple(outputs[i] for i in order), symbols, tree={"requires_grad": required})
     return TrainingGraph(graph, signature, constants)
 
 

@@ -22,7 +22,15 @@ from graphopt.graph.in_place import InPlace, decide
 from graphopt.graph.training_graph import Output, OutputKind, TrainingGraph
 
 _IN_TORCH = frozenset(
-    ["_foreach_abs", "_foreach_add", "_foreach_add_", "_foreach_addcdiv", "_foreach_addcdiv_", "_foreach_addcmul", "_foreach_addcmul_", "_foreach_div", "_foreach_div_", "_foreach_lerp", "_foreach_lerp_", "_foreach_mul", "_foreach_mul_", "_foreach_neg", "_foreach_neg_", "_foreach_norm", "_foreach_sqrt", "_foreach_sqrt_", "_foreach_sub", "_foreach_sub_", "_fused_adagrad_", "_fused_adam_", "_fused_adamw_", "_fused_sgd_", "_log_softmax", "_native_batch_norm_legit", "_softmax", "abs", "add", "addcdiv", "addcdiv_", "addcmul", "addcmul_", "addmm", "baddbmm", "bernoulli", "bmm", "convolution", "cos", "div", "embedding", "erf", "exp", "full", "full_like", "gt", "le", "lerp", "log", "lt", "mm", "mul", "native_dropout", "native_group_norm", "native_layer_norm", "neg", "permute", "pow", "relu", "rsqrt", "select", "sigmoid", "sin", "sqrt", "sub", "t", "tanh", "transpose", "unsqueeze", "where", "zeros_like"]
+    """
+    _foreach_abs _foreach_add _foreach_add_ _foreach_addcdiv _foreach_addcdiv_ _foreach_addcmul _foreach_addcmul_
+    _foreach_div _foreach_div_ _foreach_lerp _foreach_lerp_ _foreach_mul _foreach_mul_ _foreach_neg _foreach_neg_
+    _foreach_norm _foreach_sqrt _foreach_sqrt_ _foreach_sub _foreach_sub_ _fused_adagrad_ _fused_adam_ _fused_adamw_
+    _fused_sgd_ _log_softmax _native_batch_norm_legit _softmax abs add addcdiv addcdiv_ addcmul addcmul_ addmm
+    baddbmm bernoulli bmm convolution cos div embedding erf exp full full_like gt le lerp log lt mm mul
+    native_dropout native_group_norm native_layer_norm neg permute pow relu rsqrt select sigmoid sin sqrt sub tanh
+    transpose unsqueeze where zeros_like
+    """.split()  # noqa: SIM905
 )
 """Operators called as ``torch.<name>``: the binding takes the schema's own arguments in order."""
 

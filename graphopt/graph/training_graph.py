@@ -11,14 +11,18 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import reduce
+from operator import add, mul
 from os import PathLike
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from graphopt.errors import PassError
-from graphopt.graph.sizes import Symbols
+from graphopt.graph.sizes import Symbols, expression
 
 
 class InputKind(StrEnum):
@@ -299,6 +303,36 @@ class Draft:
         node.meta["source"] = like.meta.get("source", "")
         return node
 
+    def size(self, value: Any, like: fx.Node) -> int | fx.Node:
+        """A size as an argument for `add`: an int, or a node that computes it from the sizes the graph has already.
+
+        Raises PassError for an expression that is no sum or product of free sizes and integers.
+        """
+        expr = expression(value)
+        if isinstance(expr, int):
+            return expr
+        if isinstance(expr, sympy.Symbol):
+            return self._symbol(expr)
+        if not isinstance(expr, (sympy.Add, sympy.Mul)):
+            raise PassError(f"cannot write the size {self.origin.symbols.rename(expr)} as operators")
+        operator = add if isinstance(expr, sympy.Add) else mul
+        parts = [self.size(a, like) for a in expr.args]
+        return reduce(lambda a, b: self.add(operator, a, b, like=like), parts)
+
+    def _symbol(self, symbol: sympy.Symbol) -> fx.Node:
+        """The node that reads a free size off an input; made where there is none yet."""
+        inputs = self.placeholders
+        for node in self.graph.nodes:
+            if node.target is torch.ops.aten.sym_size.int and expression(node.meta["val"]) == symbol:
+                return node
+        for node in inputs:
+            shape = getattr(node.meta.get("val"), "shape", ())
+            if dims := [i for i, s in enumerate(shape) if expression(s) == symbol]:
+                made = self.add(torch.ops.aten.sym_size.int, node, dims[0], like=node, after=inputs[-1])
+                made.meta["phase"] = Phase.FORWARD
+                return made
+        raise PassError(f"no input has the size {symbol}")
+
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let every reader of ``old`` read ``new``; ``old`` is erased."""
         old.replace_all_uses_with(new)
@@ -354,8 +388,8 @@ def _digest(graph: TrainingGraph) -> str:
             order = ""
             if is_random(node):
                 order, random_count = str(random_count), random_count + 1
-            parts: list[str] = [str(node.target), order]
-            fx.node.map_aggregate((node.args, node.kwargs), lambda a: parts.append(of(a)))
+            leaves = pytree.tree_leaves((node.args, node.kwargs))
+            parts = [str(node.target), order, *map(of, leaves)]
             digests[node] = _sha(*parts, _structure(node.args), _structure(node.kwargs))
     pairs = zip(graph.outputs, graph.results, strict=True)
     outputs = sorted(f"{o} {digests[r] if r is not None else None}" for o, r in pairs)
