@@ -22,10 +22,7 @@ from graphopt.passes._base import (
 )
 from graphopt.passes.common_subexpressions import CommonSubexpressions
 from graphopt.passes.dead_code import DeadCode
-from graphopt.passes.gradient_liveness import GradientLiveness, LivenessResult
-from graphopt.passes.layer_walk import COPIES, WEIGHTLESS, LayerDecision, walk_layers
 from graphopt.passes.no_ops import NoOps
-from graphopt.passes.selective_saving import SelectiveSaving
 
 __all__ = [
     "Change",
@@ -37,7 +34,6 @@ __all__ = [
     "Pipeline",
     "Refusal",
     "Saving",
-    "SelectiveSaving",
     "Tier",
     "check",
 ]

@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from graphopt.errors import PassError
+from graphopt.graph.op_rules import is_random
 from graphopt.graph.sizes import expression
 from graphopt.graph.storages import storage_root, tensors
 from graphopt.graph.training_graph import TrainingGraph
@@ -203,9 +204,7 @@ def check(rewriter: Pass, before: TrainingGraph, after: TrainingGraph) -> None:
             fail(f"{output} was {was} and is {now}")
     added = _aliases(after) - _aliases(before)
     if added:
-        fail(
-            f"{' and '.join(map(str, sorted(added.pop())))} share memory, which they did not before the pass"
-        )
+        fail(f"{' and '.join(map(str, sorted(added.pop())))} share memory, which they did not before the pass")
     drawn, draws = _random_operators(before), _random_operators(after)
     if drawn != draws:
         fail(f"the random operators were {drawn} and are {draws}")
@@ -237,6 +236,4 @@ def _aliases(graph: TrainingGraph) -> set[frozenset[str]]:
 
 
 def _random_operators(graph: TrainingGraph) -> list[str]:
-    from graphopt.graph.op_rules import is_random
-
     return [str(node.target) for node in graph.graph.nodes if node.op == "call_function" and is_random(node)]
