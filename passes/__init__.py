@@ -22,18 +22,28 @@ from graphopt.passes._base import (
 )
 from graphopt.passes.common_subexpressions import CommonSubexpressions
 from graphopt.passes.dead_code import DeadCode
+from graphopt.passes.gradient_liveness import GradientLiveness, LivenessResult
+from graphopt.passes.layer_walk import COPIES, WEIGHTLESS, LayerDecision, walk_layers
 from graphopt.passes.no_ops import NoOps
+from graphopt.passes.selective_saving import SelectiveSaving
 
 __all__ = [
+    "COPIES",
+    "WEIGHTLESS",
     "Change",
     "CommonSubexpressions",
     "DeadCode",
+    "GradientLiveness",
+    "LayerDecision",
+    "LivenessResult",
     "NoOps",
     "Pass",
     "PassResult",
     "Pipeline",
     "Refusal",
     "Saving",
+    "SelectiveSaving",
     "Tier",
     "check",
+    "walk_layers",
 ]
