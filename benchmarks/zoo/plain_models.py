@@ -62,15 +62,13 @@ class FTTransformer(nn.Module):
         self.categories = nn.Embedding(sum(CARDINALITIES), width)
         self.register_buffer("offsets", torch.tensor([0, *CARDINALITIES[:-1]]).cumsum(0))
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
-        block = nn.TransformerEncoderLayer(
-            width, 4, 2 * width, 0.1, "gelu", batch_first=True, norm_first=True
-        )
+        block = nn.TransformerEncoderLayer(width, 4, 2 * width, 0.1, "gelu", batch_first=True, norm_first=True)
         self.encoder = nn.TransformerEncoder(block, layers, enable_nested_tensor=False)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.ReLU(), nn.Linear(width, CLASSES))
 
     def forward(self, numeric: Tensor, categorical: Tensor) -> Tensor:
         tokens = [
-            self.cls.expand(len(numeric), -1, -1),
+            self.cls.expand(numeric.shape[0], -1, -1),  # len() would fix the batch size in a graph
             numeric.unsqueeze(-1) * self.numeric_weight + self.numeric_bias,
             self.categories(categorical + self.offsets),
         ]
@@ -102,13 +100,13 @@ class WideAndDeep(nn.Module):
 
 
 class RecurrentClassifier(nn.Module):
-    """Word embeddings, a recurrent network in both directions, and a head on the mean of its states."""
+    """Word embeddings, a recurrent network, and a head on the mean of its states."""
 
-    def __init__(self, cell: type[nn.RNNBase], layers: int = 2, width: int = 64) -> None:
+    def __init__(self, recurrent: Callable[..., nn.RNNBase], width: int = 64) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, width)
-        self.recurrent = cell(width, width, layers, batch_first=True, bidirectional=True, dropout=0.1)
-        self.head = nn.Linear(2 * width, CLASSES)
+        self.recurrent = recurrent(width, width, batch_first=True)
+        self.head = nn.Linear(width * (2 if self.recurrent.bidirectional else 1), CLASSES)
 
     def forward(self, tokens: Tensor) -> Tensor:
         states, _ = self.recurrent(self.embedding(tokens))
@@ -135,8 +133,7 @@ class TemporalConvNet(nn.Module):
         super().__init__()
         self.lift = nn.Conv1d(6, width, 1)
         self.layers = nn.ModuleList(
-            nn.utils.parametrizations.weight_norm(nn.Conv1d(width, width, 3, dilation=2**i))
-            for i in range(layers)
+            nn.utils.parametrizations.weight_norm(nn.Conv1d(width, width, 3, dilation=2**i)) for i in range(layers)
         )
         self.head = nn.Linear(width, CLASSES)
 
@@ -436,14 +433,14 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module], Batch, Loss]] = {
     "wide_and_deep": ("tabular", WideAndDeep, partial(_rows, regression=True), F.mse_loss),
     "lstm_classifier": (
         "text",
-        partial(RecurrentClassifier, nn.LSTM),
-        token_batch(LENGTH, vocabulary=VOCABULARY),
+        partial(RecurrentClassifier, partial(nn.LSTM, bidirectional=True)),
+        token_batch(12, vocabulary=VOCABULARY),
         F.cross_entropy,
     ),
     "gru_classifier": (
         "text",
-        partial(RecurrentClassifier, nn.GRU),
-        token_batch(LENGTH, vocabulary=VOCABULARY),
+        partial(RecurrentClassifier, partial(nn.GRU, num_layers=2, dropout=0.1)),
+        token_batch(12, vocabulary=VOCABULARY),
         F.cross_entropy,
     ),
     "lstm_forecaster": ("sequence", SeriesForecaster, partial(_series, forecast=True), F.smooth_l1_loss),

@@ -102,9 +102,7 @@ def _segments(n: int, *, size: int) -> tuple[Tensor, ...]:
 
 def _googlenet_loss(outputs: Any, labels: Tensor) -> Tensor:
     """The paper's loss: both auxiliary classifiers count 0.3."""
-    losses = [
-        F.cross_entropy(each, labels) for each in (outputs.logits, outputs.aux_logits1, outputs.aux_logits2)
-    ]
+    losses = [F.cross_entropy(each, labels) for each in (outputs.logits, outputs.aux_logits1, outputs.aux_logits2)]
     return losses[0] + 0.3 * (losses[1] + losses[2])
 
 
