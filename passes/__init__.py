@@ -21,6 +21,7 @@ from graphopt.passes._base import (
     check,
 )
 from graphopt.passes.common_subexpressions import CommonSubexpressions
+from graphopt.passes.constant_folding import ConstantFolding
 from graphopt.passes.dead_code import DeadCode
 from graphopt.passes.gradient_liveness import GradientLiveness, LivenessResult
 from graphopt.passes.layer_walk import COPIES, WEIGHTLESS, LayerDecision, walk_layers
@@ -32,6 +33,7 @@ __all__ = [
     "WEIGHTLESS",
     "Change",
     "CommonSubexpressions",
+    "ConstantFolding",
     "DeadCode",
     "GradientLiveness",
     "LayerDecision",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
+import torch
 from torch import fx
 
 from graphopt.graph.op_rules import bytes_moved, flops, is_pure
@@ -13,6 +15,9 @@ from graphopt.graph.sizes import nbytes
 from graphopt.graph.storages import Storage, kept_for_backward
 from graphopt.graph.training_graph import Draft, Phase, TrainingGraph
 from graphopt.passes._base import Change, PassResult, Refusal, Saving
+
+CONSTANT_PREFIX = "folded_"
+"""Names of the constants that passes make start with this; others may be tensors of the model."""
 
 
 @dataclass
@@ -60,6 +65,17 @@ class Rewriting:
         """A new operator on nodes of the draft, before ``like``; counted to the change that is recorded next."""
         node = self.draft.add(op, *args, like=self.draft.node(like), phase=phase, **kw)
         self._added.append(node)
+        return node
+
+    def add_constant(self, value: torch.Tensor, *, like: fx.Node) -> fx.Node:
+        """A new constant before ``like``, whose type it must have."""
+        constants = self.draft.constants
+        number = next(i for i in count() if f"{CONSTANT_PREFIX}{i}" not in constants)
+        name = f"{CONSTANT_PREFIX}{number}"
+        constants[name] = value
+        with self.draft.graph.inserting_before(self.draft.node(like)):
+            node = self.draft.graph.create_node("get_attr", name, name=name)
+        node.meta = dict(like.meta)
         return node
 
     def replace(self, old: fx.Node, new: fx.Node, what: str) -> None:
@@ -119,10 +135,10 @@ class Rewriting:
     def _saving(self, step: _Step, kept: dict[int, int]) -> Saving:
         evaluate = self.graph.symbols.evaluate
 
-        def count(of: Callable[[fx.Node], Any]) -> int:
+        def total(of: Callable[[fx.Node], Any]) -> int:
             return sum(evaluate(of(n)) for n in step.removed) - sum(evaluate(of(n)) for n in step.added)
 
-        return Saving(count(flops), count(bytes_moved), kept.get(id(step), 0))
+        return Saving(total(flops), total(bytes_moved), kept.get(id(step), 0))
 
     def _kept_savings(self, after: TrainingGraph) -> dict[int, int]:
         """Bytes kept for backward that each step saves; together exactly the difference between the graphs.

@@ -22,6 +22,13 @@ from graphopt.graph.sizes import Expr, expression, nbytes
 from graphopt.graph.storages import is_view, storage_root, viewed
 from graphopt.graph.training_graph import Phase, TrainingGraph
 
+aten = torch.ops.aten
+
+UNDEFINED = {
+    aten.empty, aten.empty_like, aten.empty_strided, aten.empty_permuted, aten.new_empty, aten.new_empty_strided,
+}  # fmt: skip
+"""Operators whose elements are whatever the memory held: two of them are never the same."""
+
 _ORDER = {Phase.INPUT: 0, Phase.FORWARD: 1, Phase.BACKWARD: 2, Phase.UPDATE: 3, Phase.OUTPUT: 4}
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from operator import getitem
 from typing import Any, ClassVar
 
-import torch
 from torch import fx
 
 from graphopt.graph.op_rules import is_pure
@@ -15,14 +14,7 @@ from graphopt.graph.text import operator_text
 from graphopt.graph.training_graph import TrainingGraph
 from graphopt.passes._base import Pass, PassResult, Tier
 from graphopt.passes._rewriting import Rewriting
-from graphopt.passes._storage import Storages, comes_before
-
-aten = torch.ops.aten
-
-UNDEFINED = {
-    aten.empty, aten.empty_like, aten.empty_strided, aten.empty_permuted, aten.new_empty, aten.new_empty_strided,
-}  # fmt: skip
-"""Operators whose elements are whatever the memory held: two of them are never the same."""
+from graphopt.passes._storage import UNDEFINED, Storages, comes_before
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def _random_like(value: Any, special: bool) -> Any:
     made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
     if value.dtype == torch.bool:
         return made.random_(2)
-    if not value.is_floating_point():
+    if not (value.is_floating_point() or value.is_complex()):
         return made.random_(0, 3)
     made.normal_()
     if special and made.numel() > 3:
