@@ -51,16 +51,12 @@ class Case:
         return self.loss(model(*batch[:-1]), batch[-1])
 
 
-def image_batch(
-    size: int, *, channels: int = 3, classes: int = CLASSES
-) -> Callable[[int], tuple[Tensor, ...]]:
+def image_batch(size: int, *, channels: int = 3, classes: int = CLASSES) -> Callable[[int], tuple[Tensor, ...]]:
     """Batches of images, float32 ``(n, channels, size, size)``, and one class each, int64 ``(n,)``."""
     return partial(_images, size=size, channels=channels, classes=classes)
 
 
-def token_batch(
-    length: int, *, vocabulary: int, classes: int = CLASSES
-) -> Callable[[int], tuple[Tensor, ...]]:
+def token_batch(length: int, *, vocabulary: int, classes: int = CLASSES) -> Callable[[int], tuple[Tensor, ...]]:
     """Batches of token sequences, int64 ``(n, length)``, and one class each, int64 ``(n,)``."""
     return partial(_tokens, length=length, vocabulary=vocabulary, classes=classes)
 

@@ -18,9 +18,7 @@ __all__ = ["LoRALinear", "add_lora"]
 class LoRALinear(nn.Module):
     """`base` with a trainable low-rank product beside it: ``(..., in_features) -> (..., out_features)``."""
 
-    def __init__(
-        self, base: nn.Module, in_features: int, out_features: int, *, rank: int, alpha: float
-    ) -> None:
+    def __init__(self, base: nn.Module, in_features: int, out_features: int, *, rank: int, alpha: float) -> None:
         super().__init__()
         self.base = base
         self.scale = alpha / rank
