@@ -28,6 +28,8 @@ from torch.fx.experimental.symbolic_shapes import (
     ShapeEnv,
     StatelessSymbolicContext,
 )
+from torch.optim import optimizer as optimizer_module
+from torch.utils import _foreach_utils, _python_dispatch
 from torch.utils import _pytree as pytree
 
 
@@ -224,3 +226,24 @@ def hint_of(symbol: sympy.Symbol, number: Any) -> float | None:
     hints = number.node.shape_env.backed_var_to_val
     value = hints.get(symbol)
     return None if value is None else (int(value) if value.is_integer and symbol.is_integer else float(value))
+
+
+def default_to_fused_or_foreach(parameters: Sequence[torch.Tensor], *, differentiable: bool) -> tuple[bool, bool]:
+    """``(fused, foreach)``: the implementation that an optimizer without preference takes for ``parameters``."""
+    return optimizer_module._default_to_fused_or_foreach(list(parameters), differentiable, use_fused=False)
+
+
+def device_has_foreach_support(device: torch.device) -> bool:
+    """Whether gradient clipping takes foreach kernels on ``device`` by default."""
+    return _foreach_utils._device_has_foreach_support(device)
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether hooks run before or after ``optimizer.step``, registered on it or on all optimizers."""
+    own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    return any((*own, optimizer_module._global_optimizer_pre_hooks, optimizer_module._global_optimizer_post_hooks))
+
+
+def disable_dispatch_modes() -> AbstractContextManager[Any]:
+    """While active, no dispatch mode sees operators (as inside ``__torch_dispatch__``)."""
+    return _python_dispatch._disable_current_modes()
