@@ -59,6 +59,16 @@ class Timing:
     rounds: int
     calls: int
 
+    def summary(self) -> dict[str, Any]:
+        """The row as `print_table` shows it."""
+        return {
+            "name": self.name,
+            "seconds": self.seconds,
+            "quartiles": f"{self.seconds_low * 1e3:.3f} to {self.seconds_high * 1e3:.3f}",
+            f"ratio to {self.baseline}": self.ratio,
+            "ratio quartiles": f"{self.ratio_low:.3f} to {self.ratio_high:.3f}",
+        }
+
 
 def interleaved(
     candidates: Mapping[str, Callable[[], Any]],
@@ -310,12 +320,12 @@ def _cpu_name() -> str:
 
 
 def print_table(rows: Sequence[Any], *, title: str | None = None, console: Console | None = None) -> None:
-    """Print rows (dicts or dataclasses of the same keys) as a table.
+    """Print rows (`Timing`, or dicts or dataclasses of the same keys) as a table.
 
     A column is formatted by its name: ``...seconds...`` in milliseconds, ``...bytes...`` in MiB, other floats with
     three digits.
     """
-    plain = [_plain(row) for row in rows]
+    plain = [row.summary() if isinstance(row, Timing) else _plain(row) for row in rows]
     keys = list(dict.fromkeys(key for row in plain for key in row))
     table = Table(title=title)
     for key in keys:

@@ -204,6 +204,14 @@ def test_table():
         assert part in text
 
 
+def test_table_of_timings():
+    console = Console(width=100, record=True, file=io.StringIO())
+    measure.print_table([measure.Timing("ours", "eager", 0.5, 0.4, 0.6, 0.7, 0.65, 0.75, 20, 1)], console=console)
+    text = console.export_text()
+    for part in ("ratio to eager", "500.000", "400.000 to 600.000", "0.700", "0.650 to 0.750"):
+        assert part in text
+
+
 def test_json_does_not_depend_on_the_order_of_keys(tmp_path):
     (timing,) = measure.interleaved({"a": lambda: None}, rounds=1)
     measure.write_json(tmp_path / "new" / "one.json", {"b": 1, "a": [timing]})
