@@ -165,7 +165,7 @@ _FAKE_ONLY = (
 class Sizes:
     """Symbolic sizes and other symbolic numbers made anew, and fake tensors over them (for a loaded graph).
 
-    ``symbols`` maps names to sympy symbols. Each symbol is backed by its hint; one without a hint is unbacked.
+    ``symbols`` maps names to sympy symbols. Each is backed by its hint; one without a hint is unbacked.
     """
 
     def __init__(self) -> None:
@@ -179,7 +179,7 @@ class Sizes:
         return self._add(name, hint, positive=True)
 
     def add_number(self, name: str, hint: float | None, python_type: type[int] | type[float]) -> sympy.Symbol:
-        """A new symbol that is no size: a step count, a hyper-parameter; without a hint one that data decides."""
+        """A new symbol that is no size (a step count, a hyper-parameter); without a hint data decides it."""
         if hint is not None:
             return self._add(name, python_type(hint), positive=None)
         env = self._shape_env
@@ -217,13 +217,14 @@ class Sizes:
         self, shape: Sequence[Any], stride: Sequence[Any], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
         """A fake tensor over these sizes. Makes no guard."""
-        with self._mode, self._shape_env.suppress_guards():
-            return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        with self._shape_env.suppress_guards():
+            return FakeTensor(self._mode, torch.empty_strided(shape, stride, dtype=dtype, device="meta"), device)
 
 
 def hint_of(symbol: sympy.Symbol, number: Any) -> float | None:
-    """What ``symbol`` was at capture, as known to a symbolic number that it occurs in; None if only data decides."""
-    hints = number.node.shape_env.backed_var_to_val
+    """What ``symbol`` was at capture, as a symbolic number knows that it occurs in; None if data decides it."""
+    env = number.node.shape_env
+    hints = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val  # torch < 2.13
     value = hints.get(symbol)
     return None if value is None else (int(value) if value.is_integer and symbol.is_integer else float(value))
 
