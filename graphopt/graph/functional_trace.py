@@ -230,6 +230,7 @@ class Recorder:
     def _placeholder(self, input_: Input, val: Any, module: str) -> fx.Node:
         words = ("grad" if input_.kind is InputKind.GRADIENT else "", input_.name, input_.field)
         node = self.graph.placeholder(re.sub(r"\W+", "_", "_".join(filter(None, words))))
+        node.target = node.name  # unique and an identifier
         node.meta.update(val=val, phase=Phase.INPUT, module=module, source="")
         self._inputs[node] = input_
         return node

@@ -307,6 +307,7 @@ def splice(
             continue
         with graph.inserting_after(last) if last is not None else graph.inserting_before(None):
             last = nodes[node] = graph.node_copy(node)
+        last.target = last.name
         added.append((input_, last))
     renamed = {}
     for name, tensor in trace.constants.items():

@@ -395,7 +395,7 @@ def test_splice_behind_a_graph():
     update = trace_update([optimizer], names, mode, trainable=set(names.values()))
     clip = trace_clip(ClipNorm(1.0), {n: p for n, p in model.named_parameters()}, mode)
     graph = fx.Graph()
-    parameters = {n: graph.placeholder("p") for n in names.values()}
+    parameters = {n: graph.placeholder(f"p{i}") for i, n in enumerate(names.values())}
     gradients = {n: graph.call_function(torch.ops.aten.neg.default, (p,)) for n, p in parameters.items()}
     for p, g in zip(parameters.values(), gradients.values(), strict=True):
         p.meta["module"] = g.meta["module"] = ""
@@ -405,6 +405,9 @@ def test_splice_behind_a_graph():
     inputs, outputs = splice(graph, update, gradients=gradients, parameters=parameters, constants=constants)
     graph.output(tuple(n for _, n in outputs))
     graph.lint()
+    fx.GraphModule(constants, graph).recompile()
+    targets = [n.target for n in graph.nodes if n.op == "placeholder"][2:]
+    assert len(set(targets)) == len(targets) and all(t.isidentifier() for t in targets)
     kinds = [n.op for n in graph.nodes]
     assert kinds.index("call_function") > max(i for i, k in enumerate(kinds) if k == "placeholder")
     assert [str(i) for i, _ in clip_inputs] == ["hyper-parameter clip.max_norm"]
