@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from graphopt.errors import BatchError, CaptureError, GraphoptError
+from graphopt.graph.assemble import with_update
 from graphopt.graph.batch import BatchLayout, ModelLoss, flatten
 from graphopt.graph.provenance import Provenance
 from graphopt.graph.sizes import Symbols
@@ -94,9 +95,7 @@ def capture(
     )  # fmt: skip
     if optimizer is None and clip is None and accumulate == 1:
         return captured.graph
-    from graphopt.graph.update import with_update
-
-    return with_update(captured.graph, model, optimizer, clip=clip, accumulated=accumulate > 1)
+    return with_update(captured.graph, model, optimizer, clip=clip, accumulated=accumulate > 1).graph
 
 
 def capture_step(

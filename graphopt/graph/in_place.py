@@ -26,10 +26,12 @@ _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
 @dataclass(frozen=True)
 class InPlace:
     """Decisions for one graph. ``calls``: operators replaced by their in-place form. ``same``: values that are, after
-    such a call, the very tensor of another value. ``copies``: (input, new value) pairs left to copy at the end."""
+    such a call, the very tensor of another value. ``void``: lists of such values, which do not exist when the graph runs.
+    ``copies``: (input, new value) pairs left to copy at the end."""
 
     calls: dict[fx.Node, Any] = field(default_factory=dict)
     same: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    void: set[fx.Node] = field(default_factory=set)
     copies: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
 
     def resolve(self, node: fx.Node) -> fx.Node:
@@ -60,8 +62,8 @@ def decide(graph: TrainingGraph) -> InPlace:
             root = storage_root(homes[root])
         return root
 
-    def writable(operand: fx.Node, result: fx.Node | None, node: fx.Node) -> bool:
-        if last_read.get(storage_root(operand), 0) > position[node] or result in returned:
+    def writable(operand: fx.Node, results: list[fx.Node], node: fx.Node) -> bool:
+        if last_read.get(storage_root(operand), 0) > position[node] or not returned.isdisjoint(results):
             return False
         root = root_of(operand)
         if root.op == "placeholder":
@@ -71,11 +73,15 @@ def decide(graph: TrainingGraph) -> InPlace:
     for node in graph.graph.nodes:
         form = _in_place_form(node) if node.op == "call_function" else None
         pairs = list(_pairs(node)) if form is not None else []
-        legal = all(writable(o, r, node) and (r is None or _alike(o, r)) for o, r in pairs)
+        legal = all(writable(o, found, node) and all(_alike(o, r) for r in found) for o, found in pairs)
         if pairs and legal and len({root_of(operand) for operand, _ in pairs}) == len(pairs):
             decisions.calls[node] = form
-            for operand, result in pairs:
-                if result is not None:
+            parts = [node, *(user for user in node.users if user.target is getitem)]
+            decisions.void.update(p for p in parts if isinstance(p.meta["val"], list))
+            if node.target is not _BATCH_NORM and isinstance(node.meta["val"], tuple):
+                decisions.void.add(node)
+            for operand, found in pairs:
+                for result in found:
                     homes[result] = operand
                     if result is not node:
                         decisions.same[result] = operand
@@ -100,20 +106,22 @@ def _destinations(graph: TrainingGraph) -> tuple[dict[fx.Node, fx.Node], set[fx.
     return destination, returned
 
 
-def _pairs(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node | None]]:
-    """(operand, result) for every operand that the in-place form of ``node`` writes."""
-    slots = _written(node)
-    parts = {u.args[1]: u for u in node.users if u.target is getitem}
+def _pairs(node: fx.Node) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+    """(operand, results that are it afterwards) for every operand that the in-place form of ``node`` writes."""
     several = len(node.target._schema.returns) > 1 if isinstance(node.target, torch._ops.OpOverload) else False
-    for slot, argument in slots:
+    for slot, argument in _written(node):
         operand = node.args[argument]
-        part = parts.get(slot) if several else node
+        parts = _elements([node], slot) if several else [node]
         if isinstance(operand, fx.Node):
-            yield operand, part
+            yield operand, parts
         elif isinstance(operand, (list, tuple)):
-            elements = {u.args[1]: u for u in part.users if u.target is getitem} if part is not None else {}
             for index, element in enumerate(operand):
-                yield element, elements.get(index)
+                yield element, _elements(parts, index)
+
+
+def _elements(lists: list[fx.Node], index: int) -> list[fx.Node]:
+    """The nodes that take element ``index`` of one of ``lists``."""
+    return [user for part in lists for user in part.users if user.target is getitem and user.args[1] == index]
 
 
 def _in_place_form(node: fx.Node) -> Any:

@@ -26,7 +26,7 @@ _IN_TORCH = frozenset(
     _foreach_abs _foreach_add _foreach_add_ _foreach_addcdiv _foreach_addcdiv_ _foreach_addcmul _foreach_addcmul_
     _foreach_div _foreach_div_ _foreach_lerp _foreach_lerp_ _foreach_mul _foreach_mul_ _foreach_neg _foreach_neg_
     _foreach_norm _foreach_sqrt _foreach_sqrt_ _foreach_sub _foreach_sub_ _fused_adagrad_ _fused_adam_ _fused_adamw_
-    _fused_sgd_ _log_softmax _native_batch_norm_legit _softmax abs add addcdiv addcdiv_ addcmul addcmul_ addmm
+    _fused_sgd_ t _log_softmax _native_batch_norm_legit _softmax abs add addcdiv addcmul addmm
     baddbmm bernoulli bmm convolution cos div embedding erf exp full full_like gt le lerp log lt mm mul
     native_dropout native_group_norm native_layer_norm neg permute pow relu rsqrt select sigmoid sin sqrt sub tanh
     transpose unsqueeze where zeros_like
@@ -34,7 +34,7 @@ _IN_TORCH = frozenset(
 )
 """Operators called as ``torch.<name>``: the binding takes the schema's own arguments in order."""
 
-_IN_TENSOR = frozenset(["add_", "clone", "div_", "expand", "mul_", "sqrt_", "sub_", "sum", "view"])
+_IN_TENSOR = frozenset(["add_", "addcdiv_", "addcmul_", "lerp_", "clone", "div_", "expand", "mul_", "sqrt_", "sub_", "sum", "view"])
 """Operators called as ``torch.Tensor.<name>``."""
 
 _WRITTEN = {OutputKind.PARAMETER, OutputKind.STATE, OutputKind.BUFFER}
@@ -112,7 +112,8 @@ class _Emitter:
     def line(self, node: fx.Node) -> str:
         if node.op == "get_attr":
             return f"{self.name(node)} = {self.global_name('constant', self.graph.constants[str(node.target)])}"
-        if node in self.decisions.same:
+        void = node in self.decisions.void
+        if node in self.decisions.same or (void and node.target is getitem):
             return ""
         if node.target is getitem:
             source, index = node.args
@@ -123,7 +124,7 @@ class _Emitter:
         arguments = [self.value(a) for a in node.args]
         arguments += [f"{k}={self.value(v)}" for k, v in node.kwargs.items()]
         call = f"{self.global_name(getattr(target, '__name__', 'f'), binding(target))}({', '.join(arguments)})"
-        return f"{self.name(node)} = {call}" if node.users else call
+        return f"{self.name(node)} = {call}" if node.users and not void else call
 
     def name(self, node: fx.Node) -> str:
         name = self.decisions.resolve(node).name
@@ -162,7 +163,7 @@ class _Emitter:
         keep |= {self.decisions.resolve(v) for _, v in self.decisions.copies}
         dying: dict[fx.Node, list[str]] = defaultdict(list)
         for value, node in last.items():
-            if value.op == "call_function" and value not in keep and value is not node:
+            if value.op == "call_function" and value not in keep and value not in self.decisions.void:
                 dying[node].append(self.name(value))
         return dying
 

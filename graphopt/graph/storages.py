@@ -45,12 +45,15 @@ def viewed(node: fx.Node) -> fx.Node:
 
 
 def storage_root(node: fx.Node) -> fx.Node:
-    """The node that made the storage ``node`` lives in. Elements of a multi-output operator are their own roots
-    (``getitem`` nodes), except where the operator returns views (``split``)."""
+    """The node that made the storage ``node`` lives in. Elements of an operator with several results are their own
+    roots (``getitem`` nodes, also of lists in tuples), except where the operator returns views (``split``)."""
     while is_view(node):
-        if node.target is getitem and not is_view(viewed(node)):
+        maker = node
+        while maker.target is getitem:
+            maker = viewed(maker)
+        if maker is not node and not is_view(maker):
             return node
-        node = viewed(node)
+        node = viewed(maker)
     return node
 
 

@@ -120,20 +120,23 @@ def output_mask(node: fx.Node) -> OutputMask | None:
     return None
 
 
-def with_output_mask(node: fx.Node, new_mask: Sequence[bool]) -> None:
+def with_output_mask(node: fx.Node, new_mask: Sequence[bool]) -> tuple[bool, ...]:
     """Set the output mask of a draft's node in place, and its metadata: a result that is off is None.
 
-    Raises ValueError if the operator has no output mask, another length, or if a result that was off is turned on.
+    Returns the mask that was set: a result that the kernel cannot leave out (`OpRule.stays`) stays on. Raises
+    ValueError if the operator has no output mask, another length, or if a result that was off is turned on.
     """
-    mask = output_mask(node)
+    mask, found = output_mask(node), rule(node)
     if mask is None or len(mask.value) != len(new_mask):
         raise ValueError(f"{node.format_node()} has no output mask of {len(new_mask)} results")
     if any(new and not old for new, old in zip(new_mask, mask.value)):
-        raise ValueError(
-            f"{node.format_node()}: {list(new_mask)} turns a result on that was off: {list(mask.value)}"
-        )
-    set_operand(node, mask.name, [bool(m) for m in new_mask])
-    node.meta["val"] = tuple(v if m else None for v, m in zip(node.meta["val"], new_mask, strict=True))
+        raise ValueError(f"{node.format_node()}: {list(new_mask)} turns on what is off in {list(mask.value)}")
+    given = arguments(node)
+    stays = [bool(i in found.stays and found.stays[i](given)) if found else False for i in range(len(new_mask))]
+    chosen = tuple(old and bool(new or stay) for old, new, stay in zip(mask.value, new_mask, stays))
+    set_operand(node, mask.name, list(chosen))
+    node.meta["val"] = tuple(v if m else None for v, m in zip(node.meta["val"], chosen, strict=True))
+    return chosen
 
 
 def is_random(node: fx.Node) -> bool:
