@@ -67,10 +67,8 @@ def random(data: st.DataObject, *shape: int, dtype: torch.dtype = torch.float32)
 
 
 @given(st.data(), masks3, st.booleans(), st.sampled_from([torch.float32, torch.float64, torch.bfloat16]))
-@settings(max_examples=100)
-def test_convolution_backward(
-    data: st.DataObject, mask: list[bool], transposed: bool, dtype: torch.dtype
-) -> None:
+@settings(max_examples=4 * settings().max_examples)
+def test_convolution_backward(data: st.DataObject, mask: list[bool], transposed: bool, dtype: torch.dtype) -> None:
     space = data.draw(st.integers(1, 3))
     each = lambda low, high: [data.draw(st.integers(low, high)) for _ in range(space)]
     groups, n = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
@@ -106,7 +104,7 @@ def test_beta_of_zero_ignores_the_summand(data: st.DataObject, m: int, k: int, n
 
 
 @given(st.data(), masks3, st.booleans(), st.booleans())
-@settings(max_examples=60)
+@settings(max_examples=2 * settings().max_examples)
 def test_batch_norm_backward(data: st.DataObject, mask: list[bool], train: bool, affine: bool) -> None:
     n, c = data.draw(st.integers(2, 4)), data.draw(sizes)
     space = [data.draw(sizes) for _ in range(data.draw(st.integers(0, 3)))]
@@ -115,9 +113,7 @@ def test_batch_norm_backward(data: st.DataObject, mask: list[bool], train: bool,
     mask = [mask[0], mask[1] and affine, mask[2] and affine]
     assume(any(mask))
     running, saved = (torch.randn(c), torch.rand(c) + 0.5), (torch.randn(c), torch.rand(c) + 0.5)
-    assert_reads(
-        aten.native_batch_norm_backward.default, gradient, x, weight, *running, *saved, train, 1e-5, mask
-    )
+    assert_reads(aten.native_batch_norm_backward.default, gradient, x, weight, *running, *saved, train, 1e-5, mask)
     if affine:
         reserve = torch.empty(0, dtype=torch.uint8)
         arguments = (gradient, x, weight, *running, *saved, train, 1e-5, mask, reserve)
@@ -133,16 +129,16 @@ def test_layer_norm_backward(data: st.DataObject, mask: list[bool], weighted: bo
     mask = [mask[0], mask[1] and weighted, mask[2] and biased]
     assume(any(mask))
     saved = torch.randn(rows, 1), torch.rand(rows, 1) + 0.5
-    assert_reads(
-        aten.native_layer_norm_backward.default, gradient, x, [features], *saved, weight, bias, mask
-    )
+    assert_reads(aten.native_layer_norm_backward.default, gradient, x, [features], *saved, weight, bias, mask)
 
 
 @given(st.data(), masks3, st.booleans())
 def test_group_norm_backward(data: st.DataObject, mask: list[bool], affine: bool) -> None:
     groups, n, pixels = data.draw(st.integers(1, 3)), data.draw(sizes), data.draw(st.integers(2, 9))
     c = groups * data.draw(st.integers(1, 3))
-    gradient, x = random(data, n, c, pixels, 2), random(data, n, c, pixels, 2)
+    # autograd calls the operator with dense operands only
+    dense = st.sampled_from(["contiguous", "channels_last"])
+    gradient, x = (with_layout(torch.randn(n, c, pixels, 2), data.draw(dense)) for _ in range(2))
     weight = torch.randn(c) if affine else None
     mask = [mask[0], mask[1] and affine, mask[2] and affine]
     assume(any(mask))
@@ -157,10 +153,8 @@ def test_group_norm_backward(data: st.DataObject, mask: list[bool], affine: bool
 
 
 @given(st.data(), st.integers(2, 3), st.integers(1, 3), st.integers(1, 2), st.booleans(), st.booleans())
-@settings(max_examples=50)
-def test_pooling_backward(
-    data: st.DataObject, space: int, kernel: int, stride: int, ceil: bool, batched: bool
-) -> None:
+@settings(max_examples=2 * settings().max_examples)
+def test_pooling_backward(data: st.DataObject, space: int, kernel: int, stride: int, ceil: bool, batched: bool) -> None:
     shape = [data.draw(st.integers(6, 8)) for _ in range(space)]
     draw = random if batched else lambda data, *shape: torch.randn(shape)  # no layouts without a batch
     x = draw(data, *([2] if batched else []), 3, *shape)
@@ -228,9 +222,8 @@ def test_nll_loss_backward(data: st.DataObject, reduction: int, weighted: bool, 
     # with space the kernel wants a contiguous gradient, and makes it like `self`
     x, target = torch.randn(n, c, *space) if spatial else random(data, n, c), torch.randint(0, c, (n, *space))
     weight = torch.rand(c) + 0.5 if weighted else None
-    forward, backward = (
-        (aten.nll_loss2d_forward, aten.nll_loss2d_backward) if spatial else (aten.nll_loss_forward, aten.nll_loss_backward)
-    )  # fmt: skip
+    forward = aten.nll_loss2d_forward if spatial else aten.nll_loss_forward
+    backward = aten.nll_loss2d_backward if spatial else aten.nll_loss_backward
     out, total = forward(x, target, weight, reduction, -100)
     assert_reads(backward.default, torch.randn(out.shape), x, target, weight, reduction, -100, total)
 

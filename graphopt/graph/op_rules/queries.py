@@ -199,9 +199,7 @@ def linear_sets(node: fx.Node) -> tuple[frozenset[str], ...]:
 
 def linear_in(node: fx.Node) -> frozenset[str]:
     """Operands in each of which the operator is linear while the others stay fixed."""
-    return frozenset(
-        name for alternative in linear_sets(node) if len(alternative) == 1 for name in alternative
-    )
+    return frozenset(name for alternative in linear_sets(node) if len(alternative) == 1 for name in alternative)
 
 
 def zero_if(node: fx.Node, zero: frozenset[fx.Node] | set[fx.Node]) -> bool:
