@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -13,7 +13,7 @@ from torch import fx
 from graphopt.graph.op_rules import bytes_moved, flops, is_pure
 from graphopt.graph.sizes import nbytes
 from graphopt.graph.storages import Storage, kept_for_backward
-from graphopt.graph.training_graph import Draft, Phase, TrainingGraph
+from graphopt.graph.training_graph import Draft, TrainingGraph
 from graphopt.passes._base import Change, PassResult, Refusal, Saving
 
 CONSTANT_PREFIX = "folded_"
@@ -61,9 +61,12 @@ class Rewriting:
             node = self._replaced[node]
         return self.draft.node(node) if node.graph is self.graph.graph else node
 
-    def add(self, op: Callable[..., Any], *args: Any, like: fx.Node, phase: Phase | None = None, **kw: Any) -> fx.Node:
-        """A new operator on nodes of the draft, before ``like``; counted to the change that is recorded next."""
-        node = self.draft.add(op, *args, like=self.draft.node(like), phase=phase, **kw)
+    def add(self, op: Callable[..., Any], *args: Any, like: fx.Node, before: fx.Node) -> fx.Node:
+        """A new operator on nodes of the draft, counted to the change that is recorded next.
+
+        It stands before ``before`` and has the place in the model and the phase of ``like``, nodes of the original.
+        """
+        node = self.draft.add(op, *args, like=self.draft.node(like), before=self.draft.node(before))
         self._added.append(node)
         return node
 
@@ -78,12 +81,15 @@ class Rewriting:
         node.meta = dict(like.meta)
         return node
 
-    def replace(self, old: fx.Node, new: fx.Node, what: str) -> None:
-        """Let readers of ``old`` read ``new`` (of the original graph or of the draft), and remove ``old``."""
+    def replace(self, old: fx.Node, new: fx.Node, what: str, *, also: Sequence[fx.Node] = ()) -> None:
+        """Let readers of ``old`` read ``new`` (of the original graph or of the draft), and remove ``old``.
+
+        ``also``: operators without readers that go with it.
+        """
         target = self.at(new)
         self.at(old).replace_all_uses_with(target)
         self._replaced[old] = new
-        self._record(_Step(what, old, removed=[old], reads=target))
+        self._record(_Step(what, old, removed=[old, *also], reads=target))
 
     def read_through(self, node: fx.Node, new: fx.Node, what: str) -> None:
         """Let ``node`` read ``new`` as its first argument."""

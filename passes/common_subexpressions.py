@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from operator import getitem
 from typing import Any, ClassVar
 
+import torch
 from torch import fx
 
 from graphopt.graph.op_rules import is_pure
@@ -24,7 +25,8 @@ class CommonSubexpressions(Pass):
     Legal because a pure operator on the same tensors and numbers gives the same bits. Never merged: random
     operators, operators that are not pure, and those that leave memory undefined (``empty``). Numbers are compared
     with their type and sign, since ``1``, ``1.0`` and ``True``, and ``0.0`` and ``-0.0``, are equal in Python
-    but not to an operator.
+    but not to an operator. Symbolic sizes are the same number where their expressions are equal: the graph is only
+    valid for sizes that keep them so.
 
     Refused, with the reason:
 
@@ -88,6 +90,9 @@ def _key(node: fx.Node, same: dict[fx.Node, fx.Node]) -> Hashable:
             return tuple((k, of(v)) for k, v in sorted(value.items()))
         return type(value), value.hex() if isinstance(value, float) else value
 
+    value = node.meta.get("val")
+    if isinstance(value, torch.SymInt):
+        return torch.SymInt, value.node.expr
     return node.op, node.target, of(node.args), of(node.kwargs)
 
 

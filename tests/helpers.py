@@ -113,8 +113,10 @@ def body(graph: TrainingGraph) -> str:
 
 def run(graph: TrainingGraph, values: Sequence[Any]) -> tuple[Any, ...]:
     """The outputs of a graph, computed operator by operator."""
-    root = {name: value.clone() for name, value in graph.constants.items()}
-    return fx.Interpreter(fx.GraphModule(root, graph.graph)).run(*values)
+    root = torch.nn.Module()
+    for name, value in graph.constants.items():
+        root.register_buffer(name, value.clone())
+    return fx.Interpreter(root, graph=graph.graph).run(*values)
 
 
 def random_values(graph: TrainingGraph, *, special: bool = True) -> list[Any]:
