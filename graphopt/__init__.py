@@ -34,19 +34,27 @@ from graphopt.errors import (  # noqa: E402  (the check above must come before a
     VerificationError,
 )
 from graphopt.graph.capture import capture  # noqa: E402
+from graphopt.graph.hyper_parameters import ClipNorm, ClipValue  # noqa: E402
 from graphopt.graph.training_graph import TrainingGraph  # noqa: E402
+from graphopt.plan import Plan  # noqa: E402
+from graphopt.step import TrainingStep, optimize  # noqa: E402
 
 __all__ = [
     "BatchError",
     "CaptureError",
+    "ClipNorm",
+    "ClipValue",
     "GraphoptError",
     "GraphoptWarning",
     "LoadError",
     "OptimizerError",
     "PassError",
+    "Plan",
     "StaleGraphError",
     "TrainingGraph",
+    "TrainingStep",
     "VerificationError",
     "__version__",
     "capture",
+    "optimize",
 ]

@@ -150,6 +150,8 @@ class Storages:
     def _keeps_more(self, old: fx.Node, old_root: fx.Node, new_root: fx.Node) -> bool:
         """Whether the merge would keep more bytes of forward for backward."""
         forward = new_root.op == "call_function" and new_root.meta.get("phase") == Phase.FORWARD
+        if not isinstance(new_root.meta.get("val"), torch.Tensor):
+            return False  # numbers take no memory
         if not forward or new_root in self._kept:
             return False
         if old_root.meta.get("phase") == Phase.BACKWARD:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -191,8 +191,7 @@ class _Work:
         assert form is not None
         key = self._mask_key(use)
         if key not in self._masks:
-            in_forward = partial(self.draft.add, like=use.value, after=use.value, phase=Phase.FORWARD)
-            mask = form.mask(in_forward, use.reader)
+            mask = form.mask(self._adder_behind(use.value), use.reader)
             if self.pack:
                 mask = self.draft.add(pack_mask, mask, like=mask, after=mask)
             self._masks[key] = mask
@@ -201,6 +200,17 @@ class _Work:
             mask = self.draft.add(unpack_mask, mask, operand(use.reader, "grad_output"), like=use.reader)
         made = form.apply(partial(self.draft.add, like=use.reader), use.reader, mask)
         self.draft.replace(use.reader, made)
+
+    def _adder_behind(self, value: fx.Node) -> Callable[..., fx.Node]:
+        """Adds operators of the forward one behind the other, the first right behind ``value``."""
+        last = value
+
+        def add(op: Callable[..., Any], *args: Any) -> fx.Node:
+            nonlocal last
+            last = self.draft.add(op, *args, like=value, after=last, phase=Phase.FORWARD)
+            return last
+
+        return add
 
     def _mask_key(self, use: _Use) -> Any:
         """Uses with equal keys share a mask."""

@@ -21,7 +21,7 @@ ModelLoss = "model"
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """What a batch looks like: nesting, names, constants, and each tensor's dtype, device and shape.
+    """What a batch looks like: nesting, names, constants, and each tensor's dtype, device, shape and strides.
 
     Hashable: two batches with equal layouts and equal batch sizes run by the same graph. The batch size is the
     leading size of the first tensor; every tensor with that leading size shares it (``batched``).
@@ -33,6 +33,7 @@ class BatchLayout:
     dtypes: tuple[torch.dtype, ...]
     devices: tuple[torch.device, ...]
     shapes: tuple[tuple[int | None, ...], ...]  # None: the batch size
+    strides: tuple[tuple[int, ...], ...]
     requires_grad: tuple[bool, ...]
 
     @property
@@ -79,6 +80,7 @@ def flatten(batch: Any) -> tuple[list[torch.Tensor], BatchLayout, int]:
         dtypes=tuple(t.dtype for t in tensors),
         devices=tuple(t.device for t in tensors),
         shapes=shapes,
+        strides=tuple(t.stride() for t in tensors),
         requires_grad=tuple(t.requires_grad for t in tensors),
     )
     return tensors, layout, size

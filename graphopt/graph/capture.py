@@ -9,7 +9,7 @@ for bit), and describes every input and output.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -124,25 +124,46 @@ def capture_step(
             raise CaptureError(f"gradients: {sorted(unknown)} are no parameters of the model")
     tensors = [_with_gradient(t, backward and (gradients == "all" or t.requires_grad)) for t in tensors]
 
-    # A symbolic capture first; where that fails (a model that needs to know its batch size) a fixed one.
-    attempts = [(tensors, symbolic) for symbolic in ([True, False] if size > 1 else [False])]
-    if gradients == "all":  # some operators refuse a gradient for an input that never needs one
-        attempts += [([t.detach() for t in tensors], symbolic) for _, symbolic in list(attempts)]
-    failure: Exception | None = None
-    for attempt, symbolic in attempts:
+    failure: GraphoptError | None = None
+    for attempt in _attempts(size, gradients == "all"):
         provenance = Provenance(model)
         module = StepModule(model, layout, loss, trainable, provenance, accumulate)
+        given = tensors if attempt.batch_gradients else [t.detach() for t in tensors]
         try:
             with unchanged(model), provenance.recording(), torch.enable_grad(), _no_autocast(module):
-                joint = export_joint(module, attempt, layout.batched, symbolic=symbolic)
+                joint = export_joint(
+                    module, given, layout.batched, symbolic=attempt.symbolic, compiling=attempt.compiling
+                )
             graph = _training_graph(joint, module, layout, size)
             return Captured(graph, layout, module.output_spec, tuple(module.output_constants))
         except GraphoptError:
             raise
-        except Exception as error:  # the model's own code ran: any exception is possible, all are re-raised below
+        except Exception as error:  # the model's own code ran: any exception is possible, the first is raised below
             failure = failure or _explained(error, provenance, model, tensors, layout, loss)
+            if isinstance(failure, BatchError):
+                break
     assert failure is not None
     raise failure
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One way to trace. ``compiling``: the model's code is told that it is being compiled, so that it leaves out what
+    asks for the values of tensors (the mask checks of transformers)."""
+
+    symbolic: bool
+    compiling: bool = False
+    batch_gradients: bool = True
+
+
+def _attempts(size: int, all_gradients: bool) -> list[_Attempt]:
+    """The plain trace with a symbolic batch first; what could make a failed one succeed after it: telling the model
+    that it is compiled, a fixed batch size, no gradients of batch tensors (some operators refuse to give any)."""
+    symbolic = [True, False] if size > 1 else [False]
+    attempts = [_Attempt(s, compiling) for s in symbolic for compiling in (False, True)]
+    if all_gradients:
+        attempts += [replace(attempt, batch_gradients=False) for attempt in attempts]
+    return attempts
 
 
 def _check_arguments(model: Any, loss: Any, accumulate: int) -> None:

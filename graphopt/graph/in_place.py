@@ -20,6 +20,16 @@ from graphopt.graph.training_graph import OutputKind, Phase, TrainingGraph
 
 _NEW_VALUES = {OutputKind.PARAMETER, OutputKind.STATE, OutputKind.BUFFER}
 
+
+def overwritten(graph: TrainingGraph) -> list[fx.Node | None]:
+    """For each output the input whose new value it is; None for what is returned (also state made by this step)."""
+    inputs = {(i.kind.value, i.name, i.field): n for i, n in zip(graph.inputs, graph.placeholders, strict=True)}
+    return [
+        inputs.get((o.kind.removeprefix("new "), o.name, o.field)) if o.kind in _NEW_VALUES else None
+        for o in graph.outputs
+    ]
+
+
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
 
 
@@ -93,15 +103,12 @@ def decide(graph: TrainingGraph) -> InPlace:
 
 def _destinations(graph: TrainingGraph) -> tuple[dict[fx.Node, fx.Node], set[fx.Node]]:
     """For each input that the step overwrites its new value; and all values that are returned besides."""
-    inputs = {(i.kind.value, i.name, i.field): n for i, n in zip(graph.inputs, graph.placeholders, strict=True)}
     destination: dict[fx.Node, fx.Node] = {}
     returned: set[fx.Node] = set()
-    for output, value in zip(graph.outputs, graph.results, strict=True):
-        if value is None:
-            continue
-        if output.kind in _NEW_VALUES:
-            destination[inputs[output.kind.removeprefix("new "), output.name, output.field]] = value
-        else:
+    for input_, value in zip(overwritten(graph), graph.results, strict=True):
+        if value is not None and input_ is not None:
+            destination[input_] = value
+        elif value is not None:
             returned.add(value)
     return destination, returned
 

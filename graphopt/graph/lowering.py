@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.graph.in_place import InPlace, decide
-from graphopt.graph.training_graph import Output, OutputKind, TrainingGraph
+from graphopt.graph.in_place import InPlace, decide, overwritten
+from graphopt.graph.training_graph import Output, TrainingGraph
 
 _IN_TORCH = frozenset(
     """
@@ -36,8 +36,6 @@ _IN_TORCH = frozenset(
 
 _IN_TENSOR = frozenset(["add_", "addcdiv_", "addcmul_", "lerp_", "clone", "div_", "expand", "mul_", "sqrt_", "sub_", "sum", "view"])
 """Operators called as ``torch.Tensor.<name>``."""
-
-_WRITTEN = {OutputKind.PARAMETER, OutputKind.STATE, OutputKind.BUFFER}
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def lower(graph: TrainingGraph, *, in_place: bool = True) -> Lowered:
     """Lower ``graph`` to flat Python. With ``in_place=False`` nothing is written and every output is returned."""
     decisions = decide(graph) if in_place else InPlace()
     emitter = _Emitter(graph, decisions)
-    returned = [i for i, o in enumerate(graph.outputs) if not (in_place and o.kind in _WRITTEN)]
+    returned = [i for i, input_ in enumerate(overwritten(graph)) if input_ is None or not in_place]
     code = emitter.function([graph.results[i] for i in returned])
     name = f"<graphopt step {next(_numbers)}>"
     linecache.cache[name] = (len(code), None, code.splitlines(keepends=True), name)  # readable tracebacks

@@ -59,7 +59,7 @@ class StepModule(nn.Module):
             for device, dtype in self.autocast:
                 stack.enter_context(torch.autocast(device, dtype=dtype))
             state = {f"model.{name}": tensor for name, tensor in given.items()}
-            result = torch.func.functional_call(_Runner(self.model, self.loss), state, (batch,))
+            result = torch.func.functional_call(ModelWithLoss(self.model, self.loss), state, (batch,))
             for (
                 name
             ) in self.buffer_names.values():  # `self.count = self.count + 1`: a new tensor in place of the buffer
@@ -94,7 +94,7 @@ class StepModule(nn.Module):
         return tuple(outputs)
 
 
-class _Runner(nn.Module):
+class ModelWithLoss(nn.Module):
     """A module around the model, so that `torch.func.functional_call` reaches model and loss in one call."""
 
     def __init__(self, model: nn.Module, loss: Callable[..., Any] | str | None):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,12 +68,12 @@ class ExportedJoint:
 
 
 def export_joint(
-    module: nn.Module, tensors: Sequence[torch.Tensor], batched: Sequence[bool], *, symbolic: bool
+    module: nn.Module, tensors: Sequence[torch.Tensor], batched: Sequence[bool], *, symbolic: bool, compiling: bool
 ) -> ExportedJoint:
     """Trace forward and backward of ``module`` on flat tensors by `aot_export_joint_with_descriptors`.
 
     With ``symbolic`` the first dimension of each ``batched`` tensor is one symbol; ``guards`` are what the trace
-    assumed of it. Parameters of ``module`` and tensors that require grad get gradients; with none the graph is the
+    assumed of it. With ``compiling``, ``torch.compiler.is_compiling()`` is true meanwhile. Parameters of ``module`` and tensors that require grad get gradients; with none the graph is the
     forward alone. Source: torch/_functorch/aot_autograd.py.
     """
     shape_env = ShapeEnv(duck_shape=False)
@@ -89,6 +89,7 @@ def export_joint(
     for other in leading[1:]:
         torch._check(other.shape[0] == leading[0].shape[0])
     with ExitStack() as stack:
+        stack.enter_context(_compiling_flag(compiling))
         joint = aot_export_joint_with_descriptors(stack, module, tuple(fakes))
     graph = joint.graph_module.graph
     inputs = tuple(_input_words(n.meta["desc"]) for n in graph.nodes if n.op == "placeholder")
@@ -97,6 +98,16 @@ def export_joint(
     if not isinstance(symbol, sympy.Symbol):
         symbol = None
     return ExportedJoint(joint.graph_module, inputs, outputs, symbol, _guards(shape_env, symbol))
+
+
+@contextmanager
+def _compiling_flag(value: bool) -> Iterator[None]:
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = value or before
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 def _guards(shape_env: ShapeEnv, symbol: sympy.Symbol | None) -> tuple[sympy.Basic, ...]:

@@ -349,7 +349,8 @@ class Draft:
         try:
             self.graph.lint()
         except RuntimeError as error:
-            raise PassError(f"the rewritten graph is not well formed: {error}") from error
+            first_line = str(error).partition("\n")[0]
+            raise PassError(f"the rewritten graph is not well formed: {first_line}") from error
         for node in self.graph.nodes:
             if node.op == "call_function" and ("val" not in node.meta or "phase" not in node.meta):
                 raise PassError(f"{node.format_node()} has no metadata; make nodes with Draft.add")

@@ -1,0 +1,220 @@
+"""The flat scheme: the captured and optimised graph as straight-line code without autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any, ClassVar
+
+import torch
+
+from graphopt.graph.assemble import WholeStep, with_update
+from graphopt.graph.batch import BatchLayout
+from graphopt.graph.capture import capture_step
+from graphopt.graph.hyper_parameters import hyper_reader
+from graphopt.graph.lowering import Lowered, lower
+from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
+from graphopt.passes import GradientLiveness, LivenessResult, Pass, PassResult, Pipeline
+from graphopt.schemes.base import Prepared, Runner, Scheme
+from graphopt.schemes.eager import clear_gradients
+from graphopt.schemes.task import Task
+
+
+@dataclass(frozen=True)
+class CapturedStep:
+    """A task's step for one batch layout as optimised graphs.
+
+    ``whole`` is the graph of a step with its update (or up to the gradients, where the optimizers stay outside);
+    ``part`` that of a batch whose gradients are only accumulated. ``before`` is the graph as captured, ``result`` what
+    the passes did to it. Seconds are those of capture and passes.
+    """
+
+    whole: WholeStep
+    part: TrainingGraph | None
+    before: TrainingGraph
+    result: PassResult
+    seconds: float
+
+    @property
+    def graph(self) -> TrainingGraph:
+        """The optimised graph of a whole step."""
+        return self.whole.graph
+
+    def admits(self, size: int) -> bool:
+        """Whether the graphs are valid for a batch of ``size``."""
+        return self.graph.symbols.admits({"batch": size})
+
+
+def capture_task(task: Task, batch: Any, passes: Sequence[Pass]) -> CapturedStep:
+    """Capture a task's step and run the passes on it. Errors as `graphopt.capture`."""
+    start = perf_counter()
+    captured = capture_step(task.model, batch, loss=task.loss or "model", accumulate=task.accumulate)
+    part = None
+    if task.accumulate > 1:
+        part = Pipeline(passes)(GradientLiveness(trainable=_wanted(task, captured.graph))(captured.graph)).graph
+    whole = with_update(
+        captured.graph, task.model, task.optimizers, clip=task.clip, accumulated=task.accumulate > 1
+    )
+    liveness = _liveness(task, whole)
+    result = Pipeline(passes)(liveness)
+    if isinstance(liveness, LivenessResult):
+        result = LivenessResult(result.graph, result.changes, result.refusals, liveness.layers)
+    return CapturedStep(
+        replace(whole, graph=result.graph), part, whole.graph, result, perf_counter() - start
+    )
+
+
+def _liveness(task: Task, whole: WholeStep) -> LivenessResult:
+    """Gradient liveness by what this task reads."""
+    gradients = [o.name for o in whole.graph.outputs if o.kind is OutputKind.GRADIENT]
+    parameters = whole.graph.input_nodes(InputKind.PARAMETER)
+    keep = [n for n in gradients if n in parameters] if task.keep_grads or not task.optimizers else []
+    if whole.outside:
+        keep = keep or _wanted(task, whole.graph)
+        return GradientLiveness(trainable=keep)(whole.graph)
+    return GradientLiveness(keep=keep)(whole.graph)
+
+
+def _wanted(task: Task, graph: TrainingGraph) -> list[str]:
+    """Names of the parameters whose gradient this task reads."""
+    gradients = {o.name for o in graph.outputs if o.kind is OutputKind.GRADIENT}
+    owned = {id(p) for o in task.optimizers for g in o.param_groups for p in g["params"]}
+    every = task.keep_grads or not task.optimizers or task.clip is not None
+    return [n for n, p in task.model.named_parameters() if n in gradients and (every or id(p) in owned)]
+
+
+@dataclass(frozen=True)
+class Flat(Scheme):
+    """One straight-line Python function of ATen calls: no autograd, no module dispatch, memory freed at last use."""
+
+    name: ClassVar[str] = "flat"
+
+    def lowered(self, graph: TrainingGraph) -> Lowered:
+        """How this scheme makes a graph callable."""
+        return lower(graph)
+
+    def build(self, prepared: Prepared) -> Runner:
+        """See `Scheme.build`."""
+        return GraphStep(prepared, self.lowered)
+
+
+class GraphStep:
+    """Runs a captured step on the user's own tensors: binds inputs, runs, puts gradients where they belong."""
+
+    def __init__(self, prepared: Prepared, lowered: Callable[[TrainingGraph], Lowered]):
+        self.task, step = prepared.task, prepared.step
+        self._whole = _Bound(self.task, prepared.layout, step.whole, lowered(step.whole.graph))
+        self._part = None
+        if step.part is not None:
+            self._part = _Bound(self.task, prepared.layout, WholeStep(step.part, outside="accumulating"), lowered(step.part))
+        self._ran = False
+
+    def fresh(self) -> bool:
+        """Whether options, groups and guards of the optimizers are those of the capture."""
+        return self._whole.hyper() is not None and not (self._whole.makes_state and self._ran)
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One batch: a whole step, or a part of one while gradients are accumulated."""
+        task = self.task
+        if self._part is None:
+            return self._finish(self._whole(tensors))
+        if task.begins:
+            clear_gradients(task)
+        if task.ends:
+            loss = self._finish(self._whole(tensors))
+        else:
+            loss, gradients = self._part(tensors)
+            for parameter, gradient in gradients:
+                if parameter.grad is None:
+                    parameter.grad = gradient
+                else:
+                    parameter.grad += gradient
+        task.count()
+        return loss
+
+    def _finish(self, result: tuple[torch.Tensor, list[tuple[torch.nn.Parameter, torch.Tensor]]]) -> torch.Tensor:
+        self._ran = True
+        loss, gradients = result
+        for parameter in self._whole.parameters:
+            if parameter.grad is not None:
+                parameter.grad = None
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        for optimizer in self.task.optimizers:
+            if self._whole.outside:
+                optimizer.step()
+            else:
+                optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
+        if self._whole.outside and not self.task.keep_grads and self.task.optimizers:
+            clear_gradients(self.task)
+        return loss
+
+
+class _Bound:
+    """A lowered graph with its inputs bound to the model, the optimizers and a batch."""
+
+    def __init__(self, task: Task, layout: BatchLayout, whole: WholeStep, lowered: Lowered):
+        self.outside = whole.outside is not None
+        self.parameters = task.parameters
+        self.lowered = lowered
+        self._autocast = sorted({d.type for d in layout.devices})
+        by_name: dict[str, Any] = {**dict(task.model.named_parameters()), **dict(task.model.named_buffers())}
+        self._static: list[Any] = [None] * len(whole.graph.inputs)
+        self._batch: list[tuple[int, int]] = []
+        self._state: list[tuple[int, Any, torch.Tensor, str]] = []
+        self._gradients: list[tuple[int, torch.nn.Parameter]] = []
+        self._hyper: list[int] = []
+        owner = {id(p): o for o in task.optimizers for g in o.param_groups for p in g["params"]}
+        for position, input_ in enumerate(whole.graph.inputs):
+            if input_.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+                self._static[position] = by_name[input_.name]
+            elif input_.kind is InputKind.BATCH:
+                self._batch.append((position, layout.names.index(input_.name)))
+            elif input_.kind is InputKind.STATE:
+                parameter = by_name[input_.name]
+                self._state.append((position, owner[id(parameter)], parameter, input_.field))
+            elif input_.kind is InputKind.GRADIENT:
+                self._gradients.append((position, by_name[input_.name]))
+            else:
+                self._hyper.append(position)
+        optimizers = () if self.outside else task.optimizers
+        self.hyper = hyper_reader(optimizers, whole.graph.inputs, whole.guards, task.clip)
+        self._loss = next(i for i, o in enumerate(lowered.outputs) if o.kind is OutputKind.LOSS)
+        outputs = [(i, o, by_name.get(o.name)) for i, o in enumerate(lowered.outputs)]
+        self._results = [(i, p) for i, o, p in outputs if o.kind is OutputKind.GRADIENT and p is not None]
+        self._new_state = [(i, owner[id(p)], p, o.field) for i, o, p in outputs if o.kind is OutputKind.STATE]
+
+    @property
+    def makes_state(self) -> bool:
+        """Whether a run makes optimizer state, so that the next step has other inputs."""
+        return bool(self._new_state)
+
+    def __call__(
+        self, tensors: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, list[tuple[torch.nn.Parameter, torch.Tensor]]]:
+        """Run on a batch: the loss, and the gradients that the graph gives with their parameters."""
+        arguments = self._static.copy()
+        for position, index in self._batch:
+            arguments[position] = tensors[index]
+        for position, optimizer, parameter, field in self._state:
+            arguments[position] = optimizer.state[parameter][field]
+        for position, parameter in self._gradients:
+            arguments[position] = parameter.grad
+        if self._hyper:
+            for position, value in zip(self._hyper, self.hyper() or (), strict=True):
+                arguments[position] = value
+        with torch.no_grad(), self._without_autocast():
+            results = self.lowered.run(*arguments)
+        for i, optimizer, parameter, field in self._new_state:  # SGD under dampening makes its momentum at step 1
+            optimizer.state[parameter][field] = results[i]
+        return results[self._loss], [(parameter, results[i]) for i, parameter in self._results]
+
+    def _without_autocast(self) -> AbstractContextManager[Any]:
+        """The casts are in the graph already; a region around the call must not cast again."""
+        stack = ExitStack()
+        for device in self._autocast:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        return stack

@@ -1,0 +1,392 @@
+"""`optimize`: run a training step by the scheme that is best for the batch at hand."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphopt.errors import BatchError, CaptureError, GraphoptError, GraphoptWarning, StaleGraphError
+from graphopt.graph.assemble import as_optimizers
+from graphopt.graph.batch import BatchLayout, ModelLoss, flatten, normalise
+from graphopt.graph.hyper_parameters import parse_clip, structure_key
+from graphopt.graph.update import check_ownership
+from graphopt.passes import (
+    CommonSubexpressions,
+    ConstantFolding,
+    DeadCode,
+    NoOps,
+    Pass,
+    SelectiveSaving,
+)
+from graphopt.plan import Candidate, GraphFacts, Plan
+from graphopt.schemes import AUTO, SCHEMES, ModelWatch, Prepared, Runner, Scheme, Task
+from graphopt.schemes.flat import CapturedStep, capture_task
+from graphopt.verify import drop_failing
+
+log = logging.getLogger("graphopt")
+
+PASSES: tuple[Pass, ...] = (NoOps(), CommonSubexpressions(), ConstantFolding(), SelectiveSaving(), DeadCode())
+"""What `optimize` runs after gradient liveness: passes of the exact tier."""
+
+ROUNDS = 4
+"""Steps by which each candidate is measured at a new batch size; one more before them warms up."""
+
+MARGIN = 0.03
+"""A scheme is left for another one only if that is faster by more than this share."""
+
+
+def optimize(
+    model: nn.Module,
+    batch_shape: Any,
+    *,
+    loss: Callable[..., Any] | str | None = None,
+    optimizer: Any = None,
+    clip: Any = None,
+    accumulate: int = 1,
+    schemes: str | Sequence[str | Scheme] = "auto",
+    processors: int | None = None,
+    steps: int | None = None,
+    precision: str | None = None,
+    batch_norm: str = "synchronized",
+    memory: int | None = None,
+    verify: bool = False,
+    keep_grads: bool = False,
+) -> Any:
+    """A training step (or a drop-in module) that runs by the fastest scheme for each batch it is given.
+
+    With a loss or an optimizer the result is a `TrainingStep`: ``loss = step(x, y)`` makes forward, backward, clipping
+    and update. Without both it is a drop-in module: call it, then ``.backward()``. The model and the optimizer stay
+    the only owners of parameters and state; checkpoints, schedulers and a return to eager work at any moment.
+
+    Args:
+        model: the model to train, in any mode; a change of mode, ``requires_grad`` or optimizer groups is planned anew.
+        batch_shape: the shape of the model's first input (a tuple of ints), a nested structure of shapes, or an example
+            batch. Batches of another size choose their scheme anew; only the number of dimensions must stay.
+        loss: ``loss(model(*inputs), target)``. None with an optimizer: the model returns its own loss.
+        optimizer: a `torch.optim.Optimizer` or a list of them.
+        clip: largest gradient norm (a float), `ClipNorm` or `ClipValue`.
+        accumulate: batches per update; the loss of each is divided by it, gradients so far lie in ``.grad``.
+        schemes: ``"auto"``, or names and `Scheme` objects to choose from.
+        processors, steps, precision, batch_norm, memory: of schemes on several processors, of compilation and of
+            low precision; this version has one processor, full precision and no memory limit.
+        verify: check each captured step against eager and a float64 reference before it runs; a pass that fails is
+            left out and the plan says so.
+        keep_grads: leave gradients in ``.grad`` after the step (None otherwise).
+
+    Raises:
+        BatchError, OptimizerError, GraphoptError: before anything was changed.
+
+    Example:
+        >>> import torch, graphopt
+        >>> net = torch.nn.Linear(4, 2)
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> step = graphopt.optimize(net, (8, 4), loss=torch.nn.functional.cross_entropy, optimizer=sgd)
+        >>> x, y = torch.randn(8, 4), torch.randint(2, (8,))
+        >>> before = step(x, y)
+        >>> bool(step(x, y) < before)
+        True
+    """
+    if not isinstance(model, nn.Module):
+        raise GraphoptError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, value, only in (
+        ("processors", processors, (None, 1)), ("precision", precision, (None, "fp32")), ("memory", memory, (None,)),
+        ("batch_norm", batch_norm, ("synchronized", "local")),
+    ):  # fmt: skip
+        if value not in only:
+            raise GraphoptError(f"{name}: expected one of {only}, got {value!r}; nothing else is supported yet")
+    if accumulate < 1 or (steps is not None and steps < 1):
+        raise GraphoptError(f"accumulate and steps: expected positive integers, got {accumulate} and {steps}")
+    chosen = _schemes(schemes)
+    optimizers = as_optimizers(optimizer)
+    if loss is None and not optimizers:
+        if clip is not None or accumulate > 1:
+            raise GraphoptError("clip and accumulate: they need a loss or an optimizer; a drop-in module has neither")
+        from graphopt.drop_in import DropIn
+
+        return DropIn(model, PASSES)
+    check_ownership(optimizers, {id(p): name for name, p in model.named_parameters()})
+    task = Task(model, ModelLoss if loss is None else loss, optimizers, parse_clip(clip), accumulate, keep_grads)
+    return TrainingStep(task, batch_shape, chosen, PASSES, verify=verify)
+
+
+def _schemes(schemes: str | Sequence[str | Scheme]) -> tuple[Scheme, ...]:
+    if isinstance(schemes, str):
+        schemes = AUTO if schemes == "auto" else (schemes,)
+    found = []
+    for one in schemes:
+        if isinstance(one, str) and one not in SCHEMES:
+            raise GraphoptError(f"schemes: unknown name {one!r}; expected 'auto', {', '.join(SCHEMES)}, or a Scheme")
+        found.append(SCHEMES[one] if isinstance(one, str) else one)
+    if not found:
+        raise GraphoptError("schemes: got none; expected 'auto' or at least one")
+    return tuple(found)
+
+
+@dataclass
+class _Situation:
+    """All that is known for one state of model and optimizers and one batch layout."""
+
+    watch: ModelWatch
+    layout: BatchLayout
+    steps: list[CapturedStep] = field(default_factory=list)
+    runners: dict[tuple[str, int], Runner] = field(default_factory=dict)
+    plans: dict[int, _Choice] = field(default_factory=dict)
+    failed: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Choice:
+    """A plan under way: the runners of its feasible candidates, and how many steps were run to measure them."""
+
+    plan: Plan
+    runners: dict[str, Runner]
+    measuring: bool
+    steps_run: int = 0
+
+    def fresh(self) -> bool:
+        """Whether every runner still fits the optimizers."""
+        return all(runner.fresh() for runner in self.runners.values())
+
+
+class TrainingStep:
+    """A training step of one model; made by `optimize`. Call it with a batch, get the loss (detached)."""
+
+    def __init__(self, task: Task, batch_shape: Any, schemes: Sequence[Scheme], passes: Sequence[Pass], *, verify: bool):
+        self.task = task
+        self._schemes = tuple(schemes)
+        self._passes = tuple(passes)
+        self._verify = verify
+        self._dimensions = _dimensions(batch_shape)
+        self._situations: dict[Hashable, _Situation] = {}
+        self._quick: dict[Hashable, tuple[_Situation, _Choice]] = {}
+        self._watch: ModelWatch | None = None
+        self._names = {name for name, _ in task.model.named_parameters()}
+        self._plan: Plan | None = None
+        self._warned: set[str] = set()
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the last batch. Raises GraphoptError before the first one."""
+        if self._plan is None:
+            raise GraphoptError("plan: no batch was run yet; the first one is planned when it comes")
+        return self._plan
+
+    def __call__(self, *batch: Any, **keywords: Any) -> torch.Tensor:
+        """One training step on a batch: ``step(x, y)``, ``step(batch)`` or ``step(**batch)``.
+
+        Returns the loss, detached. Raises BatchError if the batch does not fit; then nothing was changed.
+        """
+        if self._watch is None or not self._watch.same():
+            self._quick.clear()
+            self._watch = ModelWatch(self.task.model)
+        key = _quick_key(batch, keywords)
+        known = self._quick.get(key) if key is not None else None
+        if known is not None:
+            situation, choice = known
+            tensors: Sequence[torch.Tensor] = batch if not keywords else tuple(keywords.values())
+        else:
+            tensors, layout, size = flatten(_one_batch(batch, keywords))
+            situation, choice = self._choose(tensors, layout, size)
+            if key is not None:
+                self._quick[key] = situation, choice
+        if not choice.fresh():  # options or groups of an optimizer changed
+            self._quick.clear()
+            tensors, layout, size = flatten(_one_batch(batch, keywords))
+            situation, choice = self._choose(tensors, layout, size)
+        self._plan = choice.plan
+        if choice.measuring:
+            return self._measure(choice, tensors)
+        return choice.runners[choice.plan.chosen](tensors)
+
+    # -- planning -----------------------------------------------------------------------------------------------
+
+    def _choose(self, tensors: Sequence[torch.Tensor], layout: BatchLayout, size: int) -> tuple[_Situation, _Choice]:
+        assert self._watch is not None
+        _check_dimensions(self._dimensions, layout)
+        key = (self._watch.key(), layout, structure_key(self.task.optimizers))
+        situation = self._situations.get(key)
+        if situation is None:
+            situation = self._situations[key] = _Situation(self._watch, layout)
+        if size not in situation.plans:
+            situation.plans[size] = self._new_choice(situation, tensors, size)
+        return situation, situation.plans[size]
+
+    def _new_choice(self, situation: _Situation, tensors: Sequence[torch.Tensor], size: int) -> _Choice:
+        step = self._captured(situation, tensors, size)
+        prepared = Prepared(self.task, situation.layout, step)
+        candidates, runners = [], {}
+        for scheme in self._schemes:
+            why_not = situation.failed if scheme.needs_graph and step is None else scheme.why_not(prepared, size)
+            candidates.append(Candidate(scheme.name, why_not))
+            if why_not is None:
+                index = situation.steps.index(step) if step is not None else -1
+                place = (scheme.name, index if scheme.needs_graph else -1)
+                if place not in situation.runners:
+                    situation.runners[place] = scheme.build(prepared)
+                runners[scheme.name] = situation.runners[place]
+        if not runners:
+            eager = SCHEMES["eager"]
+            candidates.append(Candidate(eager.name))
+            runners[eager.name] = situation.runners.setdefault(("eager", -1), eager.build(prepared))
+        first = next(iter(runners))
+        reason = "measuring" if len(runners) > 1 else "the only feasible candidate"
+        plan = Plan(size, candidates, first, reason, notes=list(situation.notes))
+        if step is not None:
+            plan.facts = GraphFacts.of(step.before, step.graph, size, step.seconds)
+            plan.passes = step.result
+            plan.valid_where = tuple(step.graph.symbols.rename(g) for g in step.graph.symbols.guards)
+        return _Choice(plan, runners, measuring=len(runners) > 1)
+
+    def _captured(
+        self, situation: _Situation, tensors: Sequence[torch.Tensor], size: int
+    ) -> CapturedStep | None:
+        """A captured step that is valid at ``size``, made now if there is none; None where eager has to run."""
+        for step in situation.steps:
+            if step.admits(size):
+                return step
+        if not any(scheme.needs_graph for scheme in self._schemes) or situation.failed:
+            return None
+        if reason := self._eager_only(situation.watch):
+            situation.failed = reason
+            self._warn(f"the step runs in eager mode: {reason}")
+            return None
+        if situation.watch.forward_hooks:
+            kinds = ", ".join(sorted(set(situation.watch.forward_hooks)))
+            note = f"forward hooks (on {kinds}) run once, at capture; their effects outside the graph are not repeated"
+            situation.notes.append(note)
+            self._warn(note)
+        batch = situation.layout.restore(list(tensors))
+        log.info("capturing the step of %s at batch size %d", type(self.task.model).__name__, size)
+        try:
+            if self._verify:
+                step, notes = drop_failing(self.task, batch, self._passes)
+                situation.notes += notes
+                for note in notes:
+                    self._warn(note)
+            else:
+                step = capture_task(self.task, batch, self._passes)
+        except BatchError:
+            raise
+        except CaptureError as error:
+            self._check_parameters(error)
+            situation.failed = str(error)
+            self._warn(f"the step runs in eager mode: {error}")
+            return None
+        situation.steps.append(step)
+        return step
+
+    def _eager_only(self, watch: ModelWatch) -> str | None:
+        """Why this step cannot be a graph although its model could."""
+        if self.task.needs_closure:
+            return "the optimizer evaluates the loss several times a step (LBFGS)"
+        if watch.tensor_hooks:
+            return "a hook is registered on a parameter; it has to see the gradient when autograd computes it"
+        if watch.backward_hooks:
+            return "a module has backward hooks, which only autograd calls"
+        return None
+
+    def _check_parameters(self, error: CaptureError) -> None:
+        """Say which parameter is gone where that is why the model cannot run any more."""
+        gone = sorted(self._names - {name for name, _ in self.task.model.named_parameters()})
+        if gone:
+            raise StaleGraphError(
+                f"model: it has lost {', '.join(gone[:3])} since optimize() was called and does not run without; "
+                "restore it, or call optimize() on the new model"
+            ) from error
+
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, GraphoptWarning, stacklevel=4)
+
+    # -- measuring ----------------------------------------------------------------------------------------------
+
+    def _measure(self, choice: _Choice, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Run one real step by the candidate whose turn it is; after the last round the fastest is chosen."""
+        names = list(choice.runners)
+        accumulate = self.task.accumulate  # a whole step by one scheme
+        turn = names[choice.steps_run // accumulate % len(names)]
+        _synchronise(tensors)
+        start = perf_counter()
+        loss = choice.runners[turn](tensors)
+        _synchronise(tensors)
+        choice.steps_run += 1
+        if choice.steps_run > len(names) * accumulate:  # the first round warms up
+            choice.plan.candidate(turn).seconds.append(perf_counter() - start)
+        if choice.steps_run >= (ROUNDS + 1) * len(names) * accumulate:
+            self._decide(choice)
+        return loss
+
+    def _decide(self, choice: _Choice) -> None:
+        choice.measuring = False
+        plan = choice.plan
+        medians = {name: plan.candidate(name).median_seconds or 0.0 for name in choice.runners}
+        first = next(iter(choice.runners))
+        best = min(medians, key=medians.__getitem__)
+        if medians[best] < (1 - MARGIN) * medians[first]:
+            plan.chosen, plan.reason = best, f"measured fastest: {medians[first] / medians[best]:.2f} times {first}"
+        else:
+            others = [f"{medians[n] / medians[first]:.2f} of it for {n}" for n in medians if n != first]
+            plan.chosen, plan.reason = first, f"measured: no candidate is faster ({', '.join(others)})"
+        log.info("batch size %d: %s, %s", plan.batch_size, plan.chosen, plan.reason)
+
+
+def _synchronise(tensors: Sequence[torch.Tensor]) -> None:
+    if any(t.is_cuda for t in tensors):
+        torch.cuda.synchronize()
+
+
+def _one_batch(batch: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
+    """The batch of ``step(x, y)``, ``step((x, y))``, ``step(mapping)`` or ``step(**mapping)``."""
+    if keywords:
+        if batch:
+            raise BatchError("batch: give it by position or by keyword, not both")
+        return dict(keywords)
+    if len(batch) == 1 and isinstance(batch[0], (tuple, list, Mapping)):
+        return normalise(batch[0])
+    return batch
+
+
+def _quick_key(batch: tuple[Any, ...], keywords: Mapping[str, Any]) -> Hashable:
+    """A key of a batch that consists of tensors only, None for any other."""
+    parts: list[Any] = list(keywords)
+    for tensor in batch or keywords.values():
+        if type(tensor) is not torch.Tensor:
+            return None
+        parts += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
+    return tuple(parts)
+
+
+def _dimensions(batch_shape: Any) -> Any:
+    """Numbers of dimensions of the tensors that ``batch_shape`` describes, in order; None where it does not say."""
+    if isinstance(batch_shape, torch.Tensor):
+        return [batch_shape.dim()]
+    if isinstance(batch_shape, Mapping):
+        return [d for value in batch_shape.values() for d in _dimensions(value)]
+    if isinstance(batch_shape, (tuple, list, torch.Size)):
+        if batch_shape and all(isinstance(s, int) for s in batch_shape):
+            if any(s < 1 for s in batch_shape):
+                raise BatchError(f"batch_shape: {tuple(batch_shape)} has a size below 1; expected positive sizes")
+            return [len(batch_shape)]
+        return [d for value in batch_shape for d in _dimensions(value)]
+    raise BatchError(
+        f"batch_shape: expected a tuple of ints, a nested structure of them or an example batch, got {batch_shape!r}"
+    )
+
+
+def _check_dimensions(dimensions: Sequence[int], layout: BatchLayout) -> None:
+    """Raise BatchError where a batch has other numbers of dimensions than `optimize` was told."""
+    for expected, shape, name in zip(dimensions, layout.shapes, layout.names, strict=False):
+        if len(shape) != expected:
+            raise BatchError(
+                f"batch: {name} has {len(shape)} dimensions, batch_shape said {expected}; expected batches that differ "
+                "in sizes only (call optimize() again for another kind of batch)"
+            )

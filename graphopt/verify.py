@@ -1,0 +1,173 @@
+"""Verification: a captured step and each pass against eager, with a float64 reference as the judge.
+
+The reference is independent of autograd's graph capture: `torch.func.functional_call` and `grad_and_value` in float64.
+A graph passes where its error is at most a small multiple of eager's own error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from graphopt.errors import CaptureError
+from graphopt.graph.batch import flatten
+from graphopt.graph.capture import capture_step
+from graphopt.graph.lowering import lower
+from graphopt.graph.step_module import ModelWithLoss
+from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
+from graphopt.passes import Pass
+from graphopt.schemes.flat import CapturedStep, capture_task
+from graphopt.schemes.task import Task
+
+SEEDS = (0, 1, 2)
+FACTOR = 4.0
+"""How many times eager's error against float64 a graph's error may be."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a step gives besides its update: by ``loss``, ``gradient <name>`` and ``new buffer <name>``."""
+
+    values: dict[str, torch.Tensor]
+
+
+def reference(
+    model: nn.Module, batch: Any, loss: Callable[..., Any] | str, *, dtype: torch.dtype | None = None, seed: int = 0
+) -> Values:
+    """Loss, gradients and new buffers by `torch.func`, in ``dtype`` (None: as the model is). Nothing real is changed.
+
+    Raises whatever the model raises (some cannot run in float64).
+    """
+
+    def cast(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = value.detach().clone()
+        return value.to(dtype) if dtype is not None and value.is_floating_point() else value
+
+    wanted = {n: cast(p) for n, p in model.named_parameters() if p.requires_grad}
+    frozen = {n: cast(p) for n, p in model.named_parameters() if not p.requires_grad}
+    buffers = {n: cast(b) for n, b in model.named_buffers()}
+    given = pytree.tree_map(cast, batch)
+
+    def compute(
+        trainable: dict[str, torch.Tensor], state: dict[str, torch.Tensor], batch: Any
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        tensors = {f"model.{n}": t for n, t in {**trainable, **frozen, **state}.items()}
+        value = torch.func.functional_call(ModelWithLoss(model, loss), tensors, (batch,))
+        return value.reshape(()), {n: tensors[f"model.{n}"] for n in state}
+
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(seed)
+        gradients, (value, new) = torch.func.grad_and_value(compute, has_aux=True)(wanted, buffers, given)
+    found = {"loss": value} | {f"gradient {n}": g for n, g in gradients.items()}
+    return Values(found | {f"new buffer {n}": b for n, b in new.items()})
+
+
+def run_graph(graph: TrainingGraph, model: nn.Module, batch: Any, *, seed: int = 0) -> Values:
+    """The same values by a joint graph, run as functional code on the model's tensors, which are not changed."""
+    tensors, layout, _ = flatten(batch)
+    sources = {
+        InputKind.PARAMETER: dict(model.named_parameters()),
+        InputKind.BUFFER: dict(model.named_buffers()),
+        InputKind.BATCH: dict(zip(layout.names, tensors, strict=True)),
+    }
+    arguments = [sources[i.kind][i.name].detach() for i in graph.inputs]
+    lowered = lower(graph, in_place=False)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        results = lowered.run(*arguments)
+    names = ["loss" if o.kind is OutputKind.LOSS else f"{o.kind} {o.name}" for o in lowered.outputs]
+    return Values({n: r.reshape(()) if n == "loss" else r for n, r in zip(names, results, strict=True)})
+
+
+def disagreement(ours: Values, eager: Values, exact: Values | None) -> str | None:
+    """The first value by which ``ours`` is further from the float64 values than eager is, as a sentence; else None.
+
+    Without float64 values, or where random numbers differ there, eager itself is the judge. A gradient that eager does
+    not have (a parameter that took no part) counts as zero.
+    """
+    for name, value in ours.values.items():
+        of_eager = eager.values.get(name)
+        if of_eager is None or not value.numel():
+            continue
+        if not value.is_floating_point():
+            if not torch.equal(value, of_eager):
+                return f"{name} differs from eager's"
+            continue
+        truth = exact.values[name] if exact is not None else of_eager.double()
+        scale = float(truth.abs().nan_to_num().max())
+        error, own = _distance(value, truth), _distance(of_eager, truth)
+        epsilon = torch.finfo(value.dtype).eps
+        if own > 1e-2 * scale:
+            truth, error, own = of_eager.double(), _distance(value, of_eager.double()), 0.0
+        allowed = FACTOR * own + 16 * epsilon * scale + torch.finfo(value.dtype).tiny
+        if not error <= allowed:
+            return f"{name} is off by {error:.3g}, eager by {own:.3g} (values up to {scale:.3g})"
+    return None
+
+
+def _distance(value: torch.Tensor, truth: torch.Tensor) -> float:
+    """Largest difference; NaN and infinities must stand at the same places."""
+    value = value.double()
+    if not torch.equal(value.isfinite(), truth.isfinite()):
+        return float("inf")
+    return float((value - truth).nan_to_num(0.0).abs().max())
+
+
+def fresh_batch(batch: Any, seed: int) -> Any:
+    """A random batch like ``batch``: normal numbers of the same mean and spread, whole numbers in another order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.numel():
+            return value
+        if value.is_floating_point():
+            noise = torch.randn(value.shape, generator=generator).to(value)
+            spread = value.std() if value.numel() > 1 else torch.ones_like(value).sum()
+            return noise * spread.nan_to_num(1.0) + value.mean().nan_to_num(0.0)
+        order = torch.randperm(value.shape[0] if value.dim() else 1, generator=generator).to(value.device)
+        return value[order] if value.dim() else value
+
+    return pytree.tree_map(draw, batch)
+
+
+def check_graph(graph: TrainingGraph, model: nn.Module, batch: Any, loss: Callable[..., Any] | str) -> str | None:
+    """Whether a joint graph computes the step: None, or what is wrong. Tried on fresh batches with several seeds."""
+    for seed in SEEDS:
+        given = fresh_batch(batch, seed)
+        eager = reference(model, given, loss, seed=seed)
+        try:
+            exact: Values | None = reference(model, given, loss, dtype=torch.float64, seed=seed)
+        except (RuntimeError, TypeError):  # a model that fixes a dtype in its code has no float64 form
+            exact = None
+        if found := disagreement(run_graph(graph, model, given, seed=seed), eager, exact):
+            return found
+    return None
+
+
+def drop_failing(task: Task, batch: Any, passes: Sequence[Pass]) -> tuple[CapturedStep, list[str]]:
+    """Capture a task's step with those passes that keep its values, and say which were dropped and why.
+
+    Raises CaptureError if the captured graph itself does not compute what eager computes.
+    """
+    assert task.loss is not None
+    graph = capture_step(task.model, batch, loss=task.loss).graph
+    if found := check_graph(graph, task.model, batch, task.loss):
+        raise CaptureError(f"the captured step does not compute what eager computes: {found}")
+    kept: list[Pass] = []
+    notes: list[str] = []
+    for one in passes:
+        rewritten = one(graph).graph
+        found = None if rewritten is graph else check_graph(rewritten, task.model, batch, task.loss)
+        if found:
+            notes.append(f"pass {one.name!r} was dropped by verification: {found}")
+        else:
+            graph = rewritten
+            kept.append(one)
+    return capture_task(task, batch, kept), notes
