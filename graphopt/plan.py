@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -33,7 +32,9 @@ class Candidate:
         if not self.seconds:
             return f"{mark} {self.scheme}: not measured"
         low, high = min(self.seconds), max(self.seconds)
-        measured = f"{_time(median(self.seconds))} a step (median of {len(self.seconds)}, {_time(low)} to {_time(high)})"
+        measured = (
+            f"{_time(median(self.seconds))} a step (median of {len(self.seconds)}, {_time(low)} to {_time(high)})"
+        )
         return f"{mark} {self.scheme}: {measured}"
 
 
@@ -155,5 +156,3 @@ def _time(seconds: float) -> str:
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
     return f"{seconds / 1e-6:.3g} µs"
-
-

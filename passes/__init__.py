@@ -28,6 +28,7 @@ from graphopt.passes.gradient_liveness import GradientLiveness, LivenessResult
 from graphopt.passes.layer_walk import COPIES, WEIGHTLESS, LayerDecision, walk_layers
 from graphopt.passes.no_ops import NoOps
 from graphopt.passes.selective_saving import SelectiveSaving
+from graphopt.passes.zero_tangents import ZeroTangents
 
 __all__ = [
     "COPIES",
@@ -48,6 +49,7 @@ __all__ = [
     "Saving",
     "SelectiveSaving",
     "Tier",
+    "ZeroTangents",
     "check",
     "walk_layers",
 ]

@@ -15,7 +15,7 @@ from graphopt.graph.mask_ops import pack_mask, unpack_mask
 from graphopt.graph.op_rules import is_pure, masked_form, operand, operand_names, operand_nodes, reads, set_operand
 from graphopt.graph.sizes import Expr, numel
 from graphopt.graph.storages import Storage, is_view, kept_for_backward, storage_root, viewed
-from graphopt.graph.training_graph import Draft, Phase, TrainingGraph
+from graphopt.graph.training_graph import Draft, InputKind, Phase, TrainingGraph
 from graphopt.passes._base import Change, Pass, PassResult, Refusal, Saving, Tier
 from graphopt.passes._storage import geometry
 
@@ -118,11 +118,15 @@ class _Work:
 
     def compute_early(self) -> None:
         """Move backward operators that depend on forward values alone into forward where that keeps less."""
+        kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.BATCH)
+        known = {n for i, n in zip(self.graph.inputs, self.draft.placeholders, strict=True) if i.kind in kinds}
         independent: set[fx.Node] = set()
         for node in self.draft.graph.nodes:
-            if node.meta.get("phase") == Phase.BACKWARD and node.all_input_nodes and is_pure(node):
-                sources = node.all_input_nodes
-                if all(s in independent or s.meta.get("phase") in (Phase.FORWARD, Phase.INPUT) for s in sources):
+            if node.meta.get("phase") == Phase.FORWARD:
+                known.add(node)
+            elif node.meta.get("phase") == Phase.BACKWARD and node.all_input_nodes and is_pure(node):
+                if known.issuperset(node.all_input_nodes):
+                    known.add(node)
                     independent.add(node)
         for leaf in [n for n in independent if not is_view(n) and isinstance(n.meta.get("val"), torch.Tensor)]:
             cone = _cone(leaf, independent)

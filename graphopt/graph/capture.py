@@ -243,6 +243,7 @@ def _training_graph(joint: ExportedJoint, module: StepModule, layout: BatchLayou
     copies: dict[fx.Node, fx.Node] = {}
     inputs: list[Input] = []
     ones: list[fx.Node] = []
+    differential: set[fx.Node] = set()  # tangents and all that backward computes
     constants: dict[str, torch.Tensor] = {}
     descriptors = iter(joint.inputs)
     for node in joint.module.graph.nodes:
@@ -259,6 +260,8 @@ def _training_graph(joint: ExportedJoint, module: StepModule, layout: BatchLayou
             copies[node] = graph.placeholder(prefix + input_.name.replace(".", "_"))
             _set_meta(copies[node], node, Phase.INPUT)
             inputs.append(input_)
+            if kind == "tangent":
+                differential.add(copies[node])
             continue
         for tangent in [t for t in ones if t in node.all_input_nodes]:
             copies[tangent] = _ones(graph, tangent)
@@ -272,6 +275,9 @@ def _training_graph(joint: ExportedJoint, module: StepModule, layout: BatchLayou
             raise CaptureError(f"the step holds {node.target}, a higher-order operator that has no flat form")
         copies[node] = graph.node_copy(node, lambda n: copies[n])
         backward = node.meta.get("partitioner_tag", "is_forward").endswith("backward")
+        backward = backward or any(n in differential for n in copies[node].all_input_nodes)
+        if backward:
+            differential.add(copies[node])
         _set_meta(copies[node], node, Phase.BACKWARD if backward else Phase.FORWARD)
     outputs, nodes = [], []
     for (kind, name), result in zip(joint.outputs, results, strict=True):

@@ -85,6 +85,11 @@ class StepModule(nn.Module):
         known = [*inputs, *state.values()]
         for position, (path, leaf) in enumerate(with_paths):
             if not isinstance(leaf, torch.Tensor):
+                if not isinstance(leaf, (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)):
+                    raise CaptureError(
+                        f"the model's output holds a {type(leaf).__name__}, which is no nesting of tensors that "
+                        "torch.utils._pytree knows (for caches of transformers: use_cache=False)"
+                    )
                 self.output_constants.append((position, leaf))
                 continue
             alias = leaf._is_view() or any(leaf is k for k in known)

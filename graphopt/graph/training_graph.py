@@ -36,6 +36,7 @@ class InputKind(StrEnum):
     STATE = "state"  # of the optimizer, one tensor a parameter
     HYPER = "hyper-parameter"  # of the optimizer or of clipping, a Python number or a tensor
     RANDOM = "random state"
+    SAVED = "saved"  # of a backward half: what its forward half kept
 
 
 class OutputKind(StrEnum):
@@ -47,6 +48,7 @@ class OutputKind(StrEnum):
     PARAMETER = "new parameter"
     BUFFER = "new buffer"
     STATE = "new state"
+    SAVED = "saved"  # of a forward half: what its backward half reads
 
 
 class Phase(StrEnum):

@@ -54,16 +54,12 @@ def capture_task(task: Task, batch: Any, passes: Sequence[Pass]) -> CapturedStep
     part = None
     if task.accumulate > 1:
         part = Pipeline(passes)(GradientLiveness(trainable=_wanted(task, captured.graph))(captured.graph)).graph
-    whole = with_update(
-        captured.graph, task.model, task.optimizers, clip=task.clip, accumulated=task.accumulate > 1
-    )
+    whole = with_update(captured.graph, task.model, task.optimizers, clip=task.clip, accumulated=task.accumulate > 1)
     liveness = _liveness(task, whole)
     result = Pipeline(passes)(liveness)
     if isinstance(liveness, LivenessResult):
         result = LivenessResult(result.graph, result.changes, result.refusals, liveness.layers)
-    return CapturedStep(
-        replace(whole, graph=result.graph), part, whole.graph, result, perf_counter() - start
-    )
+    return CapturedStep(replace(whole, graph=result.graph), part, whole.graph, result, perf_counter() - start)
 
 
 def _liveness(task: Task, whole: WholeStep) -> LivenessResult:
@@ -108,7 +104,9 @@ class GraphStep:
         self._whole = _Bound(self.task, prepared.layout, step.whole, lowered(step.whole.graph))
         self._part = None
         if step.part is not None:
-            self._part = _Bound(self.task, prepared.layout, WholeStep(step.part, outside="accumulating"), lowered(step.part))
+            self._part = _Bound(
+                self.task, prepared.layout, WholeStep(step.part, outside="accumulating"), lowered(step.part)
+            )
         self._ran = False
 
     def fresh(self) -> bool:
