@@ -97,6 +97,7 @@ _rule("linear", "contraction", flops=cost.contraction("input: *k, weight: nk"),
 _rule("_scaled_mm", "contraction", flops=cost.contraction("self: mk, mat2: kn"))
 _rule("matmul_backward", "contraction", flops=cost.matmul_backward, linear="grad")
 _rule("linear_backward mkldnn_linear_backward", "contraction", flops=cost.linear_backward, linear="grad_output")
+_rule("_fft_r2c _fft_c2r _fft_c2c", "transform", linear="self")
 
 # -- convolution: the input gradient needs the weight, the weight gradient the input -----------------------------
 _rule("convolution _convolution convolution_overrideable", "convolution", flops=cost.convolution("input"),
@@ -169,6 +170,8 @@ _rule("native_group_norm_backward", "normalisation", linear="grad_out", reads={
     "input": _MASK_0_OR_1, "mean": _MASK_0_OR_1, "rstd": _MASK_0_OR_1, "weight": _MASK_0,
 }, stays={0: _channels_last_on_cpu})
 _rule("_fused_rms_norm_backward", "normalisation", linear="grad_out")
+_rule("_weight_norm_interface", "normalisation", linear="g")
+_rule("_weight_norm_interface_backward", "normalisation", linear="grad_w")
 
 # -- pooling, resampling, padding: in backward `self` lends its shape and memory format --------------------------
 _rule("max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d adaptive_max_pool3d "
@@ -206,7 +209,7 @@ _rule("nll_loss_forward nll_loss2d_forward", "loss")
 # the gradient goes to the targets' places: of the log-probabilities only the shape; reduction 1 is the mean
 _rule("nll_loss_backward nll_loss2d_backward", "loss", linear="grad_output",
       reads={"self": never, "total_weight": lambda a: a.reduction == 1})
-_rule("mse_loss smooth_l1_loss huber_loss binary_cross_entropy soft_margin_loss multi_margin_loss "
+_rule("mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss multi_margin_loss "
       "multilabel_margin_loss_forward", "loss")
 _rule("mse_loss_backward", "loss", linear="grad_output | self + target")
 _rule("smooth_l1_loss_backward huber_loss_backward binary_cross_entropy_backward soft_margin_loss_backward "
@@ -243,7 +246,8 @@ _rule("bernoulli multinomial poisson normal _fused_dropout", "random")
 _rule("embedding", "gather", linear="weight", gathers="weight")
 _rule("embedding_dense_backward", "scatter", linear="grad_output")
 _rule("_embedding_bag _embedding_bag_forward_only", "gather")
-_rule("_embedding_bag_dense_backward _embedding_bag_per_sample_weights_backward", "scatter", linear="grad")
+_rule("_embedding_bag_backward _embedding_bag_dense_backward _embedding_bag_per_sample_weights_backward", "scatter",
+      linear="grad")
 _rule("index _unsafe_index gather index_select", "gather", linear="self", gathers="self")
 _rule("index_put _unsafe_index_put", "scatter", linear="self + values")
 _rule("index_add masked_scatter", "scatter", linear="self + source")
@@ -270,7 +274,7 @@ _rule("sum mean", "reduction", linear="self")
 _rule("cumsum", "scan", linear="self")
 _rule("cumprod logcumsumexp cummax cummin", "scan")
 _rule("cat stack", "copy", linear="tensors")
-_rule("_to_copy flip roll tril triu repeat im2col col2im pixel_shuffle pixel_unshuffle unfold_copy",
+_rule("_to_copy flip roll tril triu repeat im2col col2im lift_fresh_copy pixel_shuffle pixel_unshuffle unfold_copy",
       "copy", linear="self")
 _rule("view.dtype", "view")
 _rule("sort topk argsort kthvalue median mode searchsorted bucketize", "order")
