@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from graphopt.graph.sizes import Expr, expression, nbytes
-from graphopt.graph.storages import is_view, storage_root, viewed
+from graphopt.graph.storages import is_view, storage_root, tensors, viewed
 from graphopt.graph.training_graph import Phase, TrainingGraph
 
 aten = torch.ops.aten
@@ -129,7 +129,7 @@ class Storages:
             return ""
         if self._outputs[old_root] and (self._outputs[new_root] or new_root.op != "call_function"):
             return f"{self._outputs[old_root][0]} would share memory with {self._named(new_root)}"
-        if self._keeps_more(old, old_root, new_root):
+        if self._keeps_more(old_root, new_root):
             return f"%{new_root.name} would have to be kept for backward"
         return ""
 
@@ -147,19 +147,18 @@ class Storages:
         names = self._results[node] or self._outputs[node]
         return names[0] if names else f"the {'constant' if node.op == 'get_attr' else 'input'} %{node.name}"
 
-    def _keeps_more(self, old: fx.Node, old_root: fx.Node, new_root: fx.Node) -> bool:
+    def _keeps_more(self, old_root: fx.Node, new_root: fx.Node) -> bool:
         """Whether the merge would keep more bytes of forward for backward."""
         forward = new_root.op == "call_function" and new_root.meta.get("phase") == Phase.FORWARD
-        if not isinstance(new_root.meta.get("val"), torch.Tensor):
-            return False  # numbers take no memory
-        if not forward or new_root in self._kept:
+        value = new_root.meta.get("val")
+        if not forward or new_root in self._kept or not tensors(value):  # numbers take no memory
             return False
         if old_root.meta.get("phase") == Phase.BACKWARD:
             return True
-        if old_root not in self._kept:
+        if old_root not in self._kept or not isinstance(value, torch.Tensor):
             return False
         evaluate = self._graph.symbols.evaluate
-        return evaluate(nbytes(new_root.meta["val"])) > evaluate(nbytes(old_root.meta["val"]))
+        return evaluate(nbytes(value)) > evaluate(nbytes(old_root.meta["val"]))
 
 
 def _writes(node: fx.Node) -> bool:

@@ -97,11 +97,14 @@ class ConstantFolding(Pass):
         for node in graph.nodes:
             if node.op == "get_attr" and str(node.target).startswith(CONSTANT_PREFIX):
                 known[node] = graph.constants[str(node.target)]
-            if node.op != "call_function" or not self._may_evaluate(node):
+            if node.op != "call_function":
                 continue
-            given = {n: graph.constants[str(n.target)] for n in node.all_input_nodes if n.op == "get_attr"}
-            values = {**known, **given} if node.target in LITERALS else known
-            if all(operand in values for operand in node.all_input_nodes):
+            operands = node.all_input_nodes
+            if node.target in LITERALS and operands[0].op == "get_attr":
+                values = {operands[0]: graph.constants[str(operands[0].target)]}
+            else:
+                values = known
+            if all(operand in values for operand in operands) and self._may_evaluate(node):
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
                 known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return known

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections import defaultdict
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -76,37 +77,33 @@ class NoOps(Pass):
     def rewrite(self, graph: TrainingGraph) -> PassResult:
         """See the class."""
         rewriting, storages = Rewriting(self.name, graph), Storages(graph)
-        placed: dict[Hashable, fx.Node] = {}  # the first value at each place of each storage
+        values: dict[fx.Node, list[fx.Node]] = defaultdict(list)  # of each storage, in order
         same: dict[fx.Node, fx.Node] = {}  # values that another one stands for now
         through: dict[fx.Node, fx.Node] = {}  # contiguous value that a chain of views starts from
-
-        def now(node: fx.Node) -> fx.Node:
-            while node in same:
-                node = same[node]
-            return node
-
+        lies = cache(geometry)
         for node in graph.nodes:
-            lies = geometry(node) if node.op != "output" else None
-            if lies is None:
+            if not isinstance(node.meta.get("val"), torch.Tensor):
                 continue
+            kind = "a copy that changes nothing" if node.target in COPYING else "a view that changes nothing"
+            memory = storages.memory(node)
             if node.target in COPYING:
                 source = operand(node, COPYING[node.target])
-                twin = now(source) if isinstance(source, fx.Node) and geometry(source) == lies else None
-                kind = "a copy that changes nothing"
+                candidates = [same.get(source, source)] if isinstance(source, fx.Node) else []
             else:
-                twin = placed.get((storages.memory(node), lies))
-                kind = "a view that changes nothing"
-            if twin is not None:
-                why = storages.why_not(node, twin)
-                if not why:
-                    rewriting.replace(node, twin, f"removed {operator_text(node.target)}: {kind}")
-                    storages.merge(node, twin)
-                    same[node] = twin
-                    continue
+                candidates = values[memory] if memory is not node else []
+            twin = next((c for c in candidates if lies(c) == lies(node) is not None), None)
+            why = storages.why_not(node, twin) if twin is not None else ""
+            if twin is not None and not why:
+                rewriting.replace(node, twin, f"removed {operator_text(node.target)}: {kind}")
+                storages.merge(node, twin)
+                same[node] = twin
+                continue
+            if why:
                 rewriting.refuse(node, f"{operator_text(node.target)}, {kind}", why)
-            placed.setdefault((storages.memory(node), lies), node)
+            values[memory].append(node)
             if node.target in RESHAPES:
-                source = now(node.all_input_nodes[0])
+                source = node.all_input_nodes[0]
+                source = same.get(source, source)
                 start = through.get(source, source)
                 if is_contiguous(start):
                     through[node] = start

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from graphopt.graph.capture import capture
 from graphopt.graph.training_graph import Phase
 from graphopt.passes import CommonSubexpressions
 from tests.helpers import assert_rewrite, traced
@@ -140,3 +141,31 @@ def test_the_same_constant_is_one():
     return %add_1
     """
     assert_rewrite(CommonSubexpressions(), traced(constants, (3,)), expected)
+
+
+def test_sizes_are_equal_where_their_expressions_are():
+    class Pooled(torch.nn.Module):
+        def forward(self, x):
+            return x.view(x.shape[0], -1), x.sum(1).view(-1), x.view(x.shape[0] * 4)
+
+    graph = capture(Pooled(), torch.randn(6, 2, 2).requires_grad_(True))
+    result = CommonSubexpressions()(graph)
+    sizes = [n.meta["val"].node.expr for n in result.graph.nodes if isinstance(n.meta.get("val"), torch.SymInt)]
+    assert len(sizes) == len(set(sizes)) and not result.refusals
+
+
+def test_equal_operators_merge_though_each_gives_another_result():
+    def parts(step, x):
+        values, indices = (step.item(aten.max.dim(x, 1), i) for i in range(2))
+        with step.phase(Phase.BACKWARD):
+            return aten.neg.default(values), aten.neg.default(indices)
+
+    expected = """
+    %max_1 = aten.max.dim(%x, 1)
+    %getitem = getitem(%max_1, 0)
+    %getitem_1 = getitem(%max_1, 1)
+    %neg = aten.neg(%getitem)
+    %neg_1 = aten.neg(%getitem_1)
+    return %neg, %neg_1
+    """
+    assert_rewrite(CommonSubexpressions(), traced(parts, (3, 4)), expected)
