@@ -19,6 +19,7 @@ import torch
 from torch import fx
 
 from graphopt.graph.in_place import InPlace, decide, overwritten
+from graphopt.graph.torch_internals import in_grad_mode
 from graphopt.graph.training_graph import Output, TrainingGraph
 
 _IN_TORCH = frozenset(
@@ -34,8 +35,13 @@ _IN_TORCH = frozenset(
 )
 """Operators called as ``torch.<name>``: the binding takes the schema's own arguments in order."""
 
-_IN_TENSOR = frozenset(["add_", "addcdiv_", "addcmul_", "lerp_", "clone", "div_", "expand", "mul_", "sqrt_", "sub_", "sum", "view"])
+_IN_TENSOR = frozenset(
+    ["add_", "addcdiv_", "addcmul_", "lerp_", "clone", "div_", "expand", "mul_", "sqrt_", "sub_", "sum", "view"]
+)
 """Operators called as ``torch.Tensor.<name>``."""
+
+_ASKS_GRAD_MODE = frozenset(["mkldnn_rnn_layer"])
+"""Operators whose kernel gives what its backward needs (oneDNN's workspace) in grad mode only."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ def binding(target: Any) -> Callable[..., Any]:
     if not isinstance(target, torch._ops.OpOverload):
         return target
     name = target._schema.name.removeprefix("aten::")
+    if target.namespace == "aten" and name in _ASKS_GRAD_MODE:
+        return in_grad_mode(target._op)
     if target.namespace == "aten" and name in _IN_TORCH:
         return getattr(torch, name)
     if target.namespace == "aten" and name in _IN_TENSOR:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import sympy
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import fx, nn
+from torch._decomp import decompositions
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.source import ConstantSource
 from torch._functorch._aot_autograd import descriptors as aot
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._inductor.exc import InductorError
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -90,6 +94,7 @@ def export_joint(
         torch._check(other.shape[0] == leading[0].shape[0])
     with ExitStack() as stack:
         stack.enter_context(_compiling_flag(compiling))
+        stack.enter_context(_lstm_as_in_eager())
         joint = aot_export_joint_with_descriptors(stack, module, tuple(fakes))
     graph = joint.graph_module.graph
     inputs = tuple(_input_words(n.meta["desc"]) for n in graph.nodes if n.op == "placeholder")
@@ -98,6 +103,25 @@ def export_joint(
     if not isinstance(symbol, sympy.Symbol):
         symbol = None
     return ExportedJoint(joint.graph_module, inputs, outputs, symbol, _guards(shape_env, symbol))
+
+
+@contextmanager
+def _lstm_as_in_eager() -> Iterator[None]:
+    """Let an LSTM whose input requires grad trace to oneDNN's layer, the kernel that eager takes.
+
+    torch's decomposition takes it only where the input requires no grad and unrolls the steps otherwise: five times the
+    operators, and other bits. Source: `select_one_layer_lstm_function` in torch/_decomp/decompositions.py.
+    """
+    select = decompositions.select_one_layer_lstm_function
+
+    def select_as_eager(input: torch.Tensor, hx: Any, params: Any) -> Any:
+        return select(SimpleNamespace(device=input.device, dtype=input.dtype, requires_grad=False), hx, params)
+
+    decompositions.select_one_layer_lstm_function = select_as_eager
+    try:
+        yield
+    finally:
+        decompositions.select_one_layer_lstm_function = select
 
 
 @contextmanager
@@ -259,3 +283,17 @@ def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
 def disable_dispatch_modes() -> AbstractContextManager[Any]:
     """While active, no dispatch mode sees operators (as inside ``__torch_dispatch__``)."""
     return _python_dispatch._disable_current_modes()
+
+
+def in_grad_mode(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """``operator`` for calls under `torch.no_grad` whose kernel asks for the grad mode; autograd records nothing."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+            return operator(*args, **kwargs)
+
+    return call
+
+
+COMPILE_ERRORS = (TorchDynamoException, InductorError)
+"""What ``torch.compile`` raises when it cannot compile a function."""
