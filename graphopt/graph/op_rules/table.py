@@ -209,8 +209,8 @@ _rule("nll_loss_forward nll_loss2d_forward", "loss")
 # the gradient goes to the targets' places: of the log-probabilities only the shape; reduction 1 is the mean
 _rule("nll_loss_backward nll_loss2d_backward", "loss", linear="grad_output",
       reads={"self": never, "total_weight": lambda a: a.reduction == 1})
-_rule("mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss multi_margin_loss "
-      "multilabel_margin_loss_forward", "loss")
+_rule("mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits soft_margin_loss "
+      "multi_margin_loss multilabel_margin_loss_forward", "loss")
 _rule("mse_loss_backward", "loss", linear="grad_output | self + target")
 _rule("smooth_l1_loss_backward huber_loss_backward binary_cross_entropy_backward soft_margin_loss_backward "
       "multi_margin_loss_backward multilabel_margin_loss_backward", "loss", linear="grad_output")
