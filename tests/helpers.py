@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graphopt.graph.sizes import Symbols
 from graphopt.graph.text import argument_text, operator_text
 from graphopt.graph.training_graph import (
     Input,
@@ -121,13 +122,14 @@ def run(graph: TrainingGraph, values: Sequence[Any]) -> tuple[Any, ...]:
 
 def random_values(graph: TrainingGraph, *, special: bool = True) -> list[Any]:
     """Values for the inputs of a graph; with ``special`` some of the floats are -0.0, infinite or NaN."""
-    return [_random_like(n.meta["val"], special) for n in graph.placeholders]
+    return [_random_like(n.meta["val"], graph.symbols, special) for n in graph.placeholders]
 
 
-def _random_like(value: Any, special: bool) -> Any:
+def _random_like(value: Any, symbols: Symbols, special: bool) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
-    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    shape, stride = ([symbols.evaluate(n) for n in numbers] for numbers in (value.shape, value.stride()))
+    made = torch.empty_strided(shape, stride, dtype=value.dtype)
     if value.dtype == torch.bool:
         return made.random_(2)
     if not (value.is_floating_point() or value.is_complex()):
