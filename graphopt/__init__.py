@@ -37,10 +37,12 @@ from graphopt.graph.capture import capture  # noqa: E402
 from graphopt.graph.hyper_parameters import ClipNorm, ClipValue  # noqa: E402
 from graphopt.graph.training_graph import TrainingGraph  # noqa: E402
 from graphopt.plan import Plan  # noqa: E402
+from graphopt.schedule import BatchSizeSchedule  # noqa: E402
 from graphopt.step import TrainingStep, optimize  # noqa: E402
 
 __all__ = [
     "BatchError",
+    "BatchSizeSchedule",
     "CaptureError",
     "ClipNorm",
     "ClipValue",
