@@ -5,8 +5,8 @@
     python -m benchmarks.reach --only 'resnet*'   # prints only
     python -m benchmarks.reach --fast             # the cheapest dozen, one of each modality at least
 
-Both sides start from the same seed and see the same batches of sizes 4, 4 and 3. Compared are the losses, all parameters, buffers and
-optimizer state, and the state of the random generator afterwards. The results:
+Both sides start from the same seed and see the same batches of sizes 4, 4 and 3. Compared are the losses, all
+parameters, buffers and optimizer state, and the state of the random generator afterwards. The results:
 
 - ``equal``: the same bits everywhere, all three steps by the flat graph;
 - ``close``: not the same bits, but no further from a float64 run than eager itself (by how much it differs is told);
@@ -24,7 +24,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -107,11 +107,14 @@ def reach(case: zoo.Case) -> Reached:
     result, note = _judge(case, eager, ours, plans)
     facts = plans[0].facts
     made = dict.fromkeys(p.facts.capture_seconds for p in plans if p.facts)  # two captures never take the same time
-    return Reached(
-        *given, result, note or case.note, _optimizer_name(ours.optimizer), sum(p.numel() for p in ours.model.parameters()),
-        *((facts.operators, facts.flops, facts.bytes_kept) if facts else (None, None, None)),
-        captures=len(made), capture_seconds=sum(made) if made else None, seconds=perf_counter() - start,
+    reached = Reached(
+        *given, result, note or case.note, optimizer=type(ours.optimizer).__name__,
+        parameters=sum(p.numel() for p in ours.model.parameters()), captures=len(made),
+        capture_seconds=sum(made) if made else None, seconds=perf_counter() - start,
     )  # fmt: skip
+    if facts is None:
+        return reached
+    return replace(reached, operators=facts.operators, flops=facts.flops, bytes_kept=facts.bytes_kept)
 
 
 class _Run:
@@ -189,10 +192,6 @@ def _optimizer(case: zoo.Case, model: nn.Module) -> torch.optim.Optimizer:
     if case.modality in ("image", "audio"):
         return torch.optim.SGD(trained, lr=0.01, momentum=0.9, weight_decay=1e-4)
     return torch.optim.AdamW(trained, lr=1e-3)
-
-
-def _optimizer_name(optimizer: torch.optim.Optimizer) -> str:
-    return type(optimizer).__name__
 
 
 def _seed(seed: int) -> None:
@@ -308,35 +307,46 @@ def run_all(cases: Sequence[zoo.Case], *, limit: float, report: Callable[[Reache
 # -- reports --------------------------------------------------------------------------------------------------------
 
 
+_PAGE_TOP = """\
+# Models
+
+Written by `make reach` (`benchmarks/reach.py`); do not edit.
+
+{number} architectures, small but real, with random weights, in train mode with an optimizer. Each was stepped at batch
+sizes {sizes} by `graphopt.optimize(schemes="flat")` and by eager from the same seed. Compared are losses, parameters,
+buffers, optimizer state and the state of the random generator.
+
+Result: **{result}** (torch {torch}, {system}, one thread).
+
+- **equal**: the same bits everywhere, all three steps by the captured graph.
+- **close**: other bits, but no further from a float64 run than eager itself.
+- **eager fallback**: not captured; the step ran in eager mode, and the plan says why.
+
+Operators, FLOPs and bytes are those of the whole step at batch size 4. Where two numbers stand, the first is the graph
+as captured (what eager does), the second after the passes. Bytes kept are those from forward to backward. Capture
+seconds include the passes. Two captures: the graph holds for one batch size only.
+"""
+
+
+_COLUMNS = (
+    "model", "modality", "parameters", "optimizer", "operators", "MFLOPs", "KiB kept", "captures", "capture s", "result"
+)  # fmt: skip
+
+
 def page(results: Sequence[Reached], machine: dict[str, Any]) -> str:
     """`docs/models.md`."""
     counts = Counter(r.result for r in results)
     lines = [
-        "# Models",
-        "",
-        "Written by `make reach` (`benchmarks/reach.py`); do not edit.",
-        "",
-        f"{len(results)} architectures, small but real, with random weights, in train mode with an optimizer. Each was",
-        f"stepped at batch sizes {', '.join(map(str, SIZES))} by `graphopt.optimize(schemes=\"flat\")` and by eager from the same seed.",
-        "Compared are losses, parameters, buffers, optimizer state and the random generator's state.",
-        "",
-        f"Result: {', '.join(f'{count} {name}' for name, count in counts.most_common())}. Torch {machine['torch']}, "
-        f"{machine['system']}, {machine['threads']} thread(s).",
-        "",
-        "- **equal**: the same bits everywhere, all three steps by the captured graph.",
-        "- **close**: other bits, but no further from a float64 run than eager itself.",
-        "- **eager fallback**: not captured; the step ran in eager mode, and the plan says why.",
-        "",
-        "Operators, FLOPs and bytes are those of the whole step at batch size 4. Where two numbers stand, the first is the",
-        "graph as captured (what eager does), the second after the passes. Bytes kept are those from forward to backward.",
-        "Capture seconds include the passes; with two captures the batch size of the graph is fixed.",
-        "",
+        _PAGE_TOP.format(
+            number=len(results), sizes=", ".join(map(str, SIZES)), torch=machine["torch"], system=machine["system"],
+            result=", ".join(f"{count} {name}" for name, count in counts.most_common()),
+        )
     ]  # fmt: skip
     for family in dict.fromkeys(r.family for r in results):
         lines += [
             f"## {'Written here, with torch alone' if family == 'torch' else family}",
             "",
-            "| model | modality | parameters | optimizer | operators | MFLOPs | KiB kept | captures | capture s | result |",
+            f"| {' | '.join(_COLUMNS)} |",
             "|---|---|---:|---|---:|---:|---:|---:|---:|---|",
         ]
         lines += [_row(r) for r in results if r.family == family]
