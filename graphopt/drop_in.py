@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from graphopt.errors import BatchError, CaptureError, GraphoptError, GraphoptWarning
 from graphopt.graph.batch import BatchLayout, call_model, flatten
 from graphopt.graph.capture import Captured, capture_step
-from graphopt.graph.halves import cut
+from graphopt.graph.halves import cut_backward
 from graphopt.graph.lowering import Lowered, lower
 from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
 from graphopt.passes import Pass, Pipeline, ZeroTangents
@@ -121,8 +121,8 @@ class _Compiled:
         result = Pipeline(passes)(captured.graph)
         self.captured, self.result, self.watch = captured, result, watch
         self.graph = result.graph
-        self.halves = cut(self.graph)
-        self.forward = lower(self.halves.forward)
+        self.halves = cut_backward(self.graph)
+        self.forward = lower(self.halves.first)
         self.seconds = perf_counter() - start
         self._backward: dict[frozenset[str], Lowered] = {}
         self._plans: dict[int, Plan] = {}
@@ -130,13 +130,13 @@ class _Compiled:
         tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.sources: list[torch.Tensor | int] = [
             layout.names.index(i.name) if i.kind is InputKind.BATCH else tensors[i.name]
-            for i in self.halves.forward.inputs
+            for i in self.halves.first.inputs
         ]
-        self.inputs = [(i.kind, i.name) for i in self.halves.forward.inputs]
+        self.inputs = [(i.kind, i.name) for i in self.halves.first.inputs]
         outputs = self.forward.outputs
         self.output_count = sum(o.kind is OutputKind.OUTPUT for o in outputs)
         self.output_names = [o.name for o in outputs if o.kind is OutputKind.OUTPUT]
-        self.tangents = [i.name for i in self.halves.backward.inputs if i.kind is InputKind.TANGENT]
+        self.tangents = [i.name for i in self.halves.second.inputs if i.kind is InputKind.TANGENT]
 
     def admits(self, size: int) -> bool:
         return self.graph.symbols.admits({"batch": size})
@@ -153,7 +153,7 @@ class _Compiled:
     def backward(self, missing: frozenset[str]) -> Lowered:
         """The backward half for these missing tangents."""
         if missing not in self._backward:
-            half: TrainingGraph = ZeroTangents(sorted(missing))(self.halves.backward).graph
+            half: TrainingGraph = ZeroTangents(sorted(missing))(self.halves.second).graph
             self._backward[missing] = lower(half, in_place=False)
         return self._backward[missing]
 
@@ -178,12 +178,12 @@ class _Step(torch.autograd.Function):
         ctx.mark_non_differentiable(
             *(o for o, name in zip(outputs, compiled.output_names, strict=True) if name not in compiled.tangents)
         )
-        names = [i.name for i in compiled.halves.backward.inputs if i.kind is InputKind.SAVED]
+        names = [i.name for i in compiled.halves.second.inputs if i.kind is InputKind.SAVED]
         values = {(InputKind.SAVED, name): value for name, value in zip(names, saved, strict=True)}
         values |= dict(zip(compiled.inputs, inputs, strict=True))
-        wanted = [values[i.kind, i.name] for i in compiled.halves.backward.inputs if i.kind is not InputKind.TANGENT]
+        wanted = [values[i.kind, i.name] for i in compiled.halves.second.inputs if i.kind is not InputKind.TANGENT]
         # Buffers are kept without autograd's check of versions: a later forward may update them, as in eager.
-        kinds = [i.kind for i in compiled.halves.backward.inputs if i.kind is not InputKind.TANGENT]
+        kinds = [i.kind for i in compiled.halves.second.inputs if i.kind is not InputKind.TANGENT]
         checked = [
             isinstance(v, torch.Tensor) and k is not InputKind.BUFFER for k, v in zip(kinds, wanted, strict=True)
         ]

@@ -72,7 +72,7 @@ def reference(
 def run_graph(graph: TrainingGraph, model: nn.Module, batch: Any, *, seed: int = 0) -> Values:
     """The same values by a joint graph, run as functional code on the model's tensors, which are not changed."""
     tensors, layout, _ = flatten(batch)
-    sources = {
+    sources: dict[InputKind, dict[str, torch.Tensor]] = {
         InputKind.PARAMETER: dict(model.named_parameters()),
         InputKind.BUFFER: dict(model.named_buffers()),
         InputKind.BATCH: dict(zip(layout.names, tensors, strict=True)),

@@ -35,7 +35,8 @@ def _prune(node: fx.Node, draft: Draft) -> bool:
     if any(u.target is not getitem for u in elements) or len(lists) != (len(node.users) if several else 1):
         return False
     length = len(node.args[0])  # type: ignore[arg-type]
-    read = sorted({int(u.args[1]) for u in elements})  # type: ignore[call-overload]
+    index: dict[fx.Node, Any] = {u: u.args[1] for u in elements}
+    read = sorted(set(index.values()))
     if len(read) == length or not read:
         return False
     place = {old: new for new, old in enumerate(read)}
@@ -50,5 +51,5 @@ def _prune(node: fx.Node, draft: Draft) -> bool:
     for part in lists if several else []:
         part.meta["val"] = shorter(part.meta["val"])
     for user in elements:
-        user.args = (user.args[0], place[int(user.args[1])])  # type: ignore[call-overload]
+        user.args = (user.args[0], place[index[user]])
     return True

@@ -173,8 +173,7 @@ def _narrow(node: fx.Node) -> bool:
     wanted = tuple(on and index in read for index, on in enumerate(mask.value))
     if wanted == mask.value or not any(wanted):
         return False
-    with_output_mask(node, wanted)
-    return True
+    return with_output_mask(node, wanted) != mask.value
 
 
 def _masks_differ(graph: TrainingGraph, draft: Draft) -> bool:

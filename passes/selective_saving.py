@@ -41,7 +41,8 @@ class SelectiveSaving(Pass):
        an eval-mode batch norm whose weight is frozen; max-pool's input beside its indices): another tensor of the same
        size and strides stands in, one at hand or an uninitialised one.
     2. *Mask.* ReLU-like operators need only where their operand exceeded the threshold: a boolean mask made in forward
-       (8 bits an element; 1 bit with ``pack_masks``).
+       (8 bits an element; 1 bit with ``pack_masks``). Where the operand is NaN, relu6 and its like have no one answer
+       in torch (`MaskedForm.exact_for_nan`).
     3. *Compute early.* A backward operator that reads nothing but forward values (the comparisons of clamp) runs in
        forward where its result is smaller than what it alone keeps alive.
 
@@ -201,7 +202,9 @@ class _Work:
             self._masks[key] = mask
         mask = self._masks[key]
         if self.pack:
-            mask = self.draft.add(unpack_mask, mask, operand(use.reader, "grad_output"), like=use.reader)
+            like = _same_shape(use.reader, use.value)
+            assert like is not None  # the gradient
+            mask = self.draft.add(unpack_mask, mask, like, like=use.reader)
         made = form.apply(partial(self.draft.add, like=use.reader), use.reader, mask)
         self.draft.replace(use.reader, made)
 

@@ -70,8 +70,8 @@ def flatten(batch: Any) -> tuple[list[torch.Tensor], BatchLayout, int]:
         raise BatchError("batch: found no tensor in it; give tensors, or a tuple, list or dict that holds some")
     size = next((int(t.shape[0]) for t in tensors if t.dim()), 0)
     if size == 0:
-        shapes = [tuple(t.shape) for t in tensors]
-        raise BatchError(f"batch: its size is 0 (shapes {shapes}); expected a leading dimension of at least 1")
+        given = [tuple(t.shape) for t in tensors]
+        raise BatchError(f"batch: its size is 0 (shapes {given}); expected a leading dimension of at least 1")
     shapes = tuple(tuple(None if i == 0 and s == size else int(s) for i, s in enumerate(t.shape)) for t in tensors)
     layout = BatchLayout(
         spec=spec,
@@ -125,6 +125,7 @@ def compute_loss(
 
 def own_loss(output: Any) -> torch.Tensor:
     """The loss in a model's output: its ``loss`` attribute or key, a scalar, or the scalar that comes first."""
+    found: Any = None
     if isinstance(output, torch.Tensor):
         found = output
     elif isinstance(output, Mapping):
@@ -133,8 +134,6 @@ def own_loss(output: Any) -> torch.Tensor:
         found = output.loss
     elif isinstance(output, (tuple, list)) and output:
         found = output[0]
-    else:
-        found = None
     if not isinstance(found, torch.Tensor) or found.numel() != 1:
         raise CaptureError(
             f"loss: none was given and the model's output ({type(output).__name__}) holds no scalar loss; "

@@ -1,9 +1,9 @@
-"""A joint graph cut into a forward half and a backward half."""
+"""A graph cut in two along the phases of a step: forward | backward, or forward and backward | update."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import fx
 
@@ -13,72 +13,77 @@ from graphopt.graph.training_graph import Input, InputKind, Output, OutputKind, 
 
 @dataclass(frozen=True)
 class Halves:
-    """Two graphs that together are the joint one. The forward half gives, behind outputs and new buffers, the values
-    that backward reads (`OutputKind.SAVED`); the backward half takes them (`InputKind.SAVED`, same names), inputs of
-    the step and the tangents, and gives the gradients."""
+    """Two graphs that together are the one they were cut from. The first gives, behind its own outputs, the values that
+    the second reads (`OutputKind.SAVED`); the second takes them (`InputKind.SAVED`, the same names) and inputs of the
+    step."""
 
-    forward: TrainingGraph
-    backward: TrainingGraph
-
-
-def cut(graph: TrainingGraph) -> Halves:
-    """Cut a joint graph at its border. Raises PassError for a graph with an update: it runs whole."""
-    if any(n.meta.get("phase") == Phase.UPDATE for n in graph.nodes):
-        raise PassError("a graph with an update has no halves: cut it before the update is added")
-    in_backward = [n for n in graph.nodes if n.op in ("call_function", "get_attr") and _is_backward(n, graph)]
-    read = list(dict.fromkeys(o for n in in_backward for o in n.all_input_nodes))
-    results = dict(zip(graph.outputs, graph.results, strict=True))
-    gradients = {o: r for o, r in results.items() if o.kind is OutputKind.GRADIENT and r is not None}
-    read += [r for r in gradients.values() if r not in read]
-    saved = [n for n in read if n.op == "call_function" and n.meta.get("phase") == Phase.FORWARD]
-    return Halves(_forward(graph, saved), _backward(graph, in_backward, read, saved, gradients))
+    first: TrainingGraph
+    second: TrainingGraph
 
 
-def _is_backward(node: fx.Node, graph: TrainingGraph) -> bool:
-    if node.op == "get_attr":
-        return any(user.meta.get("phase") == Phase.BACKWARD for user in node.users)
-    return node.meta.get("phase") == Phase.BACKWARD
+def cut_backward(joint: TrainingGraph) -> Halves:
+    """Forward and backward of a joint graph. Raises PassError for a graph with an update: it runs whole."""
+    if any(n.meta.get("phase") == Phase.UPDATE for n in joint.nodes):
+        raise PassError("a graph with an update has no backward half: cut it before the update is added")
+    return _cut(joint, Phase.BACKWARD, {OutputKind.GRADIENT}, {InputKind.TANGENT})
 
 
-def _forward(graph: TrainingGraph, saved: list[fx.Node]) -> TrainingGraph:
-    half = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    inputs = []
-    for input_, node in zip(graph.inputs, graph.placeholders, strict=True):
-        if input_.kind is not InputKind.TANGENT:
-            copies[node] = half.node_copy(node)
-            inputs.append(input_)
-    for node in graph.nodes:
-        if node.op == "get_attr" or (node.op == "call_function" and node.meta.get("phase") == Phase.FORWARD):
-            copies[node] = half.node_copy(node, lambda n: copies[n])
-    kept = [(o, r) for o, r in zip(graph.outputs, graph.results, strict=True) if o.kind is not OutputKind.GRADIENT]
-    outputs = [o for o, _ in kept] + [Output(OutputKind.SAVED, n.name) for n in saved]
-    results: list[Any] = [copies[r] if r is not None else None for _, r in kept] + [copies[n] for n in saved]
-    half.output(tuple(results)).meta["phase"] = Phase.OUTPUT
-    signature = replace(graph.signature, inputs=tuple(inputs), outputs=tuple(outputs))
-    return TrainingGraph(half, signature, graph.constants)
+def cut_update(whole: TrainingGraph) -> Halves:
+    """Forward and backward of a whole step, and its update (with clipping)."""
+    return _cut(whole, Phase.UPDATE, {OutputKind.PARAMETER, OutputKind.STATE}, {InputKind.STATE, InputKind.HYPER})
 
 
-def _backward(
+def _cut(
+    graph: TrainingGraph, later: Phase, late_outputs: Collection[OutputKind], late_inputs: Collection[InputKind]
+) -> Halves:
+    nodes = [n for n in graph.nodes if n.op in ("call_function", "get_attr")]
+    second = {n for n in nodes if _is_late(n, later)}
+    results = [(o, r) for o, r in zip(graph.outputs, graph.results, strict=True) if r is not None]
+    outputs_of_second = [(o, r) for o, r in results if o.kind in late_outputs or r in second]
+    read = dict.fromkeys(o for n in nodes if n in second for o in n.all_input_nodes)
+    read |= dict.fromkeys(r for _, r in outputs_of_second)
+    saved = [n for n in read if n not in second and n.op != "placeholder"]
+    pairs = list(zip(graph.inputs, graph.placeholders, strict=True))
+    first_reads = {o for n in nodes if n not in second for o in n.all_input_nodes}
+    first_reads |= {r for o, r in results if (o, r) not in outputs_of_second}
+    return Halves(
+        _part(
+            graph,
+            [(i, n) for i, n in pairs if n in first_reads or i.kind not in late_inputs],
+            [n for n in nodes if n not in second],
+            [(o, r) for o, r in results if (o, r) not in outputs_of_second]
+            + [(Output(OutputKind.SAVED, n.name), n) for n in saved],
+        ),
+        _part(
+            graph,
+            [(Input(InputKind.SAVED, n.name), n) for n in saved]
+            + [(i, n) for i, n in pairs if n in read or i.kind is InputKind.TANGENT],
+            [n for n in nodes if n in second],
+            outputs_of_second,
+        ),
+    )
+
+
+def _is_late(node: fx.Node, later: Phase) -> bool:
+    if node.op == "get_attr":  # a constant goes where it is read
+        return all(user.meta.get("phase") == later for user in node.users)
+    return node.meta.get("phase") == later
+
+
+def _part(
     graph: TrainingGraph,
+    inputs: list[tuple[Input, fx.Node]],
     nodes: list[fx.Node],
-    read: list[fx.Node],
-    saved: list[fx.Node],
-    gradients: dict[Output, fx.Node],
+    outputs: list[tuple[Output, fx.Node]],
 ) -> TrainingGraph:
-    half = fx.Graph()
+    part = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    inputs = []
-    for node in saved:
-        copies[node] = half.placeholder(node.name)
+    for _, node in inputs:
+        copies[node] = part.placeholder(node.name)
         copies[node].meta = {**node.meta, "phase": Phase.INPUT}
-        inputs.append(Input(InputKind.SAVED, node.name))
-    for input_, node in zip(graph.inputs, graph.placeholders, strict=True):
-        if node in read or input_.kind is InputKind.TANGENT:
-            copies[node] = half.node_copy(node)
-            inputs.append(input_)
     for node in nodes:
-        copies[node] = half.node_copy(node, lambda n: copies[n])
-    half.output(tuple(copies[r] for r in gradients.values())).meta["phase"] = Phase.OUTPUT
-    signature = replace(graph.signature, inputs=tuple(inputs), outputs=tuple(gradients))
-    return TrainingGraph(half, signature, graph.constants)
+        copies[node] = part.node_copy(node, lambda n: copies[n])
+    part.output(tuple(copies[r] for _, r in outputs)).meta["phase"] = Phase.OUTPUT
+    signature = replace(graph.signature, inputs=tuple(i for i, _ in inputs), outputs=tuple(o for o, _ in outputs))
+    used = {str(n.target) for n in nodes if n.op == "get_attr"}
+    return TrainingGraph(part, signature, {k: v for k, v in graph.constants.items() if k in used})

@@ -66,7 +66,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
     return []
 
 
-def kept_for_backward(graph: TrainingGraph) -> list[Storage]:
+def kept_for_backward(graph: TrainingGraph | fx.Graph) -> list[Storage]:
     """Distinct storages alive across the forward/backward border: made by forward nodes (not by inputs or
     constants) and read by a backward node. Numbers (symbolic sizes) are not memory. The loss is not counted unless
     backward reads it; values that only the update reads (new buffers) are not counted."""

@@ -87,7 +87,7 @@ def export_joint(
         dims = [DimDynamic.STATIC] * tensor.dim()
         if has_batch and symbolic:
             dims[0] = DimDynamic.DYNAMIC
-        context = StatelessSymbolicContext(dynamic_sizes=dims, constraint_sizes=[None] * tensor.dim())
+        context: Any = StatelessSymbolicContext(dynamic_sizes=dims, constraint_sizes=[None] * tensor.dim())
         fakes.append(mode.from_tensor(tensor, symbolic_context=context))
     leading = [f for f, has_batch in zip(fakes, batched, strict=True) if has_batch and symbolic]
     for other in leading[1:]:
@@ -178,7 +178,9 @@ def fails_on_fakes(module: nn.Module, tensors: Sequence[torch.Tensor]) -> bool:
     """Whether ``module(*tensors)`` raises on fake tensors for a reason of its own (not for being fake)."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(t.detach()) for t in tensors]
-    state = {k: mode.from_tensor(v.detach()) for k, v in [*module.named_parameters(), *module.named_buffers()]}
+    state: dict[str, torch.Tensor] = {
+        k: mode.from_tensor(v.detach()) for k, v in [*module.named_parameters(), *module.named_buffers()]
+    }
     try:
         with mode, torch.no_grad():
             torch.func.functional_call(module, state, tuple(fakes))

@@ -1,22 +1,27 @@
-"""The Inductor scheme: the whole captured step compiled by ``torch.compile``."""
+"""The Inductor scheme: forward and backward of the captured step compiled by ``torch.compile``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from graphopt.errors import CaptureError
+from graphopt.graph.halves import cut_update
 from graphopt.graph.in_place import overwritten
-from graphopt.graph.lowering import Lowered
-from graphopt.graph.training_graph import Output, TrainingGraph
+from graphopt.graph.lowering import Lowered, lower
+from graphopt.graph.torch_internals import COMPILE_ERRORS
+from graphopt.graph.training_graph import InputKind, Output, OutputKind, TrainingGraph
 from graphopt.schemes.flat import Flat
 
 
 @dataclass(frozen=True)
 class Inductor(Flat):
-    """The flat graph through Inductor: fused kernels after a compilation that takes seconds to minutes.
+    """Forward and backward through Inductor: fused kernels after a compilation that takes seconds to minutes.
+
+    The update runs flat behind it: hyper-parameters are numbers, and Inductor would compile anew for each of them.
 
     Random numbers are eager's (``fallback_random``); sums may be taken in another order, so results differ from eager's
     by rounding.
@@ -26,9 +31,25 @@ class Inductor(Flat):
 
     def lowered(self, graph: TrainingGraph) -> Lowered:
         """See `Flat.lowered`; compilation happens at the first call."""
-        module, outputs = copying_module(graph)
+        halves = cut_update(graph)
+        module, outputs = copying_module(halves.first)
         compiled = torch.compile(module, fullgraph=True, options={"fallback_random": True})
-        return Lowered(compiled, outputs, module.code)
+        update = lower(halves.second)
+        position = {input_: i for i, input_ in enumerate(graph.inputs)}
+        first_inputs = [position[i] for i in halves.first.inputs]
+        saved = [i for i, o in enumerate(outputs) if o.kind is OutputKind.SAVED]
+        second_inputs = [position[i] for i in halves.second.inputs if i.kind is not InputKind.SAVED]
+        own = len(outputs) - len(saved)  # saved values stand behind them
+
+        def run(*inputs: Any) -> tuple[torch.Tensor, ...]:
+            try:
+                results = compiled(*(inputs[i] for i in first_inputs))
+            except COMPILE_ERRORS as error:  # raised before anything was run
+                first_line = str(error).strip().partition("\n")[0]
+                raise CaptureError(f"Inductor cannot compile the step: {first_line}") from error
+            return (*results[:own], *update.run(*(results[i] for i in saved), *(inputs[i] for i in second_inputs)))
+
+        return Lowered(run, (*outputs[:own], *update.outputs), module.code + update.code)
 
 
 def copying_module(graph: TrainingGraph) -> tuple[fx.GraphModule, tuple[Output, ...]]:
@@ -43,4 +64,7 @@ def copying_module(graph: TrainingGraph) -> tuple[fx.GraphModule, tuple[Output, 
             with draft.graph.inserting_before(draft.output):
                 draft.graph.call_function(torch.ops.aten.copy_.default, (draft.node(input_), result))
     draft.output.args = (tuple(results),)
+    for node in draft.graph.nodes:  # Inductor may choose other strides than eager, for which a view need not exist
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
     return fx.GraphModule(dict(graph.constants), draft.graph), tuple(outputs)
