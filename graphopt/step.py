@@ -14,9 +14,9 @@ from torch import nn
 
 from graphopt.errors import BatchError, CaptureError, GraphoptError, GraphoptWarning, StaleGraphError
 from graphopt.graph.assemble import as_optimizers
-from graphopt.graph.batch import BatchLayout, ModelLoss, flatten, normalise
+from graphopt.graph.batch import TARGET_KEYS, BatchLayout, ModelLoss, flatten, normalise
 from graphopt.graph.hyper_parameters import parse_clip, structure_key
-from graphopt.graph.update import check_ownership
+from graphopt.graph.update import check_ownership, supported
 from graphopt.passes import (
     CommonSubexpressions,
     ConstantFolding,
@@ -159,7 +159,9 @@ class _Choice:
 class TrainingStep:
     """A training step of one model; made by `optimize`. Call it with a batch, get the loss (detached)."""
 
-    def __init__(self, task: Task, batch_shape: Any, schemes: Sequence[Scheme], passes: Sequence[Pass], *, verify: bool):
+    def __init__(
+        self, task: Task, batch_shape: Any, schemes: Sequence[Scheme], passes: Sequence[Pass], *, verify: bool
+    ):
         self.task = task
         self._schemes = tuple(schemes)
         self._passes = tuple(passes)
@@ -202,18 +204,30 @@ class TrainingStep:
             tensors, layout, size = flatten(_one_batch(batch, keywords))
             situation, choice = self._choose(tensors, layout, size)
         self._plan = choice.plan
-        if choice.measuring:
-            return self._measure(choice, tensors)
-        return choice.runners[choice.plan.chosen](tensors)
+        while True:
+            try:
+                if choice.measuring:
+                    return self._measure(choice, tensors)
+                return self._run(choice, choice.plan.chosen, tensors)
+            except CaptureError as error:  # a compiler refused the graph at its first run; nothing was run
+                self._drop(choice, error)
+
+    def _run(self, choice: _Choice, scheme: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        loss = choice.runners[scheme](tensors)
+        if scheme == "eager" and self._watch is not None:
+            self._watch.absorb()
+        return loss
 
     # -- planning -----------------------------------------------------------------------------------------------
 
     def _choose(self, tensors: Sequence[torch.Tensor], layout: BatchLayout, size: int) -> tuple[_Situation, _Choice]:
         assert self._watch is not None
         _check_dimensions(self._dimensions, layout)
-        key = (self._watch.key(), layout, structure_key(self.task.optimizers))
+        outside = tuple(supported(o) for o in self.task.optimizers)
+        model = self._watch.key(buffers_are_looked_up=True)
+        key = (model, layout, structure_key(self.task.optimizers), outside)
         situation = self._situations.get(key)
-        if situation is None:
+        if situation is None or not all(choice.fresh() for choice in situation.plans.values()):
             situation = self._situations[key] = _Situation(self._watch, layout)
         if size not in situation.plans:
             situation.plans[size] = self._new_choice(situation, tensors, size)
@@ -245,9 +259,7 @@ class TrainingStep:
             plan.valid_where = tuple(step.graph.symbols.rename(g) for g in step.graph.symbols.guards)
         return _Choice(plan, runners, measuring=len(runners) > 1)
 
-    def _captured(
-        self, situation: _Situation, tensors: Sequence[torch.Tensor], size: int
-    ) -> CapturedStep | None:
+    def _captured(self, situation: _Situation, tensors: Sequence[torch.Tensor], size: int) -> CapturedStep | None:
         """A captured step that is valid at ``size``, made now if there is none; None where eager has to run."""
         for step in situation.steps:
             if step.admits(size):
@@ -313,10 +325,10 @@ class TrainingStep:
         """Run one real step by the candidate whose turn it is; after the last round the fastest is chosen."""
         names = list(choice.runners)
         accumulate = self.task.accumulate  # a whole step by one scheme
-        turn = names[choice.steps_run // accumulate % len(names)]
+        turn = self._turn(choice)
         _synchronise(tensors)
         start = perf_counter()
-        loss = choice.runners[turn](tensors)
+        loss = self._run(choice, turn, tensors)
         _synchronise(tensors)
         choice.steps_run += 1
         if choice.steps_run > len(names) * accumulate:  # the first round warms up
@@ -324,6 +336,30 @@ class TrainingStep:
         if choice.steps_run >= (ROUNDS + 1) * len(names) * accumulate:
             self._decide(choice)
         return loss
+
+    def _drop(self, choice: _Choice, error: CaptureError) -> None:
+        """Leave out the candidate whose turn it was; eager stands in for the last one."""
+        turn = self._turn(choice)
+        choice.plan.candidate(turn).why_not = str(error)
+        del choice.runners[turn]
+        self._warn(f"scheme {turn!r} is left out: {error}")
+        if not choice.runners:
+            situations = self._situations.values()
+            layout = next(s.layout for s in situations if any(c is choice for c in s.plans.values()))
+            prepared = Prepared(self.task, layout)
+            choice.runners["eager"] = SCHEMES["eager"].build(prepared)
+            choice.plan.candidates.append(Candidate("eager"))
+        choice.plan.chosen = next(iter(choice.runners))
+        choice.steps_run = 0
+        if choice.measuring and len(choice.runners) == 1:
+            choice.measuring = False
+            choice.plan.reason = "the only feasible candidate"
+
+    def _turn(self, choice: _Choice) -> str:
+        """The candidate that runs next."""
+        if not choice.measuring:
+            return choice.plan.chosen
+        return list(choice.runners)[choice.steps_run // self.task.accumulate % len(choice.runners)]
 
     def _decide(self, choice: _Choice) -> None:
         choice.measuring = False
@@ -365,26 +401,39 @@ def _quick_key(batch: tuple[Any, ...], keywords: Mapping[str, Any]) -> Hashable:
     return tuple(parts)
 
 
-def _dimensions(batch_shape: Any) -> Any:
-    """Numbers of dimensions of the tensors that ``batch_shape`` describes, in order; None where it does not say."""
+def _dimensions(batch_shape: Any) -> list[int] | dict[str, list[int]]:
+    """Numbers of dimensions of the tensors that ``batch_shape`` describes: in order, or by key."""
     if isinstance(batch_shape, torch.Tensor):
         return [batch_shape.dim()]
     if isinstance(batch_shape, Mapping):
-        return [d for value in batch_shape.values() for d in _dimensions(value)]
-    if isinstance(batch_shape, (tuple, list, torch.Size)):
-        if batch_shape and all(isinstance(s, int) for s in batch_shape):
+        return {str(key): _in_order(value) for key, value in batch_shape.items()}
+    if isinstance(batch_shape, (tuple, list, torch.Size)) and len(batch_shape):
+        if all(isinstance(s, int) and not isinstance(s, bool) for s in batch_shape):
             if any(s < 1 for s in batch_shape):
                 raise BatchError(f"batch_shape: {tuple(batch_shape)} has a size below 1; expected positive sizes")
             return [len(batch_shape)]
-        return [d for value in batch_shape for d in _dimensions(value)]
+        return [d for value in batch_shape for d in _in_order(value)]
     raise BatchError(
         f"batch_shape: expected a tuple of ints, a nested structure of them or an example batch, got {batch_shape!r}"
     )
 
 
-def _check_dimensions(dimensions: Sequence[int], layout: BatchLayout) -> None:
+def _in_order(batch_shape: Any) -> list[int]:
+    found = _dimensions(batch_shape)
+    return [d for values in found.values() for d in values] if isinstance(found, dict) else found
+
+
+def _check_dimensions(dimensions: list[int] | dict[str, list[int]], layout: BatchLayout) -> None:
     """Raise BatchError where a batch has other numbers of dimensions than `optimize` was told."""
-    for expected, shape, name in zip(dimensions, layout.shapes, layout.names, strict=False):
+    pairs = list(zip(layout.names, layout.shapes, strict=True))
+    if isinstance(dimensions, dict):
+        of_key = {key: [p for p in pairs if p[0].partition(".")[0] == key] for key in dimensions}
+        told = [(d, *pair) for key, many in dimensions.items() for d, pair in zip(many, of_key[key], strict=False)]
+    else:
+        if len(dimensions) < len(pairs):  # told of the inputs only, while the batch has a target too
+            pairs = [(name, shape) for name, shape in pairs if name not in TARGET_KEYS]
+        told = [(d, *pair) for d, pair in zip(dimensions, pairs, strict=False)]
+    for expected, name, shape in told:
         if len(shape) != expected:
             raise BatchError(
                 f"batch: {name} has {len(shape)} dimensions, batch_shape said {expected}; expected batches that differ "

@@ -130,9 +130,14 @@ def capture_step(
         module = StepModule(model, layout, loss, trainable, provenance, accumulate)
         given = tensors if attempt.batch_gradients else [t.detach() for t in tensors]
         try:
-            with unchanged(model), provenance.recording(), torch.enable_grad(), _no_autocast(module):
+            with unchanged(model) as counted, provenance.recording(), torch.enable_grad(), _no_autocast(module):
                 joint = export_joint(
                     module, given, layout.batched, symbolic=attempt.symbolic, compiling=attempt.compiling
+                )
+            if counted:
+                raise CaptureError(
+                    f"the model's forward changes {', '.join(counted)}: a Python number, which a graph cannot follow; "
+                    "make it a buffer, or count outside of the model"
                 )
             graph = _training_graph(joint, module, layout, size)
             return Captured(graph, layout, module.output_spec, tuple(module.output_constants))
@@ -258,6 +263,7 @@ def _training_graph(joint: ExportedJoint, module: StepModule, layout: BatchLayou
                 input_ = Input(_INPUT_KINDS[kind], public(kind, name))
             prefix = {"tangent": "tangent_", "batch": "batch_"}.get(kind, "")
             copies[node] = graph.placeholder(prefix + input_.name.replace(".", "_"))
+            copies[node].target = copies[node].name  # an identifier, which the name of a parameter need not be
             _set_meta(copies[node], node, Phase.INPUT)
             inputs.append(input_)
             if kind == "tangent":

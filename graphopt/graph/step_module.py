@@ -34,6 +34,7 @@ class StepModule(nn.Module):
     ):
         super().__init__()
         self.layout, self.loss, self.accumulate, self.provenance = layout, loss, accumulate, provenance
+        self.model: nn.Module
         object.__setattr__(self, "model", model)  # not a submodule: its tensors are registered below
         self.parameter_names: dict[str, str] = {}
         self.buffer_names: dict[str, str] = {}
@@ -118,13 +119,23 @@ def _ambient_autocast(model: nn.Module, layout: BatchLayout) -> list[tuple[str, 
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo what tracing the model leaves behind: attributes, buffers and parameters set or replaced on its modules."""
+def unchanged(model: nn.Module) -> Iterator[list[str]]:
+    """Undo what tracing the model leaves behind: attributes, buffers and parameters set or replaced on its modules.
+
+    At its end the list that it yields names the Python numbers that the model itself changed: their next values are not
+    in the graph.
+    """
+    names = {m: name for name, m in model.named_modules()}
     before = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    counted: list[str] = []
     try:
-        yield
+        yield counted
     finally:
         for module, attributes, parameters, buffers in before:
+            for key, old in attributes.items():
+                new = module.__dict__.get(key)
+                if type(old) in (bool, int, float) and type(new) is type(old) and new != old:
+                    counted.append(f"{names[module]}.{key}".removeprefix("."))
             _restore(module._parameters, parameters)
             _restore(module._buffers, buffers)
             _restore(module.__dict__, attributes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -13,9 +14,12 @@ import torch
 from graphopt.graph.assemble import WholeStep, with_update
 from graphopt.graph.batch import BatchLayout
 from graphopt.graph.capture import capture_step
-from graphopt.graph.hyper_parameters import hyper_reader
+from graphopt.graph.hyper_parameters import hyper_reader, lags
 from graphopt.graph.lowering import Lowered, lower
-from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
+from graphopt.graph.storages import storage_root
+from graphopt.graph.torch_internals import has_step_hooks
+from graphopt.graph.training_graph import InputKind, Output, OutputKind, TrainingGraph
+from graphopt.graph.update import initialize_state
 from graphopt.passes import GradientLiveness, LivenessResult, Pass, PassResult, Pipeline
 from graphopt.schemes.base import Prepared, Runner, Scheme
 from graphopt.schemes.eager import clear_gradients
@@ -107,11 +111,25 @@ class GraphStep:
             self._part = _Bound(
                 self.task, prepared.layout, WholeStep(step.part, outside="accumulating"), lowered(step.part)
             )
-        self._ran = False
+        self._groups = _groups(self.task)
+        self._hooked = self._hooks()
+        self._lagging = [
+            (o, p, "momentum_buffer" in o.state.get(p, ()))
+            for o in self.task.optimizers for g in o.param_groups if lags(o, g) for p in g["params"]
+        ]  # fmt: skip
 
     def fresh(self) -> bool:
-        """Whether options, groups and guards of the optimizers are those of the capture."""
-        return self._whole.hyper() is not None and not (self._whole.makes_state and self._ran)
+        """Whether options, groups, hooks and guards of the optimizers are those of the capture."""
+        if self._whole.outside:
+            same = _groups(self.task) == self._groups
+        else:
+            same = self._whole.hyper() is not None and all(
+                ("momentum_buffer" in o.state.get(p, ())) is there for o, p, there in self._lagging
+            )
+        return same and self._hooks() == self._hooked
+
+    def _hooks(self) -> list[tuple[bool, Any]]:
+        return [(has_step_hooks(o), o.__dict__.get("step")) for o in self.task.optimizers]
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """One batch: a whole step, or a part of one while gradients are accumulated."""
@@ -133,7 +151,6 @@ class GraphStep:
         return loss
 
     def _finish(self, result: tuple[torch.Tensor, list[tuple[torch.nn.Parameter, torch.Tensor]]]) -> torch.Tensor:
-        self._ran = True
         loss, gradients = result
         for parameter in self._whole.parameters:
             if parameter.grad is not None:
@@ -161,13 +178,17 @@ class _Bound:
         by_name: dict[str, Any] = {**dict(task.model.named_parameters()), **dict(task.model.named_buffers())}
         self._static: list[Any] = [None] * len(whole.graph.inputs)
         self._batch: list[tuple[int, int]] = []
+        self._buffers: list[tuple[int, dict[str, Any], str]] = []
         self._state: list[tuple[int, Any, torch.Tensor, str]] = []
         self._gradients: list[tuple[int, torch.nn.Parameter]] = []
         self._hyper: list[int] = []
         owner = {id(p): o for o in task.optimizers for g in o.param_groups for p in g["params"]}
         for position, input_ in enumerate(whole.graph.inputs):
-            if input_.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            if input_.kind is InputKind.PARAMETER:
                 self._static[position] = by_name[input_.name]
+            elif input_.kind is InputKind.BUFFER:  # the model may put another tensor in its place
+                path, _, key = input_.name.rpartition(".")
+                self._buffers.append((position, task.model.get_submodule(path)._buffers, key))
             elif input_.kind is InputKind.BATCH:
                 self._batch.append((position, layout.names.index(input_.name)))
             elif input_.kind is InputKind.STATE:
@@ -181,13 +202,10 @@ class _Bound:
         self.hyper = hyper_reader(optimizers, whole.graph.inputs, whole.guards, task.clip)
         self._loss = next(i for i, o in enumerate(lowered.outputs) if o.kind is OutputKind.LOSS)
         outputs = [(i, o, by_name.get(o.name)) for i, o in enumerate(lowered.outputs)]
-        self._results = [(i, p) for i, o, p in outputs if o.kind is OutputKind.GRADIENT and p is not None]
+        shared = _shared(whole.graph)
+        gradients = [(i, o, p) for i, o, p in outputs if o.kind is OutputKind.GRADIENT and p is not None]
+        self._results = [(i, p, o in shared) for i, o, p in gradients]
         self._new_state = [(i, owner[id(p)], p, o.field) for i, o, p in outputs if o.kind is OutputKind.STATE]
-
-    @property
-    def makes_state(self) -> bool:
-        """Whether a run makes optimizer state, so that the next step has other inputs."""
-        return bool(self._new_state)
 
     def __call__(
         self, tensors: Sequence[torch.Tensor]
@@ -196,10 +214,18 @@ class _Bound:
         arguments = self._static.copy()
         for position, index in self._batch:
             arguments[position] = tensors[index]
-        for position, optimizer, parameter, field in self._state:
-            arguments[position] = optimizer.state[parameter][field]
+        for position, slots, key in self._buffers:
+            arguments[position] = slots[key]
+        try:
+            for position, optimizer, parameter, field in self._state:
+                arguments[position] = optimizer.state[parameter][field]
+        except KeyError:  # thrown away, or loaded from an optimizer that had made no step
+            self._make_state()
+            for position, optimizer, parameter, field in self._state:
+                arguments[position] = optimizer.state[parameter][field]
         for position, parameter in self._gradients:
-            arguments[position] = parameter.grad
+            gradient = parameter.grad  # None where the user dropped it: -0.0 + g has the bits of g
+            arguments[position] = torch.full_like(parameter, -0.0) if gradient is None else gradient
         if self._hyper:
             for position, value in zip(self._hyper, self.hyper() or (), strict=True):
                 arguments[position] = value
@@ -207,7 +233,15 @@ class _Bound:
             results = self.lowered.run(*arguments)
         for i, optimizer, parameter, field in self._new_state:  # SGD under dampening makes its momentum at step 1
             optimizer.state[parameter][field] = results[i]
-        return results[self._loss], [(parameter, results[i]) for i, parameter in self._results]
+        gradients = [
+            (parameter, _own(results[i], parameter) if shared else results[i]) for i, parameter, shared in self._results
+        ]
+        return results[self._loss], gradients
+
+    def _make_state(self) -> None:
+        """Make state that is missing, as the first step does."""
+        for optimizer in dict.fromkeys(o for _, o, _, _ in self._state):
+            initialize_state(optimizer, [p for _, o, p, _ in self._state if o is optimizer])
 
     def _without_autocast(self) -> AbstractContextManager[Any]:
         """The casts are in the graph already; a region around the call must not cast again."""
@@ -216,3 +250,25 @@ class _Bound:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         return stack
+
+
+def _groups(task: Task) -> list[list[int]]:
+    """How many parameters the groups of a task's optimizers have."""
+    return [[len(g["params"]) for g in o.param_groups] for o in task.optimizers]
+
+
+def _shared(graph: TrainingGraph) -> set[Output]:
+    """Gradients that share memory: with each other, with an input or a constant, or among their own elements."""
+    pairs = [(o, r) for o, r in zip(graph.outputs, graph.results, strict=True) if r is not None]
+    roots = Counter(storage_root(r) for _, r in pairs)
+    return {
+        o
+        for o, r in pairs
+        if o.kind is OutputKind.GRADIENT
+        and (roots[storage_root(r)] > 1 or storage_root(r).op != "call_function" or 0 in r.meta["val"].stride())
+    }
+
+
+def _own(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """A copy in memory of its own and the layout of its parameter, as autograd makes it."""
+    return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
