@@ -28,6 +28,7 @@ from graphopt.passes.gradient_liveness import GradientLiveness, LivenessResult
 from graphopt.passes.layer_walk import COPIES, WEIGHTLESS, LayerDecision, walk_layers
 from graphopt.passes.no_ops import NoOps
 from graphopt.passes.selective_saving import SelectiveSaving
+from graphopt.passes.specialise import specialise
 from graphopt.passes.zero_tangents import ZeroTangents
 
 __all__ = [
@@ -51,5 +52,6 @@ __all__ = [
     "Tier",
     "ZeroTangents",
     "check",
+    "specialise",
     "walk_layers",
 ]

@@ -36,7 +36,7 @@ _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
 @dataclass(frozen=True)
 class InPlace:
     """Decisions for one graph. ``calls``: operators replaced by their in-place form. ``same``: values that are, after
-    such a call, the very tensor of another value. ``void``: lists of such values, which do not exist when the graph runs.
+    such a call, the very tensor of another value. ``void``: lists of such values, which do not exist when it runs.
     ``copies``: (input, new value) pairs left to copy at the end."""
 
     calls: dict[fx.Node, Any] = field(default_factory=dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from operator import getitem
 from typing import Any
 
@@ -27,16 +28,17 @@ class Storage:
 
 def is_view(node: fx.Node) -> bool:
     """Whether the result of ``node`` shares the storage of one of its arguments, by the operator's schema."""
-    if node.op != "call_function":
-        return False
-    if node.target is getitem:
+    return node.op == "call_function" and returns_view(node.target)
+
+
+@cache
+def returns_view(target: Any) -> bool:
+    """Whether the result of an operator shares the storage of one of its arguments."""
+    if target is getitem or target in _VIEWS_BY_BEHAVIOUR:
         return True
-    if node.target in _VIEWS_BY_BEHAVIOUR:
-        return True
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(target, torch._ops.OpOverload):
         return False
-    returns = node.target._schema.returns
-    return bool(returns) and any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in target._schema.returns)
 
 
 def viewed(node: fx.Node) -> fx.Node:

@@ -77,7 +77,8 @@ def export_joint(
     """Trace forward and backward of ``module`` on flat tensors by `aot_export_joint_with_descriptors`.
 
     With ``symbolic`` the first dimension of each ``batched`` tensor is one symbol; ``guards`` are what the trace
-    assumed of it. With ``compiling``, ``torch.compiler.is_compiling()`` is true meanwhile. Parameters of ``module`` and tensors that require grad get gradients; with none the graph is the
+    assumed of it. With ``compiling``, ``torch.compiler.is_compiling()`` is true meanwhile. Parameters of ``module`` and
+    tensors that require grad get gradients; with none the graph is the
     forward alone. Source: torch/_functorch/aot_autograd.py.
     """
     shape_env = ShapeEnv(duck_shape=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from operator import getitem
 from typing import Any
 
@@ -14,7 +15,7 @@ from graphopt.graph.op_rules.arguments import arguments, operand, operand_names,
 from graphopt.graph.op_rules.masked_forms import MaskedForm
 from graphopt.graph.op_rules.table import RULES, OpRule
 from graphopt.graph.sizes import Expr, nbytes
-from graphopt.graph.storages import is_view, tensors
+from graphopt.graph.storages import is_view, returns_view, tensors
 
 _VIEW = OpRule("view", linear="self")
 _POINTWISE, _REDUCTION, _FACTORY, _FOREACH = map(OpRule, ("pointwise", "reduction", "factory", "update"))
@@ -32,15 +33,22 @@ def rule(node: fx.Node) -> OpRule | None:
     if node.op != "call_function":
         return None
     operator = node.target
+    if isinstance(operator, torch._ops.OpOverload):
+        found = RULES.get(operator) or RULES.get(operator.overloadpacket)
+        if found is not None:
+            return found
+    return _family(operator)
+
+
+@cache
+def _family(operator: Any) -> OpRule | None:
+    """The rule of an operator without an entry."""
     if operator is getitem:
         return _VIEW
     if not isinstance(operator, torch._ops.OpOverload):
         known = not isinstance(operator, torch._ops.OperatorBase)
         return _NUMBER if known else None
-    found = RULES.get(operator) or RULES.get(operator.overloadpacket)
-    if found is not None:
-        return found
-    if is_view(node):
+    if returns_view(operator):
         return _VIEW
     if torch.Tag.pointwise in operator.tags:
         return _POINTWISE
@@ -149,7 +157,12 @@ def is_random(node: fx.Node) -> bool:
     found = rule(node)
     if found is not None and found.draws is not None:
         return bool(found.draws(arguments(node)))
-    return torch.Tag.nondeterministic_seeded in node.target.tags
+    return _draws(node.target)
+
+
+@cache
+def _draws(operator: torch._ops.OpOverload) -> bool:
+    return torch.Tag.nondeterministic_seeded in operator.tags
 
 
 def is_pure(node: fx.Node) -> bool:
