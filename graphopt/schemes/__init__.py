@@ -1,15 +1,16 @@
 """Ways to run a training step on given processors, one scheme a file."""
 
 from graphopt.schemes.base import Prepared, Runner, Scheme
+from graphopt.schemes.cuda_graphs import CudaGraphs
 from graphopt.schemes.eager import Eager
 from graphopt.schemes.flat import Flat
 from graphopt.schemes.inductor import Inductor
 from graphopt.schemes.task import ModelWatch, Task
 
-SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in (Flat(), Eager(), Inductor())}
+SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in (Flat(), Eager(), Inductor(), CudaGraphs())}
 """The schemes by name."""
 
 AUTO = ("flat", "eager")
 """What ``schemes="auto"`` takes: schemes that compute eager's bits and cost no compilation."""
 
-__all__ = ["AUTO", "SCHEMES", "Eager", "Flat", "Inductor", "ModelWatch", "Prepared", "Runner", "Scheme", "Task"]
+__all__ = ["AUTO", "SCHEMES", "CudaGraphs", "Eager", "Flat", "Inductor", "ModelWatch", "Prepared", "Runner", "Scheme", "Task"]
