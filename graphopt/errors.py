@@ -18,6 +18,14 @@ class CaptureError(GraphoptError):
     """
 
 
+class LossError(GraphoptError):
+    """Raised when backward cannot start from what the loss gives.
+
+    It is no scalar, no floating-point number, or depends on no parameter that requires grad. Eager would fail in the
+    same way, so there is no fallback.
+    """
+
+
 class BatchError(GraphoptError):
     """Raised when a batch does not fit the model or the graph.
 

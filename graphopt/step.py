@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from graphopt.errors import BatchError, CaptureError, GraphoptError, GraphoptWarning, StaleGraphError
+from graphopt.errors import BatchError, CaptureError, GraphoptError, GraphoptWarning, LossError, StaleGraphError
 from graphopt.graph.assemble import as_optimizers
 from graphopt.graph.batch import TARGET_KEYS, BatchLayout, ModelLoss, flatten, normalise
 from graphopt.graph.hyper_parameters import parse_clip, structure_key
@@ -101,8 +102,16 @@ def optimize(
     ):  # fmt: skip
         if value not in only:
             raise GraphoptError(f"{name}: expected one of {only}, got {value!r}; nothing else is supported yet")
-    if accumulate < 1 or (steps is not None and steps < 1):
-        raise GraphoptError(f"accumulate and steps: expected positive integers, got {accumulate} and {steps}")
+    for name, value in (("accumulate", accumulate), ("steps", 1 if steps is None else steps)):
+        if not isinstance(value, int) or value < 1:
+            raise GraphoptError(f"{name}: expected a positive integer, got {value!r}")
+    for name, value in (("verify", verify), ("keep_grads", keep_grads)):
+        if not isinstance(value, bool):
+            raise GraphoptError(f"{name}: expected True or False, got {value!r}")
+    if loss is not None and loss != ModelLoss and not callable(loss):
+        raise GraphoptError(f"loss: expected a callable, None or {ModelLoss!r}, got {loss!r}")
+    if lazy := [name for name, p in model.named_parameters() if is_lazy(p)]:
+        raise GraphoptError(f"model: {lazy[0]} is not initialized; call the model once on a batch before")
     chosen = _schemes(schemes)
     optimizers = as_optimizers(optimizer)
     if loss is None and not optimizers:
@@ -120,7 +129,9 @@ def _schemes(schemes: str | Sequence[str | Scheme]) -> tuple[Scheme, ...]:
     if isinstance(schemes, str):
         schemes = AUTO if schemes == "auto" else (schemes,)
     found = []
-    for one in schemes:
+    for one in schemes if isinstance(schemes, Iterable) else (schemes,):
+        if not isinstance(one, (str, Scheme)):
+            raise GraphoptError(f"schemes: expected names or Scheme objects, got {one!r}")
         if isinstance(one, str) and one not in SCHEMES:
             raise GraphoptError(f"schemes: unknown name {one!r}; expected 'auto', {', '.join(SCHEMES)}, or a Scheme")
         found.append(SCHEMES[one] if isinstance(one, str) else one)
@@ -170,7 +181,7 @@ class TrainingStep:
         self._situations: dict[Hashable, _Situation] = {}
         self._quick: dict[Hashable, tuple[_Situation, _Choice]] = {}
         self._watch: ModelWatch | None = None
-        self._names = {name for name, _ in task.model.named_parameters()}
+        self._names = set(_names(task.model))
         self._plan: Plan | None = None
         self._warned: set[str] = set()
 
@@ -210,6 +221,8 @@ class TrainingStep:
                     return self._measure(choice, tensors)
                 return self._run(choice, choice.plan.chosen, tensors)
             except CaptureError as error:  # a compiler refused the graph at its first run; nothing was run
+                if self._turn(choice) == "eager":
+                    raise
                 self._drop(choice, error)
 
     def _run(self, choice: _Choice, scheme: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -285,10 +298,11 @@ class TrainingStep:
                     self._warn(note)
             else:
                 step = capture_task(self.task, batch, self._passes)
-        except BatchError:
+        except (BatchError, LossError) as error:
+            self._check_tensors(error)
             raise
         except CaptureError as error:
-            self._check_parameters(error)
+            self._check_tensors(error)
             situation.failed = str(error)
             self._warn(f"the step runs in eager mode: {error}")
             return None
@@ -305,9 +319,9 @@ class TrainingStep:
             return "a module has backward hooks, which only autograd calls"
         return None
 
-    def _check_parameters(self, error: CaptureError) -> None:
-        """Say which parameter is gone where that is why the model cannot run any more."""
-        gone = sorted(self._names - {name for name, _ in self.task.model.named_parameters()})
+    def _check_tensors(self, error: GraphoptError) -> None:
+        """Say which parameter or buffer is gone where that is why the model cannot run any more."""
+        gone = sorted(self._names - set(_names(self.task.model)))
         if gone:
             raise StaleGraphError(
                 f"model: it has lost {', '.join(gone[:3])} since optimize() was called and does not run without; "
@@ -373,6 +387,10 @@ class TrainingStep:
             others = [f"{medians[n] / medians[first]:.2f} of it for {n}" for n in medians if n != first]
             plan.chosen, plan.reason = first, f"measured: no candidate is faster ({', '.join(others)})"
         log.info("batch size %d: %s, %s", plan.batch_size, plan.chosen, plan.reason)
+
+
+def _names(model: nn.Module) -> list[str]:
+    return [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
 
 
 def _synchronise(tensors: Sequence[torch.Tensor]) -> None:

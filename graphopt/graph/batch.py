@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from graphopt.errors import BatchError, CaptureError
+from graphopt.errors import BatchError, LossError
 
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 """Keys under which a dict batch holds what the loss compares with, in the order tried."""
@@ -135,11 +135,28 @@ def own_loss(output: Any) -> torch.Tensor:
     elif isinstance(output, (tuple, list)) and output:
         found = output[0]
     if not isinstance(found, torch.Tensor) or found.numel() != 1:
-        raise CaptureError(
-            f"loss: none was given and the model's output ({type(output).__name__}) holds no scalar loss; "
+        what = f"a tensor of shape {_sizes(output)}" if isinstance(output, torch.Tensor) else type(output).__name__
+        raise LossError(
+            f"loss: none was given and the model's output ({what}) holds no scalar loss; "
             "give loss=..., or call the model with what it needs to compute its own (Hugging Face: labels)"
         )
     return found
+
+
+def check_loss(loss: Any) -> torch.Tensor:
+    """``loss`` itself if backward can start from it (whether it depends on a parameter is not looked at), else raise
+    LossError."""
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        what = f"shape {_sizes(loss)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise LossError(f"loss: expected a scalar tensor, got {what}; reduce it with .mean() or .sum()")
+    if not (loss.is_floating_point() or loss.is_complex()):
+        raise LossError(f"loss: expected a floating-point scalar, got {loss.dtype}")
+    return loss
+
+
+def _sizes(tensor: torch.Tensor) -> str:
+    """Its shape; a size that is a symbol while a step is captured is the batch."""
+    return f"[{', '.join(str(s) if isinstance(s, int) else 'batch' for s in tensor.shape)}]"
 
 
 def _key(key: Any) -> str:

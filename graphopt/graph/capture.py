@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from graphopt.errors import BatchError, CaptureError, GraphoptError
 from graphopt.graph.assemble import with_update
@@ -77,6 +78,7 @@ def capture(
     Raises:
         BatchError: the batch is empty or the model rejects it.
         CaptureError: the step cannot become one graph (data-dependent control flow ...); says where.
+        LossError: backward cannot start from the loss (no scalar, detached ...).
         OptimizerError: an optimizer owns no parameter of the model, or two own the same one.
 
     Example:
@@ -116,12 +118,14 @@ def capture_step(
         trainable: set[str] = set()
     elif gradients == "wanted":
         trainable = {name for name, p in parameters.items() if p.requires_grad}
+    elif isinstance(gradients, str) and gradients != "all":
+        raise CaptureError(f"gradients: expected 'wanted', 'all' or names of parameters, got {gradients!r}")
     elif gradients == "all":
         trainable = {name for name, p in parameters.items() if p.is_floating_point() or p.is_complex()}
     else:
         trainable = set(gradients)
         if unknown := trainable - set(parameters):
-            raise CaptureError(f"gradients: {sorted(unknown)} are no parameters of the model")
+            raise CaptureError(f"gradients: {sorted(map(str, unknown))} are no parameters of the model")
     tensors = [_with_gradient(t, backward and (gradients == "all" or t.requires_grad)) for t in tensors]
 
     failure: GraphoptError | None = None
@@ -174,12 +178,15 @@ def _attempts(size: int, all_gradients: bool) -> list[_Attempt]:
 def _check_arguments(model: Any, loss: Any, accumulate: int) -> None:
     if not isinstance(model, nn.Module):
         raise CaptureError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(loss, str) and loss != ModelLoss:
+    if loss is not None and loss != ModelLoss and not callable(loss):
         raise CaptureError(f"loss: expected a callable, None or {ModelLoss!r}, got {loss!r}")
     if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
         raise CaptureError("loss: it has trainable parameters of its own; make it a submodule of the model")
-    if accumulate < 1:
-        raise CaptureError(f"accumulate: expected a positive integer, got {accumulate}")
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise CaptureError(f"accumulate: expected a positive integer, got {accumulate!r}")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise CaptureError(f"model: {name} is not initialized; call the model once on a batch before")
 
 
 def _check_devices(model: nn.Module, tensors: Sequence[torch.Tensor], layout: BatchLayout) -> None:

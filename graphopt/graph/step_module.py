@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from graphopt.errors import CaptureError
-from graphopt.graph.batch import BatchLayout, call_model, compute_loss
+from graphopt.errors import CaptureError, LossError
+from graphopt.graph.batch import BatchLayout, call_model, check_loss, compute_loss
 from graphopt.graph.provenance import Provenance
 
 
@@ -41,6 +41,7 @@ class StepModule(nn.Module):
         self.output_spec: Any = None
         self.output_constants: list[tuple[int, Any]] = []
         self.output_names: list[str] = []
+        self.needs_gradient = bool(trainable)
         self.autocast = _ambient_autocast(model, layout)
         for index, (name, parameter) in enumerate(model.named_parameters()):
             key = f"p{index}"
@@ -71,9 +72,9 @@ class StepModule(nn.Module):
         return self._loss_outputs(result)
 
     def _loss_outputs(self, loss: Any) -> tuple[torch.Tensor, ...]:
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            what = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-            raise CaptureError(f"loss: expected a scalar tensor, got {what}; reduce it with .mean() or .sum()")
+        loss = check_loss(loss)
+        if self.needs_gradient and torch.is_grad_enabled() and not loss.requires_grad:
+            raise LossError("loss: it does not depend on any parameter that requires grad; is it detached?")
         loss = loss.clone() if loss._is_view() else loss
         return (loss,) if self.accumulate == 1 else (loss / self.accumulate, loss.detach())
 
@@ -115,7 +116,8 @@ class ModelWithLoss(nn.Module):
 def _ambient_autocast(model: nn.Module, layout: BatchLayout) -> list[tuple[str, torch.dtype]]:
     """The autocast regions that are active around the call: they belong to forward and loss, not to backward."""
     devices = {d.type for d in layout.devices} | {p.device.type for p in model.parameters()}
-    return [(d, torch.get_autocast_dtype(d)) for d in sorted(devices) if torch.is_autocast_enabled(d)]
+    active = [d for d in sorted(devices) if torch.amp.is_autocast_available(d) and torch.is_autocast_enabled(d)]
+    return [(d, torch.get_autocast_dtype(d)) for d in active]
 
 
 @contextmanager

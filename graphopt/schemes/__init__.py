@@ -13,4 +13,16 @@ SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in (Flat(), Eager()
 AUTO = ("flat", "eager")
 """What ``schemes="auto"`` takes: schemes that compute eager's bits and cost no compilation."""
 
-__all__ = ["AUTO", "SCHEMES", "CudaGraphs", "Eager", "Flat", "Inductor", "ModelWatch", "Prepared", "Runner", "Scheme", "Task"]
+__all__ = [
+    "AUTO",
+    "SCHEMES",
+    "CudaGraphs",
+    "Eager",
+    "Flat",
+    "Inductor",
+    "ModelWatch",
+    "Prepared",
+    "Runner",
+    "Scheme",
+    "Task",
+]

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from graphopt.graph.batch import compute_loss
+from graphopt.errors import LossError
+from graphopt.graph.batch import check_loss, compute_loss
 from graphopt.graph.hyper_parameters import ClipNorm
 from graphopt.schemes.base import Prepared, Runner, Scheme
 from graphopt.schemes.task import Task
@@ -53,7 +54,9 @@ class EagerStep:
         return loss
 
     def _backward(self, batch: Any) -> torch.Tensor:
-        loss = compute_loss(self.task.model, batch, self.task.loss or "model")
+        loss = check_loss(compute_loss(self.task.model, batch, self.task.loss or "model"))
+        if not loss.requires_grad and any(p.requires_grad for p in self.task.model.parameters()):
+            raise LossError("loss: it does not depend on any parameter that requires grad; is it detached?")
         scaled = loss if self.task.accumulate == 1 else loss / self.task.accumulate
         with ExitStack() as stack:  # autocast is for forward and loss
             for device in {t.device.type for t in (loss, *self.task.parameters)}:

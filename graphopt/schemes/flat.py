@@ -231,8 +231,8 @@ class _Bound:
                 arguments[position] = value
         with torch.no_grad(), self._without_autocast():
             results = self.lowered.run(*arguments)
-        for i, optimizer, parameter, field in self._new_state:  # SGD under dampening makes its momentum at step 1
-            optimizer.state[parameter][field] = results[i]
+        for i, optimizer, p, field in self._new_state:  # SGD under dampening makes its momentum at step 1
+            optimizer.state[p][field] = results[i]
         gradients = [
             (parameter, _own(results[i], parameter) if shared else results[i]) for i, parameter, shared in self._results
         ]

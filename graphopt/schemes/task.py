@@ -74,7 +74,11 @@ class ModelWatch:
         slots = [(m._parameters, k, p) for m in model.modules() for k, p in m._parameters.items() if p is not None]
         self._parameters = [(d, k, p, p.requires_grad, _tensor_hooks(p), _address(p)) for d, k, p in slots]
         self._buffers = [(m._buffers, k, b) for m in model.modules() for k, b in m._buffers.items()]
-        self._devices = sorted({p.device.type for p in model.parameters()} | {"cpu"})
+        self._devices = [
+            d
+            for d in sorted({p.device.type for p in model.parameters()} | {"cpu"})
+            if torch.amp.is_autocast_available(d)
+        ]
         self._autocast = self._autocast_now()
         self._key = self._make_key()
 
@@ -95,10 +99,10 @@ class ModelWatch:
                     return False
             except (KeyError, RuntimeError, ValueError):  # deleted, or a tensor now, which has no one truth value
                 return False
-        for slots, key, parameter, requires_grad, hooks, address in self._parameters:
+        for slots, key, parameter, requires_grad, hooked, address in self._parameters:
             if slots.get(key) is not parameter or parameter.requires_grad is not requires_grad:
                 return False
-            if _tensor_hooks(parameter) is not hooks or _address(parameter) != address:
+            if _tensor_hooks(parameter) is not hooked or _address(parameter) != address:
                 return False
         return (
             all(len(table) == length for table, length in self._tables)
