@@ -168,14 +168,9 @@ def peak_bytes(step: Callable[[], Any], *, device: torch.device | str = "cpu") -
         torch.cuda.synchronize(device)
         del result
         return torch.cuda.max_memory_allocated(device) - before
-    profiler = torch.autograd.profiler.profile(profile_memory=True)
     with _quiet_stderr():
-        profiler.__enter__()
-    try:
-        result = step()
-    finally:
-        with _quiet_stderr():
-            profiler.__exit__(None, None, None)
+        with torch.autograd.profiler.profile(profile_memory=True) as profiler:
+            result = step()
     del result
     return _peak(_allocations(profiler.kineto_results.experimental_event_tree()))
 
@@ -207,7 +202,8 @@ def _peak(allocations: Iterable[tuple[int, int, int]]) -> int:
 
 @contextmanager
 def _quiet_stderr() -> Iterator[None]:
-    """The profiler's library writes a line to stderr at each start and stop, past ``sys.stderr``."""
+    """The profiler's library writes to stderr, past ``sys.stderr``: a line at each start and stop, and a warning about
+    the first block freed that is older than it."""
     saved = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)

@@ -12,10 +12,10 @@ The candidates, each with a model and an optimizer of its own:
 - ``flat``, ``flat fused``: ``graphopt.optimize(schemes="flat")``, no compilation;
 - ``inductor fused``: ``graphopt.optimize(schemes="inductor")``.
 
-FLOPs are exact: for eager those that torch's counter sees (it does not know oneDNN's LSTM), for ours those of the graph
-that runs; those of the graph as captured stand beside them in the JSON. Bytes kept are those from forward to backward,
-peak bytes the most that one step allocates at once. Seconds to the first step hold capture and compilation, with empty
-caches. A last part is host overhead: the MLP at batch 1 on one thread.
+FLOPs are exact: for eager those of the captured graph, which are eager's operators (what torch's counter sees stands
+beside them in the JSON; it does not know oneDNN's LSTM), for ours those of the graph that runs. Bytes kept are those
+from forward to backward, peak bytes the most that one step allocates at once. Seconds to the first step hold capture
+and compilation, with empty caches. A last part is host overhead: the MLP at batch 1 on one thread.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,8 @@ from benchmarks import measure, zoo
 from benchmarks.zoo._case import CLASSES, image_batch
 from benchmarks.zoo._torchvision import define_missing_operators
 from graphopt.graph.lowering import lower
+from graphopt.graph.sizes import expression
+from graphopt.graph.storages import kept_for_backward
 from graphopt.passes import Pipeline
 from graphopt.step import PASSES
 
@@ -149,7 +151,7 @@ def _eager(work: Workload, batch: Any, **options: Any) -> Candidate:
     with FlopCounterMode(display=False) as counter:
         seconds = _seconds(step)
     kept = measure.bytes_kept_by_eager(partial(_loss, work, model, batch), _given(model, batch))
-    return Candidate(step, seconds, {"flops": counter.get_total_flops(), "bytes_kept": kept})
+    return Candidate(step, seconds, {"flops_counter": counter.get_total_flops(), "bytes_kept": kept})
 
 
 def _compiled(work: Workload, batch: Any) -> dict[str, Candidate]:
@@ -181,31 +183,44 @@ def _ours(work: Workload, batch: Any, scheme: str, **options: Any) -> Candidate:
         "operators": plan.facts.operators[1],
     }
     if scheme == FLAT:  # Inductor sees forward and backward as one and decides by itself what to recompute
-        figures["bytes_kept"] = plan.facts.bytes_kept[1]
+        figures["bytes_kept"] = _bytes_kept(plan)
     return Candidate(step, seconds, figures)
 
 
-def candidates(work: Workload, batch: Any, compilers: bool, say: Callable[[str], None]) -> dict[str, Candidate]:
-    """All candidates for one batch, each stepped once. What cannot run is left out, with a line that says why."""
+EVERY = (EAGER, f"{EAGER} fused", FLAT, f"{FLAT} fused", COMPILE, f"{INDUCTOR} fused")
+"""What `candidates` makes; ``compile`` makes ``compile fused`` besides."""
+
+
+def candidates(
+    work: Workload, batch: Any, say: Callable[[str], None], names: Iterable[str] = EVERY
+) -> dict[str, Candidate]:
+    """Candidates for one batch, each stepped once. What cannot run is left out, with a line that says why."""
     made: dict[str, Candidate] = {}
     makers: dict[str, Callable[[], Any]] = {
         EAGER: lambda: _eager(work, batch),
         f"{EAGER} fused": lambda: _eager(work, batch, fused=True),
         FLAT: lambda: _ours(work, batch, FLAT),
         f"{FLAT} fused": lambda: _ours(work, batch, FLAT, fused=True),
+        COMPILE: lambda: _compiled(work, batch),
+        f"{INDUCTOR} fused": lambda: _ours(work, batch, INDUCTOR, fused=True),
     }
-    if compilers:
-        makers[COMPILE] = lambda: _compiled(work, batch)
-        makers[f"{INDUCTOR} fused"] = lambda: _ours(work, batch, INDUCTOR, fused=True)
-    for name, make in makers.items():
-        say(f"{work.name}: preparing {name}")
+    for name in names:
+        say(f"{work.name}: {'compiling for' if name.startswith((COMPILE, INDUCTOR)) else 'preparing'} {name} ...")
         try:
-            found = make()
+            found = makers[name]()
             made |= found if isinstance(found, dict) else {name: found}
         except Exception as error:  # a compiler's failure is a result too
             first_line = str(error).strip().partition("\n")[0]
             say(f"{work.name}: no {name}: {type(error).__name__}: {first_line}")
     return made
+
+
+def _bytes_kept(plan: graphopt.Plan) -> int | None:
+    """Bytes kept by the graph that runs; None where torch does not tell the size of one of its storages (the workspace
+    of oneDNN's LSTM is of size 0 in a trace)."""
+    assert plan.facts is not None and plan.passes is not None
+    sizes = [expression(storage.nbytes) for storage in kept_for_backward(plan.passes.graph)]
+    return None if 0 in sizes else plan.facts.bytes_kept[1]
 
 
 def _call(step: Callable[..., Any], batch: Any) -> Any:
@@ -238,22 +253,26 @@ def run(
     """One row a candidate for one model and batch size. At most ``rounds`` rounds or about ``budget`` seconds."""
     torch.manual_seed(1)
     batch = work.batch(size)
-    made = candidates(work, batch, compilers, say)
+    made = candidates(work, batch, say, EVERY if compilers else EVERY[:4])
     slowest = _seconds(made[EAGER].step)
     rounds = max(5, min(rounds, int(budget / (slowest * len(made)))))
     say(f"{work.name}: batch {size}: timing {len(made)} candidates in {rounds} rounds")
+    return [{"model": work.name, "batch": size, **row} for row in measured(made, rounds)]
+
+
+def measured(made: Mapping[str, Candidate], rounds: int) -> list[dict[str, Any]]:
+    """Candidates timed in turn: one row each."""
     timings = measure.interleaved({name: c.step for name, c in made.items()}, rounds=rounds, baseline=EAGER)
+    captured = next((c.figures["flops_captured"] for c in made.values() if "flops_captured" in c.figures), None)
     rows = []
     for timing in timings:
         candidate = made[timing.name]
         rows.append(
             {
-                "model": work.name,
-                "batch": size,
                 **timing.summary(),
                 "first_seconds": candidate.first_seconds,
                 "peak_bytes": measure.peak_bytes(candidate.step),
-                "flops": None,
+                "flops": captured if timing.name.startswith(EAGER) else None,
                 "bytes_kept": None,
                 **candidate.figures,
             }
