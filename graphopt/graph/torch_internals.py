@@ -96,6 +96,7 @@ def export_joint(
     with ExitStack() as stack:
         stack.enter_context(_compiling_flag(compiling))
         stack.enter_context(_lstm_as_in_eager())
+        stack.enter_context(_dropout_as_in_eager())
         joint = aot_export_joint_with_descriptors(stack, module, tuple(fakes))
     graph = joint.graph_module.graph
     inputs = tuple(_input_words(n.meta["desc"]) for n in graph.nodes if n.op == "placeholder")
@@ -123,6 +124,30 @@ def _lstm_as_in_eager() -> Iterator[None]:
         yield
     finally:
         decompositions.select_one_layer_lstm_function = select
+
+
+@contextmanager
+def _dropout_as_in_eager() -> Iterator[None]:
+    """Let dropout of 16-bit floats on the CPU trace to what eager does: a product with noise in the tensor's dtype.
+
+    torch traces `native_dropout`, which scales in float32: other bits. Source: `_dropout` in
+    aten/src/ATen/native/Dropout.cpp.
+    """
+    operator = torch.ops.aten.dropout.default
+    before = dict(operator.py_kernels)
+    operator.py_kernels.update(dict.fromkeys(before, _dropout))
+    operator._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        operator.py_kernels.update(before)
+        operator._dispatch_cache.clear()
+
+
+def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
+    if not (train and 0 < p < 1 and input.device.type == "cpu" and input.dtype in (torch.float16, torch.bfloat16)):
+        return decompositions.dropout(input, p, train)
+    return input * torch.empty_like(input).bernoulli_(1 - p).div_(1 - p)
 
 
 @contextmanager
