@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import is_dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import CaptureError, LossError
-from graphopt.graph.batch import BatchLayout, call_model, check_loss, compute_loss
+from graphopt.graph.batch import BatchLayout, call_model, check_loss, compute_loss, leaf_name
 from graphopt.graph.provenance import Provenance
 
 
@@ -42,7 +44,7 @@ class StepModule(nn.Module):
         self.output_constants: list[tuple[int, Any]] = []
         self.output_names: list[str] = []
         self.needs_gradient = bool(trainable)
-        self.autocast = _ambient_autocast(model, layout)
+        self.autocast = active_autocast(device_types(model, ()) | {d.type for d in layout.devices})
         for index, (name, parameter) in enumerate(model.named_parameters()):
             key = f"p{index}"
             shadow = nn.Parameter(parameter.detach(), requires_grad=name in trainable)
@@ -58,15 +60,11 @@ class StepModule(nn.Module):
         given = {name: getattr(self, key) for key, name in (self.parameter_names | self.buffer_names).items()}
         with ExitStack() as stack:
             stack.enter_context(self.provenance)
-            for device, dtype in self.autocast:
-                stack.enter_context(torch.autocast(device, dtype=dtype))
+            stack.enter_context(autocast(self.autocast))
             state = {f"model.{name}": tensor for name, tensor in given.items()}
             result = torch.func.functional_call(ModelWithLoss(self.model, self.loss), state, (batch,))
-            for (
-                name
-            ) in self.buffer_names.values():  # `self.count = self.count + 1`: a new tensor in place of the buffer
-                if state[f"model.{name}"] is not given[name]:
-                    given[name].copy_(state[f"model.{name}"])
+            for name in self.buffer_names.values():
+                _follow(name, given[name], state[f"model.{name}"])
         if self.loss is None:
             return self._flat_outputs(result, tensors, given)
         return self._loss_outputs(result)
@@ -82,6 +80,7 @@ class StepModule(nn.Module):
         self, result: Any, inputs: tuple[torch.Tensor, ...], state: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
         """Output tensors, none an alias of an input, a parameter or another output (those are cloned)."""
+        _know_dataclasses(result)
         with_paths, self.output_spec = pytree.tree_flatten_with_path(result)
         self.output_constants, self.output_names, outputs = [], [], []
         known = [*inputs, *state.values()]
@@ -97,8 +96,25 @@ class StepModule(nn.Module):
             alias = leaf._is_view() or any(leaf is k for k in known)
             outputs.append(leaf.clone() if alias else leaf)
             known.append(leaf)
-            self.output_names.append(".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) or "0")
+            self.output_names.append(leaf_name(path) or "0")
         return tuple(outputs)
+
+
+def _follow(name: str, buffer: torch.Tensor, new: torch.Tensor) -> None:
+    """A model that puts a new tensor in place of a buffer (``self.count = self.count + 1``) gives it a new value."""
+    if new is buffer:
+        return
+    if new.shape != buffer.shape or new.dtype != buffer.dtype:
+        was, now = (f"{t.dtype} {list(t.shape)}" for t in (buffer, new))
+        raise CaptureError(f"the model replaces its buffer {name!r} ({was}) by a tensor of another kind ({now})")
+    buffer.copy_(new)
+
+
+def _know_dataclasses(result: Any) -> None:
+    """Tell torch's pytree of the dataclasses among a model's outputs."""
+    while unknown := {type(leaf) for leaf in pytree.tree_leaves(result) if is_dataclass(leaf)}:
+        for kind in unknown:
+            pytree.register_dataclass(kind)
 
 
 class ModelWithLoss(nn.Module):
@@ -113,22 +129,39 @@ class ModelWithLoss(nn.Module):
         return call_model(self.model, batch) if self.loss is None else compute_loss(self.model, batch, self.loss)
 
 
-def _ambient_autocast(model: nn.Module, layout: BatchLayout) -> list[tuple[str, torch.dtype]]:
-    """The autocast regions that are active around the call: they belong to forward and loss, not to backward."""
-    devices = {d.type for d in layout.devices} | {p.device.type for p in model.parameters()}
+def device_types(model: nn.Module, tensors: Iterable[torch.Tensor]) -> set[str]:
+    """The types of device that a model and some tensors are on."""
+    return {t.device.type for t in (*tensors, *model.parameters())}
+
+
+def active_autocast(devices: Iterable[str]) -> dict[str, torch.dtype]:
+    """The autocast regions that are active for these types of device. They are for forward and loss, not for backward,
+    and not for a captured graph, which holds the casts."""
     active = [d for d in sorted(devices) if torch.amp.is_autocast_available(d) and torch.is_autocast_enabled(d)]
-    return [(d, torch.get_autocast_dtype(d)) for d in active]
+    return {d: torch.get_autocast_dtype(d) for d in active}
+
+
+def autocast(regions: Mapping[str, torch.dtype], *, enabled: bool = True) -> ExitStack:
+    """The regions that `active_autocast` found, entered again, or left for a while."""
+    stack = ExitStack()
+    for device, dtype in regions.items():
+        stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+    return stack
 
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[list[str]]:
-    """Undo what tracing the model leaves behind: attributes, buffers and parameters set or replaced on its modules.
+    """Undo what tracing the model leaves behind: attributes, buffers and parameters set or replaced on its modules,
+    what was put into lists, dicts and sets among the attributes, and writes into tensors that are no buffers.
 
     At its end the list that it yields names the Python numbers that the model itself changed: their next values are not
     in the graph.
     """
     names = {m: name for name, m in model.named_modules()}
     before = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    values = [value for _, attributes, *_ in before for value in attributes.values()]
+    contents = [(v, v.copy()) for v in values if type(v) in (list, dict, set)]
+    tensors = [(t, t._version, t.detach().clone()) for v in values for t in _loose_tensors(v)]
     counted: list[str] = []
     try:
         yield counted
@@ -141,6 +174,23 @@ def unchanged(model: nn.Module) -> Iterator[list[str]]:
             _restore(module._parameters, parameters)
             _restore(module._buffers, buffers)
             _restore(module.__dict__, attributes)
+        for value, copy in contents:
+            if len(value) != len(copy) or any(a is not b for a, b in zip(_items(value), _items(copy), strict=True)):
+                value.clear()
+                value.extend(copy) if isinstance(value, list) else value.update(copy)
+        for tensor, version, copy in tensors:
+            if tensor._version != version:
+                tensor.detach().copy_(copy)
+
+
+def _loose_tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Tensors that an attribute holds directly or in a list or dict, without parameters."""
+    inside = value.values() if type(value) is dict else value if type(value) in (list, tuple) else (value,)
+    return (v for v in inside if isinstance(v, torch.Tensor) and not isinstance(v, nn.Parameter))
+
+
+def _items(value: Any) -> Iterator[Any]:
+    return chain.from_iterable(value.items()) if isinstance(value, dict) else iter(value)
 
 
 def _restore(target: dict[str, Any], saved: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch._dynamo.source import ConstantSource
 from torch._functorch._aot_autograd import descriptors as aot
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._inductor.exc import InductorError
+from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -96,6 +98,7 @@ def export_joint(
     with ExitStack() as stack:
         stack.enter_context(_compiling_flag(compiling))
         stack.enter_context(_lstm_as_in_eager())
+        stack.enter_context(_upsampling_as_in_eager())
         stack.enter_context(_dropout_as_in_eager())
         joint = aot_export_joint_with_descriptors(stack, module, tuple(fakes))
     graph = joint.graph_module.graph
@@ -124,6 +127,69 @@ def _lstm_as_in_eager() -> Iterator[None]:
         yield
     finally:
         decompositions.select_one_layer_lstm_function = select
+
+
+_UPSAMPLING = [
+    getattr(packet, overload)
+    for name in [
+        "upsample_nearest1d",
+        "upsample_nearest2d",
+        "upsample_nearest3d",
+        "_upsample_nearest_exact1d",
+        "_upsample_nearest_exact2d",
+        "_upsample_nearest_exact3d",
+        "upsample_linear1d",
+        "upsample_bilinear2d",
+        "upsample_trilinear3d",
+        "upsample_bicubic2d",
+        "_upsample_bilinear2d_aa",
+        "_upsample_bicubic2d_aa",
+    ]
+    for packet in (getattr(torch.ops.aten, name), getattr(torch.ops.aten, name + "_backward"))
+    for overload in packet.overloads()
+    if overload in ("default", "vec")
+]
+
+
+@contextmanager
+def _upsampling_as_in_eager() -> Iterator[None]:
+    """Let upsampling trace to its own forward and backward kernels, which eager takes.
+
+    torch traces a decomposition into gathers, whose backward scatters in another order of additions. Source: the
+    ``py_impl(DispatchKey.Autograd)`` of upsampling in torch/_decomp/decompositions.py.
+    """
+    decomposed = (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd)
+    meta = torch._C.DispatchKey.Meta
+    before = {op: dict(op.py_kernels) for op in _UPSAMPLING}
+    for op in _UPSAMPLING:
+        for key in decomposed:
+            op.py_kernels.pop(key, None)
+        if op._overloadname == "vec":  # torch's own would fix the batch size to ask for the output's
+            op.py_kernels[torch._C.DispatchKey.CompositeImplicitAutograd] = partial(
+                _upsample, op.overloadpacket.default
+            )
+        elif op._opname.endswith("_backward") and meta not in op.py_kernels:
+            op.py_kernels[meta] = _upsample_backward_meta
+        op._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for op, kernels in before.items():
+            op.py_kernels.clear()
+            op.py_kernels.update(kernels)
+            op._dispatch_cache.clear()
+
+
+def _upsample(op: Any, input: torch.Tensor, output_size: Any, *options: Any) -> torch.Tensor:
+    """Upsampling to a size or by factors (the last option) as upsampling to a size."""
+    *others, factors = options
+    size = decompositions.upsample_compute_output_size(input.size(), output_size, factors)
+    return op(input, size, *others, *(factors or [None] * (input.dim() - 2)))
+
+
+def _upsample_backward_meta(grad_output: torch.Tensor, output_size: Any, input_size: Any, *rest: Any) -> torch.Tensor:
+    like = grad_output.new_empty(input_size)
+    return like.to(memory_format=suggest_memory_format(grad_output)) if like.dim() == 4 else like
 
 
 @contextmanager
