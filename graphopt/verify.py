@@ -18,7 +18,7 @@ from graphopt.errors import CaptureError
 from graphopt.graph.batch import flatten
 from graphopt.graph.capture import capture_step
 from graphopt.graph.lowering import lower
-from graphopt.graph.step_module import ModelWithLoss
+from graphopt.graph.step_module import ModelWithLoss, active_autocast, autocast, device_types
 from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
 from graphopt.passes import Pass
 from graphopt.schemes.flat import CapturedStep, capture_task
@@ -59,10 +59,12 @@ def reference(
         trainable: dict[str, torch.Tensor], state: dict[str, torch.Tensor], batch: Any
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         tensors = {f"model.{n}": t for n, t in {**trainable, **frozen, **state}.items()}
-        value = torch.func.functional_call(ModelWithLoss(model, loss), tensors, (batch,))
+        with autocast(regions):
+            value = torch.func.functional_call(ModelWithLoss(model, loss), tensors, (batch,))
         return value.reshape(()), {n: tensors[f"model.{n}"] for n in state}
 
-    with torch.random.fork_rng(), torch.enable_grad():
+    regions = active_autocast(device_types(model, flatten(batch)[0]))
+    with torch.random.fork_rng(), torch.enable_grad(), autocast(regions, enabled=False):
         torch.manual_seed(seed)
         gradients, (value, new) = torch.func.grad_and_value(compute, has_aux=True)(wanted, buffers, given)
     found = {"loss": value} | {f"gradient {n}": g for n, g in gradients.items()}
@@ -79,7 +81,8 @@ def run_graph(graph: TrainingGraph, model: nn.Module, batch: Any, *, seed: int =
     }
     arguments = [sources[i.kind][i.name].detach() for i in graph.inputs]
     lowered = lower(graph, in_place=False)
-    with torch.random.fork_rng(), torch.no_grad():
+    regions = active_autocast(device_types(model, tensors))
+    with torch.random.fork_rng(), torch.no_grad(), autocast(regions, enabled=False):
         torch.manual_seed(seed)
         results = lowered.run(*arguments)
     names = ["loss" if o.kind is OutputKind.LOSS else f"{o.kind} {o.name}" for o in lowered.outputs]

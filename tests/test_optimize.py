@@ -198,6 +198,23 @@ def test_gradients_that_share_memory_in_the_graph(options, make):
     dense(make, Sharing(), **options).steps(rows, 6)
 
 
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+@pytest.mark.parametrize("clip", [None, 0.1])
+def test_gradients_laid_out_otherwise_than_their_parameters(options, clip):
+    class Transposed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(48, 64))
+            self.spread = nn.Parameter(torch.randn(64, 48))
+
+        def forward(self, x):
+            return x @ self.w.t() + self.spread.sum(0)
+
+    make = lambda m: AdamW(m.parameters(), lr=0.1, **options)
+    twins = Twins(Transposed(), make, loss=F.mse_loss, shape=((1, 1), (1, 1)), clip=clip)
+    twins.steps(lambda: (torch.randn(5, 64), torch.randn(5, 48)), 3)
+
+
 def test_kept_gradients_can_be_changed_one_by_one():
     twins = dense(sgd, Sharing(), keep_grads=True)
     twins.steps(rows, 2)

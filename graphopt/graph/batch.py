@@ -63,7 +63,7 @@ def flatten(batch: Any) -> tuple[list[torch.Tensor], BatchLayout, int]:
     for position, (path, leaf) in enumerate(with_paths):
         if isinstance(leaf, torch.Tensor):
             tensors.append(leaf)
-            names.append(".".join(_key(k) for k in path))
+            names.append(leaf_name(path))
         else:
             constants.append((position, _hashable(leaf, path)))
     if not tensors:
@@ -159,17 +159,18 @@ def _sizes(tensor: torch.Tensor) -> str:
     return f"[{', '.join(str(s) if isinstance(s, int) else 'batch' for s in tensor.shape)}]"
 
 
-def _key(key: Any) -> str:
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+def leaf_name(path: Any) -> str:
+    """The place of a leaf in a nesting: ``inputs.0``, empty for a leaf alone."""
+    return ".".join(
+        str(next(getattr(k, a) for a in ("key", "idx", "name", "__class__") if hasattr(k, a))) for k in path
+    )
 
 
 def _hashable(leaf: Any, path: Any) -> Any:
     try:
         hash(leaf)
     except TypeError:
-        where = ".".join(_key(k) for k in path)
-        raise BatchError(f"batch: {where} is a {type(leaf).__name__}; expected tensors and plain values") from None
+        raise BatchError(
+            f"batch: {leaf_name(path)} is a {type(leaf).__name__}; expected tensors and plain values"
+        ) from None
     return leaf

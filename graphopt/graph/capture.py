@@ -21,7 +21,7 @@ from graphopt.graph.assemble import with_update
 from graphopt.graph.batch import BatchLayout, ModelLoss, flatten
 from graphopt.graph.provenance import Provenance
 from graphopt.graph.sizes import Symbols
-from graphopt.graph.step_module import StepModule, unchanged
+from graphopt.graph.step_module import StepModule, autocast, unchanged
 from graphopt.graph.torch_internals import ExportedJoint, export_joint
 from graphopt.graph.training_graph import (
     Input,
@@ -31,6 +31,7 @@ from graphopt.graph.training_graph import (
     Phase,
     Signature,
     TrainingGraph,
+    infer,
 )
 
 
@@ -134,7 +135,8 @@ def capture_step(
         module = StepModule(model, layout, loss, trainable, provenance, accumulate)
         given = tensors if attempt.batch_gradients else [t.detach() for t in tensors]
         try:
-            with unchanged(model) as counted, provenance.recording(), torch.enable_grad(), _no_autocast(module):
+            without = autocast(module.autocast, enabled=False)  # which forward enters by itself
+            with unchanged(model) as counted, provenance.recording(), torch.enable_grad(), without:
                 joint = export_joint(
                     module, given, layout.batched, symbolic=attempt.symbolic, compiling=attempt.compiling
                 )
@@ -202,32 +204,27 @@ def _with_gradient(tensor: torch.Tensor, wanted: bool) -> torch.Tensor:
     return tensor.detach().requires_grad_(wanted and (tensor.is_floating_point() or tensor.is_complex()))
 
 
-def _no_autocast(module: StepModule) -> Any:
-    """Backward must run without the autocast region around the call, as in eager; forward enters it by itself."""
-    from contextlib import ExitStack
-
-    stack = ExitStack()
-    for device, _ in module.autocast:
-        stack.enter_context(torch.autocast(device, enabled=False))
-    return stack
-
-
 def _explained(
     error: Exception, provenance: Provenance, model: nn.Module, tensors: Sequence[torch.Tensor], layout: BatchLayout,
     loss: Any,
 ) -> GraphoptError:  # fmt: skip
     """The error of a failed trace as ours: BatchError if the model itself rejects the batch, else CaptureError."""
-    place = " at ".join(w for w in (provenance.module and f"in module {provenance.module!r}", provenance.source) if w)
+    place = f" in module {provenance.module!r}" if provenance.module else ""
+    place += f" at {provenance.source}" if provenance.source else ""
     first_line = str(error).strip().split("\n")[0] or type(error).__name__
+    if "expected to have an entirely functional graph" in first_line:
+        first_line = (
+            "a tensor that is neither a parameter nor a buffer is changed in place; make it a buffer (register_buffer)"
+        )
     if isinstance(error, (RuntimeError, ValueError, TypeError, IndexError)) and _model_rejects(
         model, tensors, layout, loss
     ):
         shapes = [f"{n}: {t.dtype} {list(t.shape)}" for n, t in zip(layout.names, tensors, strict=True)]
         explained: GraphoptError = BatchError(
-            f"batch: the model rejects it {place}: {first_line} (got {'; '.join(shapes)})"
+            f"batch: the model rejects it{place}: {first_line} (got {'; '.join(shapes)})"
         )
     else:
-        explained = CaptureError(f"the step cannot be captured as one graph {place}: {first_line}")
+        explained = CaptureError(f"the step cannot be captured as one graph{place}: {first_line}")
     explained.__cause__ = error
     return explained
 
@@ -298,6 +295,8 @@ def _training_graph(joint: ExportedJoint, module: StepModule, layout: BatchLayou
         if output is not None:
             outputs.append(output)
             nodes.append(copies[result])
+            if kind == "parameter gradient":
+                nodes[-1] = _laid_out(graph, copies[result], getattr(module, name))
     graph.output(tuple(nodes)).meta["phase"] = Phase.OUTPUT
     symbols = Symbols({"batch": joint.symbol} if joint.symbol is not None else {}, {"batch": size}, joint.guards)
     order = sorted(range(len(outputs)), key=lambda i: outputs[i].kind is not OutputKind.LOSS)  # the loss first
@@ -329,6 +328,25 @@ def _ones(graph: fx.Graph, tangent: fx.Node) -> fx.Node:
     )
     _set_meta(node, tangent, Phase.BACKWARD)
     return node
+
+
+def _laid_out(graph: fx.Graph, gradient: fx.Node, parameter: torch.Tensor) -> fx.Node:
+    """The gradient in the layout of its parameter, into which autograd copies it too (AccumulateGrad): fused updates
+    count on it, and a norm over another layout is summed in another order."""
+    value = gradient.meta["val"]
+    layouts = {f: torch.empty_like(parameter, device="meta", memory_format=f) for f in _formats(parameter)}
+    wanted = next((f for f, like in layouts.items() if like.stride() == parameter.stride()), None)
+    if wanted is None or value.stride() == parameter.stride():
+        return gradient
+    node = graph.call_function(torch.ops.aten.clone.default, (gradient,), {"memory_format": wanted})
+    node.meta = {**gradient.meta, "phase": Phase.BACKWARD}
+    node.meta["val"] = infer(node)
+    return node
+
+
+def _formats(tensor: torch.Tensor) -> list[torch.memory_format]:
+    several = {4: [torch.channels_last], 5: [torch.channels_last_3d]}
+    return [torch.contiguous_format, *several.get(tensor.dim(), [])]
 
 
 def _set_meta(node: fx.Node, origin: fx.Node, phase: Phase) -> None:

@@ -149,6 +149,9 @@ def autocast(regions: Mapping[str, torch.dtype], *, enabled: bool = True) -> Exi
     return stack
 
 
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+
+
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[list[str]]:
     """Undo what tracing the model leaves behind: attributes, buffers and parameters set or replaced on its modules,
@@ -159,7 +162,7 @@ def unchanged(model: nn.Module) -> Iterator[list[str]]:
     """
     names = {m: name for name, m in model.named_modules()}
     before = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
-    values = [value for _, attributes, *_ in before for value in attributes.values()]
+    values = [value for _, attributes, *_ in before for key, value in attributes.items() if key not in _REGISTERED]
     contents = [(v, v.copy()) for v in values if type(v) in (list, dict, set)]
     tensors = [(t, t._version, t.detach().clone()) for v in values for t in _loose_tensors(v)]
     counted: list[str] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ import torch
 from graphopt.errors import LossError
 from graphopt.graph.batch import check_loss, compute_loss
 from graphopt.graph.hyper_parameters import ClipNorm
+from graphopt.graph.step_module import active_autocast, autocast, device_types
 from graphopt.schemes.base import Prepared, Runner, Scheme
 from graphopt.schemes.task import Task
 
@@ -58,10 +58,8 @@ class EagerStep:
         if not loss.requires_grad and any(p.requires_grad for p in self.task.model.parameters()):
             raise LossError("loss: it does not depend on any parameter that requires grad; is it detached?")
         scaled = loss if self.task.accumulate == 1 else loss / self.task.accumulate
-        with ExitStack() as stack:  # autocast is for forward and loss
-            for device in {t.device.type for t in (loss, *self.task.parameters)}:
-                if torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, enabled=False))
+        regions = active_autocast(device_types(self.task.model, [loss]))
+        with autocast(regions, enabled=False):  # they are for forward and loss
             if scaled.requires_grad:
                 scaled.backward()
         return loss.detach()

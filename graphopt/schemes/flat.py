@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any, ClassVar
@@ -16,6 +15,7 @@ from graphopt.graph.batch import BatchLayout
 from graphopt.graph.capture import capture_step
 from graphopt.graph.hyper_parameters import hyper_reader, lags
 from graphopt.graph.lowering import Lowered, lower
+from graphopt.graph.step_module import active_autocast, autocast
 from graphopt.graph.storages import storage_root
 from graphopt.graph.torch_internals import has_step_hooks
 from graphopt.graph.training_graph import InputKind, Output, OutputKind, TrainingGraph
@@ -174,7 +174,7 @@ class _Bound:
         self.outside = whole.outside is not None
         self.parameters = task.parameters
         self.lowered = lowered
-        self._autocast = sorted({d.type for d in layout.devices})
+        self._devices = sorted({d.type for d in layout.devices})
         by_name: dict[str, Any] = {**dict(task.model.named_parameters()), **dict(task.model.named_buffers())}
         self._static: list[Any] = [None] * len(whole.graph.inputs)
         self._batch: list[tuple[int, int]] = []
@@ -205,7 +205,9 @@ class _Bound:
         shared = _shared(whole.graph)
         gradients = [(i, o, p) for i, o, p in outputs if o.kind is OutputKind.GRADIENT and p is not None]
         self._results = [(i, p, o in shared) for i, o, p in gradients]
-        self._new_state = [(i, owner[id(p)], p, o.field) for i, o, p in outputs if o.kind is OutputKind.STATE]
+        self._new_state = [
+            (i, owner[id(p)], p, o.field) for i, o, p in outputs if p is not None and o.kind is OutputKind.STATE
+        ]
 
     def __call__(
         self, tensors: Sequence[torch.Tensor]
@@ -229,7 +231,7 @@ class _Bound:
         if self._hyper:
             for position, value in zip(self._hyper, self.hyper() or (), strict=True):
                 arguments[position] = value
-        with torch.no_grad(), self._without_autocast():
+        with torch.no_grad(), autocast(active_autocast(self._devices), enabled=False):
             results = self.lowered.run(*arguments)
         for i, optimizer, p, field in self._new_state:  # SGD under dampening makes its momentum at step 1
             optimizer.state[p][field] = results[i]
@@ -242,14 +244,6 @@ class _Bound:
         """Make state that is missing, as the first step does."""
         for optimizer in dict.fromkeys(o for _, o, _, _ in self._state):
             initialize_state(optimizer, [p for _, o, p, _ in self._state if o is optimizer])
-
-    def _without_autocast(self) -> AbstractContextManager[Any]:
-        """The casts are in the graph already; a region around the call must not cast again."""
-        stack = ExitStack()
-        for device in self._autocast:
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        return stack
 
 
 def _groups(task: Task) -> list[list[int]]:
