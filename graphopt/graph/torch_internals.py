@@ -97,7 +97,7 @@ def export_joint(
         torch._check(other.shape[0] == leading[0].shape[0])
     with ExitStack() as stack:
         stack.enter_context(_compiling_flag(compiling))
-        stack.enter_context(_lstm_as_in_eager())
+        stack.enter_context(_recurrent_as_in_eager())
         stack.enter_context(_upsampling_as_in_eager())
         stack.enter_context(_dropout_as_in_eager())
         joint = aot_export_joint_with_descriptors(stack, module, tuple(fakes))
@@ -111,22 +111,44 @@ def export_joint(
 
 
 @contextmanager
-def _lstm_as_in_eager() -> Iterator[None]:
-    """Let an LSTM whose input requires grad trace to oneDNN's layer, the kernel that eager takes.
+def _recurrent_as_in_eager() -> Iterator[None]:
+    """Let recurrent layers trace to what eager computes, which torch's decompositions do not in two places.
 
-    torch's decomposition takes it only where the input requires no grad and unrolls the steps otherwise: five times the
-    operators, and other bits. Source: `select_one_layer_lstm_function` in torch/_decomp/decompositions.py.
+    An LSTM whose input requires grad is unrolled (five times the operators, and other bits) where eager takes oneDNN's
+    layer, and the dropout between layers is left out. Source: torch/_decomp/decompositions.py.
     """
-    select = decompositions.select_one_layer_lstm_function
+    select, helper = decompositions.select_one_layer_lstm_function, decompositions._rnn_helper
 
     def select_as_eager(input: torch.Tensor, hx: Any, params: Any) -> Any:
         return select(SimpleNamespace(device=input.device, dtype=input.dtype, requires_grad=False), hx, params)
 
     decompositions.select_one_layer_lstm_function = select_as_eager
+    decompositions._rnn_helper = _layers_with_dropout
     try:
         yield
     finally:
-        decompositions.select_one_layer_lstm_function = select
+        decompositions.select_one_layer_lstm_function, decompositions._rnn_helper = select, helper
+
+
+def _layers_with_dropout(
+    input: torch.Tensor, hidden: Any, params: Any, has_biases: bool, num_layers: int, dropout: float, train: bool,
+    bidirectional: bool, batch_first: bool, layer_fn: Callable[..., Any],
+) -> tuple[torch.Tensor, list[Any]]:  # fmt: skip
+    """The layers of a recurrent network, with dropout between them; arguments as torch's ``_rnn_helper``, whose
+    condition for dropout never holds. Source: `apply_layer_stack` in aten/src/ATen/native/RNN.cpp."""
+    value = input.transpose(0, 1) if batch_first else input
+    final_hiddens = []
+    for i in range(num_layers):
+        weights, state, *other_way = decompositions.params_hiddens(params, hidden, i, bidirectional)
+        outputs, final = layer_fn(value, state, weights, has_biases)
+        final_hiddens.append(final)
+        if bidirectional:
+            weights, state = other_way
+            backwards, final = layer_fn(value, state, weights, has_biases, reverse=True)
+            final_hiddens.append(final)
+            outputs = torch.cat([outputs, backwards], outputs.dim() - 1)
+        value = torch.dropout(outputs, dropout, train=True) if dropout and train and i < num_layers - 1 else outputs
+    return value.transpose(0, 1) if batch_first else value, final_hiddens
 
 
 _UPSAMPLING = [
