@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import is_dataclass
@@ -163,7 +164,7 @@ def unchanged(model: nn.Module) -> Iterator[list[str]]:
     names = {m: name for name, m in model.named_modules()}
     before = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
     values = [value for _, attributes, *_ in before for key, value in attributes.items() if key not in _REGISTERED]
-    contents = [(v, v.copy()) for v in values if type(v) in (list, dict, set)]
+    contents = [(v, v.copy()) for v in values if type(v) in (list, dict, set, OrderedDict)]  # hooks are in the last
     tensors = [(t, t._version, t.detach().clone()) for v in values for t in _loose_tensors(v)]
     counted: list[str] = []
     try:
