@@ -15,8 +15,9 @@ def specialise(
     """The step of a freeze pattern: ``full`` specialised to it, if that is what a fresh capture gives.
 
     torch chooses some kernels by ``requires_grad`` while it traces (the folding of 3-D matmuls, LSTM, attention with a
-    learnable bias), so the specialised graph is compared with a fresh one by `TrainingGraph.hash`: equal hashes mean
-    the same operators on the same operands. Where they differ the fresh graph is the answer, with a refusal that says so.
+    learnable bias), so the specialised graph is compared with a fresh one by `TrainingGraph.hash`. Equal hashes mean
+    the same operators on the same operands. Where they differ the fresh graph is the answer, with a refusal that says
+    so.
 
     Args:
         full: a graph of `capture` with ``gradients="all"``.
