@@ -230,12 +230,23 @@ def _explained(
 
 
 def _model_rejects(model: nn.Module, tensors: Sequence[torch.Tensor], layout: BatchLayout, loss: Any) -> bool:
-    """Whether forward and loss fail by themselves, tried on fake tensors so that nothing real is touched."""
+    """Whether forward and loss fail by themselves: on fake tensors, and then really, since fake tensors refuse more."""
     from graphopt.graph.torch_internals import fails_on_fakes
 
     module = StepModule(model, layout, loss, (), Provenance(model))
     with unchanged(model):
-        return fails_on_fakes(module, tensors)
+        return fails_on_fakes(module, tensors) and _fails(module, tensors)
+
+
+def _fails(module: StepModule, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether ``module(*tensors)`` raises. Writes go into copies of its buffers, random numbers are given back."""
+    buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.func.functional_call(module, buffers, tuple(t.detach() for t in tensors))
+    except Exception:  # the answer itself: the model's own code raised
+        return True
+    return False
 
 
 _INPUT_KINDS = {"parameter": InputKind.PARAMETER, "buffer": InputKind.BUFFER, "batch": InputKind.BATCH}
