@@ -129,7 +129,8 @@ class GradientLiveness(Pass):
         if unknown:
             raise PassError(f"{unknown} are neither parameters nor batch tensors of this graph", pass_name=self.name)
         gradients = {o.name for o in graph.outputs if o.kind is OutputKind.GRADIENT} | set(graph.signature.owned or ())
-        missing = sorted(set(self.trainable or ()) - gradients)
+        unused = {i.name for i, node in zip(graph.inputs, graph.placeholders, strict=True) if not node.users}
+        missing = sorted(set(self.trainable or ()) - gradients - unused)
         if missing:
             raise PassError(
                 f'the graph holds no gradient of {missing[:5]}; capture it with gradients="all"', pass_name=self.name

@@ -319,6 +319,14 @@ def test_nothing_to_do_gives_the_same_graph():
     assert result.graph is graph and not result.changed
 
 
+def test_a_parameter_that_takes_no_part_has_no_gradient():
+    model = linears(4, 4)
+    model.unused = nn.Linear(4, 4)
+    model.forward = lambda x: model[0](x)
+    graph = GradientLiveness(trainable=["0.weight", "unused.weight"])(everything(model, rows())).graph
+    assert [o.name for o in graph.outputs if o.kind is OutputKind.GRADIENT] == ["0.weight"]
+
+
 def test_unknown_and_missing_names():
     graph = graphopt.capture(linears(4, 4), rows(), loss=F.mse_loss)
     with pytest.raises(PassError, match="neither parameters nor batch tensors"):
