@@ -13,7 +13,15 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from graphopt.errors import BatchError, CaptureError, GraphoptError, GraphoptWarning, LossError, StaleGraphError
+from graphopt.errors import (
+    BatchError,
+    CaptureError,
+    GraphoptError,
+    GraphoptWarning,
+    LossError,
+    PassError,
+    StaleGraphError,
+)
 from graphopt.graph.assemble import as_optimizers
 from graphopt.graph.batch import TARGET_KEYS, BatchLayout, ModelLoss, flatten, normalise
 from graphopt.graph.hyper_parameters import parse_clip, structure_key
@@ -301,7 +309,7 @@ class TrainingStep:
         except (BatchError, LossError) as error:
             self._check_tensors(error)
             raise
-        except CaptureError as error:
+        except (CaptureError, PassError) as error:
             self._check_tensors(error)
             situation.failed = str(error)
             self._warn(f"the step runs in eager mode: {error}")

@@ -7,19 +7,21 @@ A graph passes where its error is at most a small multiple of eager's own error.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from graphopt.errors import CaptureError
+from graphopt.errors import CaptureError, PassError
+from graphopt.graph.assemble import WholeStep
 from graphopt.graph.batch import flatten
 from graphopt.graph.capture import capture_step
+from graphopt.graph.hyper_parameters import hyper_reader
 from graphopt.graph.lowering import lower
 from graphopt.graph.step_module import ModelWithLoss, active_autocast, autocast, device_types
-from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
+from graphopt.graph.training_graph import Input, InputKind, OutputKind, TrainingGraph
 from graphopt.passes import Pass
 from graphopt.schemes.flat import CapturedStep, capture_task
 from graphopt.schemes.task import Task
@@ -157,20 +159,59 @@ def check_graph(graph: TrainingGraph, model: nn.Module, batch: Any, loss: Callab
 def drop_failing(task: Task, batch: Any, passes: Sequence[Pass]) -> tuple[CapturedStep, list[str]]:
     """Capture a task's step with those passes that keep its values, and say which were dropped and why.
 
-    Raises CaptureError if the captured graph itself does not compute what eager computes.
+    Loss, gradients and buffers are held against eager and float64; the whole step, with clipping and update, against
+    itself before the pass. Raises CaptureError if the captured graph itself does not compute what eager computes.
     """
     assert task.loss is not None
     graph = capture_step(task.model, batch, loss=task.loss).graph
     if found := check_graph(graph, task.model, batch, task.loss):
         raise CaptureError(f"the captured step does not compute what eager computes: {found}")
+    whole = capture_task(task, batch, ()).whole
     kept: list[Pass] = []
     notes: list[str] = []
     for one in passes:
-        rewritten = one(graph).graph
-        found = None if rewritten is graph else check_graph(rewritten, task.model, batch, task.loss)
-        if found:
-            notes.append(f"pass {one.name!r} was dropped by verification: {found}")
+        try:
+            joint, step = one(graph).graph, replace(whole, graph=one(whole.graph).graph)
+            wrong = None if joint is graph else check_graph(joint, task.model, batch, task.loss)
+            if wrong is None and step.graph is not whole.graph:
+                wrong = disagreement(run_step(step, task, batch), run_step(whole, task, batch), None)
+        except PassError as error:
+            wrong = error.message
+        if wrong:
+            notes.append(f"pass {one.name!r} was dropped by verification: {wrong}")
         else:
-            graph = rewritten
+            graph, whole = joint, step
             kept.append(one)
     return capture_task(task, batch, kept), notes
+
+
+def run_step(whole: WholeStep, task: Task, batch: Any, *, seed: int = 0) -> Values:
+    """All outputs of a whole step on a fresh batch and random optimizer state, run as functional code."""
+    tensors, layout, _ = flatten(fresh_batch(batch, seed))
+    by_name = {**dict(task.model.named_parameters()), **dict(task.model.named_buffers())}
+    given = dict(zip(layout.names, tensors, strict=True))
+    state = {p: fields for o in task.optimizers for p, fields in o.state.items()}
+    optimizers = () if whole.outside else task.optimizers
+    hyper = iter(hyper_reader(optimizers, whole.graph.inputs, whole.guards, task.clip)() or ())
+    generator = torch.Generator().manual_seed(seed)
+
+    def positive(like: torch.Tensor) -> torch.Tensor:
+        drawn = torch.rand(like.shape, generator=generator) + 0.5
+        return drawn.to(like) if like.is_floating_point() else like
+
+    def value(input_: Input) -> Any:
+        if input_.kind is InputKind.BATCH:
+            return given[input_.name]
+        if input_.kind is InputKind.HYPER:
+            return next(hyper)
+        tensor = by_name[input_.name].detach()
+        if input_.kind is InputKind.STATE:
+            return positive(state[by_name[input_.name]][input_.field])
+        return positive(tensor) if input_.kind is InputKind.GRADIENT else tensor
+
+    lowered = lower(whole.graph, in_place=False)
+    regions = active_autocast(device_types(task.model, tensors))
+    with torch.random.fork_rng(), torch.no_grad(), autocast(regions, enabled=False):
+        torch.manual_seed(seed)
+        results = lowered.run(*map(value, whole.graph.inputs))
+    return Values({str(o): r for o, r in zip(lowered.outputs, results, strict=True) if r is not None})
