@@ -62,10 +62,13 @@ fuzz: $(STAMP) ## The property tests with thousands of examples each
 .PHONY: reach
 reach: $(STAMP) ## Capture and step many published architectures; writes docs/models.md
 	$(BIN)/python -m benchmarks.reach
+	$(BIN)/python -m benchmarks.readme_table
 
 .PHONY: bench
-bench: $(STAMP) ## Time training steps against eager and torch.compile
+bench: $(STAMP) ## Time training steps against eager and torch.compile, count bytes kept; fills the README's tables
 	$(BIN)/python -m benchmarks.training_step
+	$(BIN)/python -m benchmarks.bytes_kept
+	$(BIN)/python -m benchmarks.readme_table
 
 .PHONY: format
 format: $(STAMP) ## Format the sources and repair what the linter can repair

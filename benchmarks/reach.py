@@ -2,15 +2,15 @@
 
     python -m benchmarks.reach                    # all, writes docs/models.md and benchmarks/results/reach.json
     python -m benchmarks.reach --resume           # go on after an interruption
-    python -m benchmarks.reach --only 'resnet*'   # prints only
-    python -m benchmarks.reach --fast             # the cheapest dozen, one of each modality at least
+    python -m benchmarks.reach --only 'resnet*'   # these; their rows are put in the place of the old ones
+    python -m benchmarks.reach --fast             # the cheapest dozen, one of each modality at least; writes nothing
 
 Both sides start from the same seed and see the same batches of sizes 4, 4 and 3. Compared are the losses, all
 parameters, buffers and optimizer state, and the state of the random generator afterwards. The results:
 
 - ``equal``: the same bits everywhere, all three steps by the flat graph;
 - ``close``: not the same bits, but no further from a float64 run than eager itself (by how much it differs is told);
-- ``eager fallback``: the step was not captured, the reason is told;
+- ``eager fallback``: some or all steps were not captured, the reason is told;
 - ``WRONG``: anything else, exceptions and time-outs included. Then the exit code is 1.
 """
 
@@ -170,7 +170,8 @@ def _judge(case: zoo.Case, eager: _Run, ours: _Run, plans: Sequence[graphopt.Pla
     if not differing:
         if fallback is None:
             return EQUAL, ""
-        return FALLBACK, fallback.candidate("flat").why_not or ""
+        steps = sum(p.chosen == "eager" for p in plans)
+        return FALLBACK, f"{steps} of {len(plans)} steps: {fallback.candidate('flat').why_not}"
     try:
         exact = _Run(case, torch.float64)
         for i, batch in enumerate(exact.batches):
@@ -320,7 +321,7 @@ Result: **{result}** (torch {torch}, {system}, one thread).
 
 - **equal**: the same bits everywhere, all three steps by the captured graph.
 - **close**: other bits, but no further from a float64 run than eager itself.
-- **eager fallback**: not captured; the step ran in eager mode, and the plan says why.
+- **eager fallback**: not captured; some or all steps ran in eager mode, and the plan says why.
 
 Operators, FLOPs and bytes are those of the whole step at batch size 4. Where two numbers stand, the first is the graph
 as captured (what eager does), the second after the passes. Bytes kept are those from forward to backward. Capture
@@ -379,34 +380,37 @@ def _load(path: Path) -> list[Reached]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.reach", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", metavar="PATTERN", help="names to run, such as 'resnet*'; nothing is written")
+    parser.add_argument("--only", metavar="PATTERN", nargs="+", help="names to run, such as 'resnet*'")
     parser.add_argument("--fast", action="store_true", help="the cheapest dozen; nothing is written")
     parser.add_argument("--resume", action="store_true", help="keep the results of an interrupted run")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds a case may take (%(default).0f)")
     options = parser.parse_args(arguments)
 
-    cases = [c for c in zoo.CASES if fnmatch(c.name, options.only or "*") and (not options.fast or c.name in FAST)]
+    cases = [
+        c
+        for c in zoo.CASES
+        if any(fnmatch(c.name, p) for p in options.only or "*") and (not options.fast or c.name in FAST)
+    ]
     if not cases:
         parser.error(f"no case matches {options.only!r}")
-    everything = len(cases) == len(zoo.CASES)
-    known = {r.name: r for r in _load(JSON)} if everything and options.resume else {}
+    known = {r.name: r for r in _load(JSON)} if options.only or options.resume else {}
     torch.set_num_threads(1)  # as the workers: the description below shall be theirs
     machine = machine_description()
 
-    def save(reached: Reached | None = None) -> None:
-        if reached is not None:
-            known[reached.name] = reached
-        if everything:
+    def save(reached: Reached) -> None:
+        known[reached.name] = reached
+        if not options.fast:
             ordered = [known[c.name] for c in zoo.CASES if c.name in known]
             write_json(JSON, {"machine": machine, "sizes": SIZES, "results": [asdict(r) for r in ordered]})
 
-    left = [c for c in cases if c.name not in known]
+    left = [c for c in cases if options.only or c.name not in known]
     for _ in run_all(left, limit=options.limit, report=save):
         pass
     results = [known[c.name] for c in cases]
-    if everything:
+    everything = [known[c.name] for c in zoo.CASES if c.name in known]
+    if len(everything) == len(zoo.CASES) and not options.fast:
         PAGE.parent.mkdir(exist_ok=True)
-        PAGE.write_text(page(results, machine))
+        PAGE.write_text(page(everything, machine))
     counts = Counter(r.result for r in results)
     print_table([{"result": name, "models": count} for name, count in counts.most_common()], title="reach")
     return 1 if counts[WRONG] else 0
