@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.graph.training_graph import Draft
+from graphopt.graph.draft import Draft
 
 
 def prune_lists(draft: Draft) -> bool:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.graph.draft import Draft
 from graphopt.graph.op_rules import bytes_moved, flops, is_pure
 from graphopt.graph.sizes import nbytes
 from graphopt.graph.storages import Storage, kept_for_backward
-from graphopt.graph.training_graph import Draft, TrainingGraph
+from graphopt.graph.training_graph import TrainingGraph
 from graphopt.passes._base import Change, PassResult, Refusal, Saving
 
 CONSTANT_PREFIX = "folded_"

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 from torch import fx
 
 from graphopt.errors import PassError
+from graphopt.graph.draft import Draft
 from graphopt.graph.op_rules import flops, is_random, output_mask, with_output_mask
-from graphopt.graph.training_graph import Draft, OutputKind, Phase, TrainingGraph
+from graphopt.graph.training_graph import OutputKind, Phase, TrainingGraph
 from graphopt.passes._base import Change, Pass, PassResult, Saving, Tier
 from graphopt.passes._prune_lists import prune_lists
 from graphopt.passes.layer_walk import COPIES, WEIGHTLESS, LayerDecision, walk_layers

@@ -11,11 +11,12 @@ import torch
 from torch import fx
 
 from graphopt.errors import PassError
+from graphopt.graph.draft import Draft
 from graphopt.graph.mask_ops import pack_mask, unpack_mask
 from graphopt.graph.op_rules import is_pure, masked_form, operand, operand_names, operand_nodes, reads, set_operand
 from graphopt.graph.sizes import Expr, numel
 from graphopt.graph.storages import Storage, is_view, kept_for_backward, storage_root, viewed
-from graphopt.graph.training_graph import Draft, InputKind, Phase, TrainingGraph
+from graphopt.graph.training_graph import InputKind, Phase, TrainingGraph
 from graphopt.passes._base import Change, Pass, PassResult, Refusal, Saving, Tier
 from graphopt.passes._storage import geometry
 

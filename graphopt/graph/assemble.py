@@ -11,11 +11,20 @@ from torch import fx, nn
 from torch.optim import Optimizer
 
 from graphopt.errors import OptimizerError
+from graphopt.graph.draft import Draft
 from graphopt.graph.functional_trace import Guard
 from graphopt.graph.hyper_parameters import parse_clip
 from graphopt.graph.torch_internals import fake_mode_of
-from graphopt.graph.training_graph import Draft, Input, InputKind, Output, OutputKind, Phase, TrainingGraph
-from graphopt.graph.update import UpdateTrace, check_ownership, initialize_state, splice, supported, trace_clip, trace_update
+from graphopt.graph.training_graph import Input, InputKind, Output, OutputKind, Phase, TrainingGraph
+from graphopt.graph.update import (
+    UpdateTrace,
+    check_ownership,
+    initialize_state,
+    splice,
+    supported,
+    trace_clip,
+    trace_update,
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,9 @@ def as_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
     found = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else () if optimizer is None else (optimizer,)
     for one in found:
         if not isinstance(one, Optimizer):
-            raise OptimizerError(f"optimizer: expected a torch.optim.Optimizer or a list of them, got {type(one).__name__}")
+            raise OptimizerError(
+                f"optimizer: expected a torch.optim.Optimizer or a list of them, got {type(one).__name__}"
+            )
     return found
 
 

@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 from graphopt.errors import BatchError, CaptureError, GraphoptError
 from graphopt.graph.assemble import with_update
 from graphopt.graph.batch import BatchLayout, ModelLoss, flatten
+from graphopt.graph.draft import infer
 from graphopt.graph.provenance import Provenance
 from graphopt.graph.sizes import Symbols
 from graphopt.graph.step_module import StepModule, autocast, unchanged
@@ -31,7 +32,6 @@ from graphopt.graph.training_graph import (
     Phase,
     Signature,
     TrainingGraph,
-    infer,
 )
 
 

@@ -7,22 +7,20 @@ users: a rewrite works on a `Draft` and ends in a new `TrainingGraph`.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import reduce
-from operator import add, mul
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from graphopt.errors import PassError
-from graphopt.graph.sizes import Symbols, expression
+from graphopt.graph.sizes import Symbols
+
+if TYPE_CHECKING:
+    from graphopt.graph.draft import Draft
 
 
 class InputKind(StrEnum):
@@ -211,7 +209,9 @@ class TrainingGraph:
         Inputs and outputs count by kind, name and shape; random operators also by their order; the number of
         operators that outputs depend on counts too, so that a graph with twins differs from one without.
         """
-        return _digest(self)
+        from graphopt.graph.digest import digest
+
+        return digest(self)
 
     # -- text and files -----------------------------------------------------------------------------------------
 
@@ -241,184 +241,6 @@ class TrainingGraph:
 
     def draft(self) -> Draft:
         """A mutable copy to rewrite; `Draft.finish` makes it a graph again."""
+        from graphopt.graph.draft import Draft
+
         return Draft(self)
-
-
-class Draft:
-    """A mutable copy of a training graph. Edit through ``graph`` (an `fx.Graph`) and the helpers, then `finish`.
-
-    ``node(n)`` gives the copy of a node of the original graph.
-    """
-
-    def __init__(self, origin: TrainingGraph):
-        self.origin = origin
-        self.graph = fx.Graph()
-        self.constants = dict(origin.constants)
-        self._copies: dict[fx.Node, fx.Node] = {}
-        for node in origin.graph.nodes:
-            copy = self.graph.node_copy(node, lambda n: self._copies[n])
-            if node.op == "output":
-                copy.meta = dict(node.meta)
-            self._copies[node] = copy
-        self.signature = origin.signature
-
-    def node(self, original: fx.Node) -> fx.Node:
-        """The copy of ``original`` in this draft."""
-        return self._copies[original]
-
-    @property
-    def output(self) -> fx.Node:
-        """The output node."""
-        return next(iter(reversed(self.graph.nodes)))
-
-    @property
-    def results(self) -> list[fx.Node | None]:
-        """The nodes of the outputs, a copy of the list."""
-        return list(self.output.args[0])  # type: ignore[arg-type]
-
-    @property
-    def placeholders(self) -> list[fx.Node]:
-        """The nodes of the inputs."""
-        return [n for n in self.graph.nodes if n.op == "placeholder"]
-
-    def add(
-        self,
-        op: Callable[..., Any],
-        *args: Any,
-        like: fx.Node,
-        before: fx.Node | None = None,
-        after: fx.Node | None = None,
-        phase: Phase | None = None,
-        **kwargs: Any,
-    ) -> fx.Node:
-        """Insert ``op(*args, **kwargs)`` and infer its metadata on fake tensors.
-
-        Placed before or after the given node, else right before ``like``. Module path, source line and phase are
-        those of ``like`` unless ``phase`` is given.
-        """
-        place = self.graph.inserting_after(after) if after is not None else self.graph.inserting_before(before or like)
-        with place:
-            node = self.graph.call_function(op, args, kwargs)
-        node.meta["val"] = infer(node)
-        node.meta["phase"] = phase or like.meta["phase"]
-        node.meta["module"] = like.meta.get("module", "")
-        node.meta["source"] = like.meta.get("source", "")
-        return node
-
-    def size(self, value: Any, like: fx.Node) -> int | fx.Node:
-        """A size as an argument for `add`: an int, or a node that computes it from the sizes the graph has already.
-
-        Raises PassError for an expression that is no sum or product of free sizes and integers.
-        """
-        expr = expression(value)
-        if isinstance(expr, int):
-            return expr
-        if isinstance(expr, sympy.Symbol):
-            return self._symbol(expr)
-        if not isinstance(expr, (sympy.Add, sympy.Mul)):
-            raise PassError(f"cannot write the size {self.origin.symbols.rename(expr)} as operators")
-        operator = add if isinstance(expr, sympy.Add) else mul
-        parts = [self.size(a, like) for a in expr.args]
-        return reduce(lambda a, b: self.add(operator, a, b, like=like), parts)
-
-    def _symbol(self, symbol: sympy.Symbol) -> fx.Node:
-        """The node that reads a free size off an input; made where there is none yet."""
-        inputs = self.placeholders
-        for node in self.graph.nodes:
-            if node.target is torch.ops.aten.sym_size.int and expression(node.meta["val"]) == symbol:
-                return node
-        for node in inputs:
-            shape = getattr(node.meta.get("val"), "shape", ())
-            if dims := [i for i, s in enumerate(shape) if expression(s) == symbol]:
-                made = self.add(torch.ops.aten.sym_size.int, node, dims[0], like=node, after=inputs[-1])
-                made.meta["phase"] = Phase.FORWARD
-                return made
-        raise PassError(f"no input has the size {symbol}")
-
-    def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Let every reader of ``old`` read ``new``; ``old`` is erased."""
-        old.replace_all_uses_with(new)
-        self.graph.erase_node(old)
-
-    def keep_outputs(self, keep: Sequence[bool]) -> None:
-        """Drop the outputs whose flag is False from the results and the signature."""
-        kept = [(r, o) for r, o, k in zip(self.results, self.signature.outputs, keep, strict=True) if k]
-        self.output.args = (tuple(r for r, _ in kept),)
-        self.signature = replace(self.signature, outputs=tuple(o for _, o in kept))
-
-    def finish(self) -> TrainingGraph:
-        """The draft as an immutable graph; the draft must not be used afterwards. Lints the graph."""
-        try:
-            self.graph.lint()
-        except RuntimeError as error:
-            first_line = str(error).partition("\n")[0]
-            raise PassError(f"the rewritten graph is not well formed: {first_line}") from error
-        for node in self.graph.nodes:
-            if node.op == "call_function" and ("val" not in node.meta or "phase" not in node.meta):
-                raise PassError(f"{node.format_node()} has no metadata; make nodes with Draft.add")
-        return TrainingGraph(self.graph, self.signature, self.constants)
-
-
-def infer(node: fx.Node) -> Any:
-    """The value a node has on fake tensors: runs its operator on the ``meta["val"]`` of its arguments."""
-    from graphopt.graph.torch_internals import fake_mode_of
-
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    mode = fake_mode_of((args, kwargs)) or fake_mode_of([n.meta.get("val") for n in node.graph.nodes])
-    if mode is None:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-    with mode:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _digest(graph: TrainingGraph) -> str:
-    from graphopt.graph.op_rules import is_random
-    from graphopt.graph.text import shape_text
-
-    digests: dict[fx.Node, str] = {}
-    random_count = 0
-
-    def of(value: Any) -> str:
-        return digests[value] if isinstance(value, fx.Node) else repr(value)
-
-    live = _live(graph)
-    for input_, node in zip(graph.inputs, graph.placeholders, strict=True):
-        digests[node] = _sha(str(input_), shape_text(node.meta.get("val"), graph.symbols))
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            digests[node] = _sha(repr(graph.constants[str(node.target)].tolist()))
-        elif node.op == "call_function" and node in live:
-            order = ""
-            if is_random(node):
-                order, random_count = str(random_count), random_count + 1
-            leaves = pytree.tree_leaves((node.args, node.kwargs))
-            parts = [str(node.target), order, *map(of, leaves)]
-            digests[node] = _sha(*parts, _structure(node.args), _structure(node.kwargs))
-    pairs = zip(graph.outputs, graph.results, strict=True)
-    outputs = sorted(f"{o} {digests[r] if r is not None else None}" for o, r in pairs)
-    return _sha(str(sum(n.op == "call_function" for n in live)), *outputs)
-
-
-def _live(graph: TrainingGraph) -> set[fx.Node]:
-    """Nodes that an output depends on."""
-    live: set[fx.Node] = set()
-    stack = [r for r in graph.results if r is not None]
-    while stack:
-        node = stack.pop()
-        if node not in live:
-            live.add(node)
-            stack.extend(node.all_input_nodes)
-    return live
-
-
-def _structure(value: Any) -> str:
-    """Nesting of an argument, without its leaves."""
-    if isinstance(value, (tuple, list)):
-        return "[" + ",".join(_structure(v) for v in value) + "]"
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{k}:{_structure(v)}" for k, v in value.items()) + "}"
-    return "."
-
-
-def _sha(*parts: str) -> str:
-    return hashlib.sha256("\x00".join(parts).encode()).hexdigest()
