@@ -13,18 +13,10 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graphopt.graph.draft import infer
 from graphopt.graph.sizes import Symbols
 from graphopt.graph.text import argument_text, operator_text
-from graphopt.graph.training_graph import (
-    Input,
-    InputKind,
-    Output,
-    OutputKind,
-    Phase,
-    Signature,
-    TrainingGraph,
-    infer,
-)
+from graphopt.graph.training_graph import Input, InputKind, Output, OutputKind, Phase, Signature, TrainingGraph
 from graphopt.passes import Pass, PassResult, Tier
 
 
