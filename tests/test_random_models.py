@@ -141,11 +141,12 @@ def test_frozen_folding_rounds_as_well_as_eager(case: Case, size: int, bias: boo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_dropout_rounds_as_eager(dtype: torch.dtype) -> None:
-    """Eager multiplies by noise in the tensor's dtype; torch's own traces scale in float32."""
-    model = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.3)).to(dtype)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_dropout_rounds_as_eager(dtype: torch.dtype, channels_last: bool) -> None:
+    """Eager multiplies by noise in the tensor's dtype and layout; torch's own traces scale in float32."""
+    model = nn.Sequential(nn.Dropout(0.3), nn.Linear(6, 6)).to(dtype)
     names = [n for n, _ in model.named_parameters()]
-    case = Case(model, (16,), False, (16,), squared_error, dtype, (), "SGD", tuple(names))
+    case = Case(model, (2, 4, 6), False, (2, 4, 6), squared_error, dtype, (), "SGD", tuple(names), channels_last)
     batch = case.batch(4)
     torch.manual_seed(0)
     eager = eager_step(case, *case.instance(), batch)

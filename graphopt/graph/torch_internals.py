@@ -235,7 +235,8 @@ def _dropout_as_in_eager() -> Iterator[None]:
 def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
     if not (train and 0 < p < 1 and input.device.type == "cpu" and input.dtype in (torch.float16, torch.bfloat16)):
         return decompositions.dropout(input, p, train)
-    return input * torch.empty_like(input).bernoulli_(1 - p).div_(1 - p)
+    # The mask of `native_dropout`: a functional `bernoulli` would draw in contiguous order, whatever the strides are.
+    return input * (torch.ops.aten.native_dropout.default(input.detach(), p, True)[1].to(input.dtype) / (1 - p))
 
 
 @contextmanager
