@@ -324,8 +324,9 @@ Result: **{result}** (torch {torch}, {system}, one thread).
 - **eager fallback**: not captured; some or all steps ran in eager mode, and the plan says why.
 
 Operators, FLOPs and bytes are those of the whole step at batch size 4. Where two numbers stand, the first is the graph
-as captured (what eager does), the second after the passes. Bytes kept are those from forward to backward. Capture
-seconds include the passes. Two captures: the graph holds for one batch size only.
+as captured (what eager does), the second after the passes. FLOPs follow the conventions of torch's counter, which
+counts the weight gradient of a grouped convolution as if it had one group. Bytes kept are those from forward to
+backward. Capture seconds include the passes. Two captures: the graph holds for one batch size only.
 """
 
 

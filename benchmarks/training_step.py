@@ -13,7 +13,8 @@ The candidates, each with a model and an optimizer of its own:
 - ``inductor fused``: ``graphopt.optimize(schemes="inductor")``.
 
 FLOPs are exact: for eager those of the captured graph, which are eager's operators (what torch's counter sees stands
-beside them in the JSON; it does not know oneDNN's LSTM), for ours those of the graph that runs. Bytes kept are those
+beside them in the JSON; it does not know oneDNN's LSTM), for ours those of the graph that runs; both by the
+conventions of torch's counter, to which a grouped convolution's weight gradient has one group. Bytes kept are those
 from forward to backward, peak bytes the most that one step allocates at once. Seconds to the first step hold capture
 and compilation, with empty caches. A last part is host overhead: the MLP at batch 1 on one thread.
 """
