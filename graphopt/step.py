@@ -118,6 +118,8 @@ def optimize(
             raise GraphoptError(f"{name}: expected True or False, got {value!r}")
     if loss is not None and loss != ModelLoss and not callable(loss):
         raise GraphoptError(f"loss: expected a callable, None or {ModelLoss!r}, got {loss!r}")
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise GraphoptError("model: TorchScript hides its operators; give the module it was made from")
     if lazy := [name for name, p in model.named_parameters() if is_lazy(p)]:
         raise GraphoptError(f"model: {lazy[0]} is not initialized; call the model once on a batch before")
     chosen = _schemes(schemes)
@@ -193,6 +195,10 @@ class TrainingStep:
         self._plan: Plan | None = None
         self._warned: set[str] = set()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are refused: a step belongs to its model and its optimizers."""
+        raise GraphoptError("a step cannot be copied or pickled; copy model and optimizer, and call optimize() again")
+
     @property
     def plan(self) -> Plan:
         """The plan of the last batch. Raises GraphoptError before the first one."""
@@ -205,9 +211,11 @@ class TrainingStep:
 
         Returns the loss, detached. Raises BatchError if the batch does not fit; then nothing was changed.
         """
+        if torch.is_inference_mode_enabled():
+            raise GraphoptError("step: it was called in inference mode, in which nothing is trained")
         if self._watch is None or not self._watch.same():
             self._quick.clear()
-            self._watch = ModelWatch(self.task.model)
+            self._watch = ModelWatch(self.task.model, self.task.loss)
         key = _quick_key(batch, keywords)
         known = self._quick.get(key) if key is not None else None
         if known is not None:

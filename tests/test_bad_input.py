@@ -1,5 +1,8 @@
 """Bad input: a clear `GraphoptError` or a documented fallback, with model, optimizer and random state unchanged."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -199,6 +202,30 @@ def test_a_model_that_writes_into_its_input_runs_in_eager():
         assert torch.equal(twins.run(given, y), expected)
     assert torch.equal(given, 2 * x)
     twins.compare()
+
+
+def test_sparse_gradients_run_in_eager():
+    model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Linear(4, 3))
+    twins = Twins(model, lambda m: SGD(m.parameters(), lr=0.1), shape=((1,), (1,)))
+    with one_warning("the gradient of a parameter of shape [7, 4] is sparse"):
+        twins.steps(lambda: (torch.randint(7, (5,)), torch.randint(3, (5,))), 2)
+
+
+def test_a_scripted_model_is_refused():
+    with warnings.catch_warnings(action="ignore"):  # scripting is deprecated
+        model = torch.jit.script(mlp())
+    for call in (graphopt.optimize, graphopt.capture):
+        with pytest.raises(GraphoptError, match="TorchScript hides its operators"):
+            call(model, rows(), loss=cross_entropy)
+
+
+def test_a_step_in_inference_mode_or_copied_is_refused():
+    model = mlp()
+    step = graphopt.optimize(model, (5, 4), loss=cross_entropy, optimizer=SGD(model.parameters()))
+    with torch.inference_mode(), pytest.raises(GraphoptError, match="called in inference mode"):
+        step(*rows())
+    with pytest.raises(GraphoptError, match="copy model and optimizer"):
+        copy.deepcopy(step)
 
 
 def test_a_lazy_model_says_what_it_needs():

@@ -134,6 +134,13 @@ def test_a_parameter_group_added_in_mid_run(make):
     twins.steps(rows, 3)
 
 
+def test_other_parameters_put_into_a_group():
+    twins = dense(lambda m: SGD(m[0].parameters(), lr=0.1))
+    twins.steps(rows, 2)
+    twins.each(lambda m, optimizers: optimizers[0].param_groups[0].update(params=list(m[2].parameters())))
+    twins.steps(rows, 2)
+
+
 @pytest.mark.parametrize("make", [sgd, adamw, lambda m: SGD(m.parameters(), lr=0.1, momentum=0.9, dampening=0.5)])
 def test_optimizer_state_thrown_away_in_mid_run(make):
     twins = dense(make)
@@ -354,6 +361,41 @@ def test_a_model_that_counts_in_python_runs_in_eager(schemes):
     with one_warning("forward changes calls: a Python number") if schemes != "eager" else no_warning():
         twins.steps(rows, 4)
     assert twins.ours.calls == 4 and len(twins.run._situations) == 1
+
+
+def test_a_tensor_replaced_in_mid_run_that_is_no_buffer():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.scale, self.last = nn.Linear(4, 3), torch.tensor(2.0), torch.zeros(1)
+
+        def forward(self, x):
+            self.last = self.body(x) * self.scale
+            return self.last
+
+    twins = dense(sgd, Scaled())
+    with counted_captures() as captures:
+        twins.steps(rows, 2)
+        twins.each(lambda m, _: m.scale.mul_(3))  # in place: a graph sees it
+        twins.each(lambda m, _: m(torch.ones(1, 4)))  # an evaluation, which leaves a tensor behind
+        twins.steps(rows, 2)
+        assert len(captures) == 1
+        twins.each(lambda m, _: setattr(m, "scale", torch.tensor(5.0)))
+        twins.steps(rows, 2)
+        assert len(captures) == 2
+
+
+def test_a_loss_that_is_a_module_is_followed():
+    loss = nn.CrossEntropyLoss(weight=torch.rand(3))
+    twins = dense(adamw, loss=loss)
+    with no_warning():
+        twins.steps(rows, 2)
+        loss.label_smoothing = 0.3
+        twins.steps(rows, 2)
+        loss.weight.mul_(2)
+        twins.steps(rows, 2)
+        loss.weight = torch.rand(3)
+        twins.steps(rows, 2)
 
 
 def test_a_layer_replaced_in_mid_run():

@@ -136,7 +136,7 @@ def capture_step(
         given = tensors if attempt.batch_gradients else [t.detach() for t in tensors]
         try:
             without = autocast(module.autocast, enabled=False)  # which forward enters by itself
-            with unchanged(model) as counted, provenance.recording(), torch.enable_grad(), without:
+            with unchanged(model, loss) as counted, provenance.recording(), torch.enable_grad(), without:
                 joint = export_joint(
                     module, given, layout.batched, symbolic=attempt.symbolic, compiling=attempt.compiling
                 )
@@ -180,6 +180,8 @@ def _attempts(size: int, all_gradients: bool) -> list[_Attempt]:
 def _check_arguments(model: Any, loss: Any, accumulate: int) -> None:
     if not isinstance(model, nn.Module):
         raise CaptureError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise CaptureError("model: TorchScript hides its operators; give the module it was made from")
     if loss is not None and loss != ModelLoss and not callable(loss):
         raise CaptureError(f"loss: expected a callable, None or {ModelLoss!r}, got {loss!r}")
     if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
@@ -234,7 +236,7 @@ def _model_rejects(model: nn.Module, tensors: Sequence[torch.Tensor], layout: Ba
     from graphopt.graph.torch_internals import fails_on_fakes
 
     module = StepModule(model, layout, loss, (), Provenance(model))
-    with unchanged(model):
+    with unchanged(model, loss):
         return fails_on_fakes(module, tensors) and _fails(module, tensors)
 
 
@@ -345,6 +347,8 @@ def _laid_out(graph: fx.Graph, gradient: fx.Node, parameter: torch.Tensor) -> fx
     """The gradient in the layout of its parameter, into which autograd copies it too (AccumulateGrad): fused updates
     count on it, and a norm over another layout is summed in another order."""
     value = gradient.meta["val"]
+    if value.layout is not torch.strided:
+        raise CaptureError(f"the gradient of a parameter of shape {list(parameter.shape)} is sparse")
     layouts = {f: torch.empty_like(parameter, device="meta", memory_format=f) for f in _formats(parameter)}
     wanted = next((f for f, like in layouts.items() if like.stride() == parameter.stride()), None)
     if wanted is None or value.stride() == parameter.stride():

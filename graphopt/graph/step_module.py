@@ -36,9 +36,11 @@ class StepModule(nn.Module):
         accumulate: int = 1,
     ):
         super().__init__()
-        self.layout, self.loss, self.accumulate, self.provenance = layout, loss, accumulate, provenance
+        self.layout, self.accumulate, self.provenance = layout, accumulate, provenance
         self.model: nn.Module
+        self.loss: Any
         object.__setattr__(self, "model", model)  # not a submodule: its tensors are registered below
+        object.__setattr__(self, "loss", loss)  # nor this one: its tensors are constants
         self.parameter_names: dict[str, str] = {}
         self.buffer_names: dict[str, str] = {}
         self.output_spec: Any = None
@@ -154,17 +156,21 @@ _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[list[str]]:
+def unchanged(model: nn.Module, loss: Any = None) -> Iterator[list[str]]:
     """Undo what tracing the model leaves behind: attributes, buffers and parameters set or replaced on its modules,
-    what was put into lists, dicts and sets among the attributes, and writes into tensors that are no buffers.
+    what was put into lists, dicts and sets among the attributes, and writes into tensors that are no buffers. A loss that
+    is a module counts too, its buffers as plain tensors.
 
     At its end the list that it yields names the Python numbers that the model itself changed: their next values are not
     in the graph.
     """
     names = {m: name for name, m in model.named_modules()}
-    before = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in model.modules()]
+    of_loss = list(loss.modules()) if isinstance(loss, nn.Module) else []
+    names.update((m, "loss") for m in of_loss)
+    before = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in names]
     values = [value for _, attributes, *_ in before for key, value in attributes.items() if key not in _REGISTERED]
     contents = [(v, v.copy()) for v in values if type(v) in (list, dict, set, OrderedDict)]  # hooks are in the last
+    values += [m._buffers for m in of_loss]
     tensors = [(t, t._version, t.detach().clone()) for v in values for t in _loose_tensors(v)]
     counted: list[str] = []
     try:

@@ -111,7 +111,8 @@ class GraphStep:
             self._part = _Bound(
                 self.task, prepared.layout, WholeStep(step.part, outside="accumulating"), lowered(step.part)
             )
-        self._groups = _groups(self.task)
+        self._groups = [(g, g["params"], len(g["params"])) for o in self.task.optimizers for g in o.param_groups]
+        self._constants = _owners(self.task, step.before)
         self._hooked = self._hooks()
         self._lagging = [
             (o, p, "momentum_buffer" in o.state.get(p, ()))
@@ -120,13 +121,14 @@ class GraphStep:
 
     def fresh(self) -> bool:
         """Whether options, groups, hooks and guards of the optimizers are those of the capture."""
-        if self._whole.outside:
-            same = _groups(self.task) == self._groups
-        else:
-            same = self._whole.hyper() is not None and all(
-                ("momentum_buffer" in o.state.get(p, ())) is there for o, p, there in self._lagging
-            )
-        return same and self._hooks() == self._hooked
+        return (
+            self._whole.hyper() is not None
+            and sum(len(o.param_groups) for o in self.task.optimizers) == len(self._groups)
+            and all(g["params"] is listed and len(listed) == length for g, listed, length in self._groups)
+            and all(("momentum_buffer" in o.state.get(p, ())) is there for o, p, there in self._lagging)
+            and all(slots.get(key) is tensor for slots, key, tensor in self._constants)
+            and self._hooks() == self._hooked
+        )
 
     def _hooks(self) -> list[tuple[bool, Any]]:
         return [(has_step_hooks(o), o.__dict__.get("step")) for o in self.task.optimizers]
@@ -246,9 +248,14 @@ class _Bound:
             initialize_state(optimizer, [p for _, o, p, _ in self._state if o is optimizer])
 
 
-def _groups(task: Task) -> list[list[int]]:
-    """How many parameters the groups of a task's optimizers have."""
-    return [[len(g["params"]) for g in o.param_groups] for o in task.optimizers]
+def _owners(task: Task, graph: TrainingGraph) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
+    """Where the constants of a graph are attributes of the model, or anything of the loss: replaced there, they make it
+    stale. (In-place changes of them are seen by it.)"""
+    found = [(m.__dict__, m) for m in task.model.modules()]
+    if isinstance(task.loss, torch.nn.Module):
+        found += [(t, m) for m in task.loss.modules() for t in (m.__dict__, m._buffers, m._parameters)]
+    constants = {id(c) for c in graph.constants.values()}
+    return [(table, key, value) for table, _ in found for key, value in table.items() if id(value) in constants]
 
 
 def _shared(graph: TrainingGraph) -> set[Output]:

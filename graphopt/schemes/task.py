@@ -63,17 +63,19 @@ class ModelWatch:
     """Notices that a model is no longer what it was when a graph was captured.
 
     Watched: the modules and their plain attributes (train/eval mode, dropout rates ...), the identity, memory and
-    requires_grad of every parameter, the identity of every buffer, hooks on parameters and modules, and autocast.
+    requires_grad of every parameter, the identity of every buffer, hooks on parameters and modules, and autocast; also
+    of a loss that is a module.
     `same` is on the hot path: a few dictionary look-ups a module.
     """
 
-    def __init__(self, model: nn.Module):
-        self._modules = [(m, m.__dict__, dict(m._modules), _module_hooks(m)) for m in model.modules()]
-        self._tables = [(t, len(t)) for m in model.modules() for t in (m._parameters, m._buffers)]
-        self._plain = [_plain(m) for m in model.modules()]
-        slots = [(m._parameters, k, p) for m in model.modules() for k, p in m._parameters.items() if p is not None]
+    def __init__(self, model: nn.Module, loss: Any = None):
+        modules = [*model.modules(), *(loss.modules() if isinstance(loss, nn.Module) else ())]
+        self._modules = [(m, m.__dict__, dict(m._modules), _module_hooks(m)) for m in modules]
+        self._tables = [(t, len(t)) for m in modules for t in (m._parameters, m._buffers)]
+        self._plain = [_plain(m) for m in modules]
+        slots = [(m._parameters, k, p) for m in modules for k, p in m._parameters.items() if p is not None]
         self._parameters = [(d, k, p, p.requires_grad, _tensor_hooks(p), _address(p)) for d, k, p in slots]
-        self._buffers = [(m._buffers, k, b) for m in model.modules() for k, b in m._buffers.items()]
+        self._buffers = [(m._buffers, k, b) for m in modules for k, b in m._buffers.items()]
         self._devices = [
             d
             for d in sorted({p.device.type for p in model.parameters()} | {"cpu"})
