@@ -14,7 +14,7 @@ from graphopt.errors import PassError
 from graphopt.graph.draft import Draft
 from graphopt.graph.mask_ops import pack_mask, unpack_mask
 from graphopt.graph.op_rules import is_pure, masked_form, operand, operand_names, operand_nodes, reads, set_operand
-from graphopt.graph.sizes import Expr, numel
+from graphopt.graph.sizes import Expr, expression, numel
 from graphopt.graph.storages import Storage, is_view, kept_for_backward, storage_root, viewed
 from graphopt.graph.training_graph import InputKind, Phase, TrainingGraph
 from graphopt.passes._base import Change, Pass, PassResult, Refusal, Saving, Tier
@@ -196,16 +196,15 @@ class _Work:
         form = masked_form(use.reader)
         assert form is not None
         key = self._mask_key(use)
+        order = self._order(use.value) if self.pack else None
         if key not in self._masks:
             mask = form.mask(self._adder_behind(use.value), use.reader)
-            if self.pack:
-                mask = self.draft.add(pack_mask, mask, like=mask, after=mask)
-            self._masks[key] = mask
+            self._masks[key] = mask if order is None else self._packed(mask, order)
         mask = self._masks[key]
-        if self.pack:
+        if order is not None:
             like = _same_shape(use.reader, use.value)
             assert like is not None  # the gradient
-            mask = self.draft.add(unpack_mask, mask, like, like=use.reader)
+            mask = self._unpacked(mask, order, like, use.reader)
         made = form.apply(partial(self.draft.add, like=use.reader), use.reader, mask)
         self.draft.replace(use.reader, made)
 
@@ -227,7 +226,7 @@ class _Work:
 
     def _mask_bytes(self, use: _Use) -> int:
         elements = self.bytes_of(numel(use.value.meta["val"]))
-        return (elements + 7) // 8 if self.pack else elements
+        return (elements + 7) // 8 if self.pack and self._order(use.value) is not None else elements
 
     # -- packing ---------------------------------------------------------------------------------------------------
 
@@ -239,14 +238,41 @@ class _Work:
             if value.dtype != torch.bool or any(u.value is not storage.root for u in uses):
                 continue
             likes = [_same_shape(u.reader, storage.root) for u in uses]
-            if not all(likes) or not uses:
+            order = self._order(storage.root)
+            if not all(likes) or not uses or order is None:
                 continue
-            add = partial(self.draft.add, like=storage.root, after=storage.root, phase=Phase.FORWARD)
-            packed = add(pack_mask, storage.root)
+            packed = self._packed(storage.root, order)
             for use, like in zip(uses, likes, strict=True):
-                set_operand(use.reader, use.operand, self.draft.add(unpack_mask, packed, like, like=use.reader))
+                assert like is not None
+                set_operand(use.reader, use.operand, self._unpacked(packed, order, like, use.reader))
             size = self.bytes_of(numel(value))
             self._record(storage.root, f"the mask of {_word(storage.root)} is kept as bits", size - (size + 7) // 8)
+
+    def _packed(self, mask: fx.Node, order: list[int]) -> fx.Node:
+        """The bits of a mask in the order of its memory."""
+        if order != sorted(order):
+            mask = self.draft.add(torch.ops.aten.permute.default, mask, order, like=mask, after=mask)
+        return self.draft.add(pack_mask, mask, like=mask, after=mask, phase=Phase.FORWARD)
+
+    def _unpacked(self, packed: fx.Node, order: list[int], like: fx.Node, reader: fx.Node) -> fx.Node:
+        """The mask in the strides it had: those decide the strides of results, and so in which order sums are made."""
+        add = partial(self.draft.add, like=reader)
+        if order == sorted(order):
+            return add(unpack_mask, packed, like)
+        mask = add(unpack_mask, packed, add(torch.ops.aten.permute.default, like, order))
+        return add(torch.ops.aten.permute.default, mask, [order.index(d) for d in range(len(order))])
+
+    def _order(self, node: fx.Node) -> list[int] | None:
+        """The dimensions from the outermost in memory to the innermost; None if the tensor has gaps."""
+        value = node.meta["val"]
+        sizes, strides = ([expression(n) for n in numbers] for numbers in (value.shape, value.stride()))
+        order = sorted(range(value.dim()), key=lambda d: (-self.bytes_of(strides[d]), d))
+        inner: Expr = 1
+        for d in reversed(order):
+            if strides[d] != inner:
+                return None
+            inner = inner * sizes[d]
+        return order
 
     # -- records ---------------------------------------------------------------------------------------------------
 

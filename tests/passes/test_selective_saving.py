@@ -135,10 +135,11 @@ MASKED = [nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.1), nn.Hardtanh(-0.5, 0.5), nn.H
           nn.Hardshrink(0.2), nn.Threshold(0.1, 0.0)]  # fmt: skip
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("module", MASKED, ids=lambda module: type(module).__name__)
-def test_relu_like_operators_keep_a_mask(module):
+def test_relu_like_operators_keep_a_mask(module, channels_last):
     model = chain_of(module)
-    batch = batch_for(model, 2, 2, 8, 8)
+    batch = batch_for(model, 2, 2, 8, 8, channels_last=channels_last)
     elements = 2 * 4 * 6 * 6
     assert assert_saves(model, batch, times=4).graph.bytes_kept() == elements
     assert assert_saves(model, batch, times=32, pack_masks=True).graph.bytes_kept() == elements // 8
@@ -154,6 +155,19 @@ class Clamp(nn.Module):
 def test_clamp_keeps_a_mask():
     model = chain_of(Clamp())
     assert assert_saves(model, batch_for(model, 2, 2, 8, 8), times=4).graph.bytes_kept() == 2 * 4 * 6 * 6
+
+
+def test_a_packed_mask_keeps_its_strides():
+    """They decide the strides of the gradient, and so the order in which a bias gradient is summed."""
+    model = nn.Sequential(nn.Conv2d(2, 7, 1), Clamp())
+    batch = batch_for(model, 1, 2, 4, 5, channels_last=True)
+    graph = graphopt.capture(model, batch, loss=weighted_sum)
+    packed = SelectiveSaving(pack_masks=True)(graph).graph
+    before, after = ([n for n in g.nodes if n.target is aten.where.self] for g in (graph, packed))
+    values = [run_graph(g, model, batch).values["gradient 0.bias"] for g in (graph, packed)]
+    assert "unpack_mask" in packed.text()
+    assert [n.all_input_nodes[0].meta["val"].stride() for n in after] == [n.meta["val"].stride() for n in before]
+    assert_same_bits(values[:1], values[1:])
 
 
 def test_max_pool_keeps_its_indices():
