@@ -206,7 +206,7 @@ def eager_step(case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, b
     except NotImplementedError:
         reject()
     except (RuntimeError, ValueError) as error:
-        if "not implemented" in str(error) or "more than 1 " in str(error):
+        if any(words in str(error) for words in ("not implemented", "more than 1 ", "an inplace operation")):
             reject()
         raise
     gradients = {f"gradient {n}": None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
