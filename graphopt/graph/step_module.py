@@ -158,8 +158,8 @@ _REGISTERED = ("_parameters", "_buffers", "_modules")
 @contextmanager
 def unchanged(model: nn.Module, loss: Any = None) -> Iterator[list[str]]:
     """Undo what tracing the model leaves behind: attributes, buffers and parameters set or replaced on its modules,
-    what was put into lists, dicts and sets among the attributes, and writes into tensors that are no buffers. A loss that
-    is a module counts too, its buffers as plain tensors.
+    what was put into lists, dicts and sets among the attributes, and writes into tensors that are no buffers. A loss
+    that is a module counts too, its buffers as plain tensors.
 
     At its end the list that it yields names the Python numbers that the model itself changed: their next values are not
     in the graph.
