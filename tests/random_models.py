@@ -169,7 +169,9 @@ def cases(draw, dtypes: Sequence[torch.dtype] = DTYPES, shapes: Sequence[Shape] 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     owned = draw(st.sampled_from([names, names[-2:], [n for n in names if n not in frozen] or names]))
-    channels_last = len(shape) == 3 and draw(st.booleans())
+    # torch 2.13's group norm for channels-last crashes, in eager too, where it has to make no input gradient
+    crashes = any(isinstance(module, nn.GroupNorm) for module in model.modules())
+    channels_last = len(shape) == 3 and not crashes and draw(st.booleans())
     if channels_last:
         model.to(memory_format=torch.channels_last)
     optimizer = draw(st.sampled_from(sorted(OPTIMIZERS)))
