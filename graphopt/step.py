@@ -400,8 +400,8 @@ class TrainingStep:
         if medians[best] < (1 - MARGIN) * medians[first]:
             plan.chosen, plan.reason = best, f"measured fastest: {medians[first] / medians[best]:.2f} times {first}"
         else:
-            others = [f"{medians[n] / medians[first]:.2f} of it for {n}" for n in medians if n != first]
-            plan.chosen, plan.reason = first, f"measured: no candidate is faster ({', '.join(others)})"
+            others = [f"{n} takes {medians[n] / medians[first]:.2f} times as long" for n in medians if n != first]
+            plan.chosen, plan.reason = first, f"measured: {', '.join(others)}"
         log.info("batch size %d: %s, %s", plan.batch_size, plan.chosen, plan.reason)
 
 

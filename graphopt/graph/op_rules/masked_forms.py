@@ -61,12 +61,16 @@ def _exact_with(*bounds: str) -> Callable[[fx.Node], bool]:
         numbers = [operand(node, name) for name in bounds]
         if not value.is_floating_point() or not all(isinstance(b, (int, float)) for b in numbers):
             return False
-        if any(expression(stride) == 0 for stride in value.stride()):
+        if _is_broadcast(operand(node, "self")):
             return False
         wide = value.dtype in (torch.float32, torch.float64)
         return wide or all(torch.tensor(b, dtype=value.dtype).item() == b for b in numbers)
 
     return holds
+
+
+def _is_broadcast(node: fx.Node) -> bool:
+    return any(expression(stride) == 0 for stride in node.meta["val"].stride())
 
 
 def _between(add: Add, value: fx.Node, low: Any, high: Any) -> fx.Node:
@@ -101,14 +105,14 @@ LEAKY_RELU = MaskedForm(
     holds=_exact_with(),
 )
 
-# hardsigmoid_backward(g, x) = -3 < x < 3 ? g / 6 : 0
+# hardsigmoid_backward(g, x) = -3 < x < 3 ? g / 6 : 0        (the product with 1/6 would spread out a broadcast g)
 HARDSIGMOID = MaskedForm(
     operand="self",
     mask=lambda add, n: _between(add, operand(n, "self"), -3, 3),
     apply=lambda add, n, kept: add(
         aten.hardtanh_backward.default, add(aten.mul.Tensor, operand(n, "grad_output"), _ONE_SIXTH), kept, 0.5, 2.0
     ),
-    holds=_exact_with(),
+    holds=lambda n: _exact_with()(n) and not _is_broadcast(operand(n, "grad_output")),
 )
 
 
