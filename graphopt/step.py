@@ -23,7 +23,8 @@ from graphopt.errors import (
     StaleGraphError,
 )
 from graphopt.graph.assemble import as_optimizers
-from graphopt.graph.batch import TARGET_KEYS, BatchLayout, ModelLoss, flatten, normalise
+from graphopt.graph.batch import BatchLayout, ModelLoss, flatten, one_batch
+from graphopt.graph.batch_shape import check_dimensions, dimensions
 from graphopt.graph.hyper_parameters import parse_clip, structure_key
 from graphopt.graph.update import check_ownership, supported
 from graphopt.passes import (
@@ -187,7 +188,7 @@ class TrainingStep:
         self._schemes = tuple(schemes)
         self._passes = tuple(passes)
         self._verify = verify
-        self._dimensions = _dimensions(batch_shape)
+        self._dimensions = dimensions(batch_shape)
         self._situations: dict[Hashable, _Situation] = {}
         self._quick: dict[Hashable, tuple[_Situation, _Choice]] = {}
         self._watch: ModelWatch | None = None
@@ -222,13 +223,13 @@ class TrainingStep:
             situation, choice = known
             tensors: Sequence[torch.Tensor] = batch if not keywords else tuple(keywords.values())
         else:
-            tensors, layout, size = flatten(_one_batch(batch, keywords))
+            tensors, layout, size = flatten(one_batch(batch, keywords))
             situation, choice = self._choose(tensors, layout, size)
             if key is not None:
                 self._quick[key] = situation, choice
         if not choice.fresh():  # options or groups of an optimizer changed
             self._quick.clear()
-            tensors, layout, size = flatten(_one_batch(batch, keywords))
+            tensors, layout, size = flatten(one_batch(batch, keywords))
             situation, choice = self._choose(tensors, layout, size)
         self._plan = choice.plan
         while True:
@@ -251,7 +252,7 @@ class TrainingStep:
 
     def _choose(self, tensors: Sequence[torch.Tensor], layout: BatchLayout, size: int) -> tuple[_Situation, _Choice]:
         assert self._watch is not None
-        _check_dimensions(self._dimensions, layout)
+        check_dimensions(self._dimensions, layout)
         outside = tuple(supported(o) for o in self.task.optimizers)
         model = self._watch.key(buffers_are_looked_up=True)
         key = (model, layout, structure_key(self.task.optimizers), outside)
@@ -414,17 +415,6 @@ def _synchronise(tensors: Sequence[torch.Tensor]) -> None:
         torch.cuda.synchronize()
 
 
-def _one_batch(batch: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
-    """The batch of ``step(x, y)``, ``step((x, y))``, ``step(mapping)`` or ``step(**mapping)``."""
-    if keywords:
-        if batch:
-            raise BatchError("batch: give it by position or by keyword, not both")
-        return dict(keywords)
-    if len(batch) == 1 and isinstance(batch[0], (tuple, list, Mapping)):
-        return normalise(batch[0])
-    return batch
-
-
 def _quick_key(batch: tuple[Any, ...], keywords: Mapping[str, Any]) -> Hashable:
     """A key of a batch that consists of tensors only, None for any other."""
     parts: list[Any] = list(keywords)
@@ -433,43 +423,3 @@ def _quick_key(batch: tuple[Any, ...], keywords: Mapping[str, Any]) -> Hashable:
             return None
         parts += (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
     return tuple(parts)
-
-
-def _dimensions(batch_shape: Any) -> list[int] | dict[str, list[int]]:
-    """Numbers of dimensions of the tensors that ``batch_shape`` describes: in order, or by key."""
-    if isinstance(batch_shape, torch.Tensor):
-        return [batch_shape.dim()]
-    if isinstance(batch_shape, Mapping):
-        return {str(key): _in_order(value) for key, value in batch_shape.items()}
-    if isinstance(batch_shape, (tuple, list, torch.Size)) and len(batch_shape):
-        if all(isinstance(s, int) and not isinstance(s, bool) for s in batch_shape):
-            if any(s < 1 for s in batch_shape):
-                raise BatchError(f"batch_shape: {tuple(batch_shape)} has a size below 1; expected positive sizes")
-            return [len(batch_shape)]
-        return [d for value in batch_shape for d in _in_order(value)]
-    raise BatchError(
-        f"batch_shape: expected a tuple of ints, a nested structure of them or an example batch, got {batch_shape!r}"
-    )
-
-
-def _in_order(batch_shape: Any) -> list[int]:
-    found = _dimensions(batch_shape)
-    return [d for values in found.values() for d in values] if isinstance(found, dict) else found
-
-
-def _check_dimensions(dimensions: list[int] | dict[str, list[int]], layout: BatchLayout) -> None:
-    """Raise BatchError where a batch has other numbers of dimensions than `optimize` was told."""
-    pairs = list(zip(layout.names, layout.shapes, strict=True))
-    if isinstance(dimensions, dict):
-        of_key = {key: [p for p in pairs if p[0].partition(".")[0] == key] for key in dimensions}
-        told = [(d, *pair) for key, many in dimensions.items() for d, pair in zip(many, of_key[key], strict=False)]
-    else:
-        if len(dimensions) < len(pairs):  # told of the inputs only, while the batch has a target too
-            pairs = [(name, shape) for name, shape in pairs if name not in TARGET_KEYS]
-        told = [(d, *pair) for d, pair in zip(dimensions, pairs, strict=False)]
-    for expected, name, shape in told:
-        if len(shape) != expected:
-            raise BatchError(
-                f"batch: {name} has {len(shape)} dimensions, batch_shape said {expected}; expected batches that differ "
-                "in sizes only (call optimize() again for another kind of batch)"
-            )

@@ -95,6 +95,17 @@ def normalise(batch: Any) -> tuple[Any, ...] | dict[str, Any]:
     return (batch,)
 
 
+def one_batch(batch: tuple[Any, ...], keywords: Mapping[str, Any]) -> Any:
+    """The batch of ``step(x, y)``, ``step((x, y))``, ``step(mapping)`` or ``step(**mapping)``."""
+    if keywords:
+        if batch:
+            raise BatchError("batch: give it by position or by keyword, not both")
+        return dict(keywords)
+    if len(batch) == 1 and isinstance(batch[0], (tuple, list, Mapping)):
+        return normalise(batch[0])
+    return batch
+
+
 def call_model(model: nn.Module, batch: tuple[Any, ...] | dict[str, Any]) -> Any:
     """The model on a whole batch: positional arguments from a tuple, keyword arguments from a dict."""
     return model(**batch) if isinstance(batch, dict) else model(*batch)
