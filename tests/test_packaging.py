@@ -14,9 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LINKED = ("passes", "cost_model")
 
 
-def run_python(
-    *arguments: str, cwd: Path, pythonpath: tuple[Path | str, ...] = ()
-) -> subprocess.CompletedProcess:
+def run_python(*arguments: str, cwd: Path, pythonpath: tuple[Path | str, ...] = ()) -> subprocess.CompletedProcess:
     """Runs this interpreter in `cwd` with `pythonpath` and none of the caller's import settings."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, pythonpath))
@@ -32,9 +30,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source") / "graphopt"
     source.mkdir()
     for folder in ("graphopt", *LINKED, "tests"):
-        shutil.copytree(
-            ROOT / folder, source / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-        )
+        shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source / file)
     out = source.parent / "out"
