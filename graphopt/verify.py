@@ -41,7 +41,7 @@ class Values:
 def reference(
     model: nn.Module, batch: Any, loss: Callable[..., Any] | str, *, dtype: torch.dtype | None = None, seed: int = 0
 ) -> Values:
-    """Loss, gradients and new buffers by `torch.func`, in ``dtype`` (None: as the model is). Nothing real is changed.
+    """Loss, gradients and new buffers: by `torch.func` in ``dtype``, or by eager itself (None). Nothing real is changed.
 
     Raises whatever the model raises (some cannot run in float64).
     """
@@ -68,9 +68,15 @@ def reference(
     regions = active_autocast(device_types(model, flatten(batch)[0]))
     with torch.random.fork_rng(), torch.enable_grad(), autocast(regions, enabled=False):
         torch.manual_seed(seed)
-        gradients, (value, new) = torch.func.grad_and_value(compute, has_aux=True)(wanted, buffers, given)
-    found = {"loss": value} | {f"gradient {n}": g for n, g in gradients.items()}
-    return Values(found | {f"new buffer {n}": b for n, b in new.items()})
+        if dtype is None:  # eager itself: some random operators draw otherwise under torch.func
+            value, new = compute({n: p.requires_grad_() for n, p in wanted.items()}, buffers, given)
+            found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True, materialize_grads=True)
+            gradients = dict(zip(wanted, found, strict=True))
+        else:
+            gradients, (value, new) = torch.func.grad_and_value(compute, has_aux=True)(wanted, buffers, given)
+    values = {"loss": value} | {f"gradient {n}": g for n, g in gradients.items()}
+    values |= {f"new buffer {n}": b for n, b in new.items()}
+    return Values({n: v.detach() for n, v in values.items()})
 
 
 def run_graph(graph: TrainingGraph, model: nn.Module, batch: Any, *, seed: int = 0) -> Values:
@@ -126,7 +132,7 @@ def _distance(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def fresh_batch(batch: Any, seed: int) -> Any:
-    """A random batch like ``batch``: normal numbers of the same mean and spread, whole numbers in another order."""
+    """A random batch in the layout of ``batch``: normal numbers of its mean and spread, whole numbers reordered."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(value: Any) -> Any:
@@ -135,9 +141,9 @@ def fresh_batch(batch: Any, seed: int) -> Any:
         if value.is_floating_point():
             noise = torch.randn(value.shape, generator=generator).to(value)
             spread = value.std() if value.numel() > 1 else torch.ones_like(value).sum()
-            return noise * spread.nan_to_num(1.0) + value.mean().nan_to_num(0.0)
+            return torch.empty_like(value).copy_(noise * spread.nan_to_num(1.0) + value.mean().nan_to_num(0.0))
         order = torch.randperm(value.shape[0] if value.dim() else 1, generator=generator).to(value.device)
-        return value[order] if value.dim() else value
+        return torch.empty_like(value).copy_(value[order]) if value.dim() else value
 
     return pytree.tree_map(draw, batch)
 

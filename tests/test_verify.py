@@ -103,6 +103,13 @@ def test_good_architectures_pass(name):
         assert check_graph(graph, model, batch, loss) is None
 
 
+def test_dropout_over_another_layout_passes():
+    """It draws in the order of memory in eager, in another one under `torch.func`."""
+    model = nn.Sequential(nn.Dropout(0.3), nn.Flatten(), nn.Linear(72, 3))
+    batch = images()[0].to(memory_format=torch.channels_last), images()[1]
+    assert check_graph(capture(model, batch, loss=cross_entropy), model, batch, cross_entropy) is None
+
+
 def test_verification_changes_nothing():
     model = Net(0.5)
     optimizer = AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
@@ -240,12 +247,14 @@ def test_fresh_batches_keep_kind_and_range():
         "mask": torch.rand(8, 2) > 0.5,
         "scale": 3,
         "e": torch.ones(8),
+        "image": torch.randn(8, 3, 4, 4).to(memory_format=torch.channels_last),
     }
     made = [fresh_batch(batch, seed) for seed in SEEDS]
     assert not torch.equal(made[0]["x"], made[1]["x"]) and torch.equal(made[0]["x"], fresh_batch(batch, SEEDS[0])["x"])
     for one in made:
         assert one["scale"] == 3 and sorted(one["y"].tolist()) == list(range(8))
         assert one["mask"].dtype == torch.bool and one["mask"].sum() == batch["mask"].sum()
+        assert one["image"].stride() == batch["image"].stride(), "dropout draws in the order of memory"
         assert torch.equal(one["e"], batch["e"]), "equal numbers stay equal"
 
 
