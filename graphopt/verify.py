@@ -41,7 +41,7 @@ class Values:
 def reference(
     model: nn.Module, batch: Any, loss: Callable[..., Any] | str, *, dtype: torch.dtype | None = None, seed: int = 0
 ) -> Values:
-    """Loss, gradients and new buffers: by `torch.func` in ``dtype``, or by eager itself (None). Nothing real is changed.
+    """Loss, gradients and new buffers: by `torch.func` in ``dtype``, or by eager itself (None). Changes nothing.
 
     Raises whatever the model raises (some cannot run in float64).
     """
@@ -70,7 +70,8 @@ def reference(
         torch.manual_seed(seed)
         if dtype is None:  # eager itself: some random operators draw otherwise under torch.func
             value, new = compute({n: p.requires_grad_() for n, p in wanted.items()}, buffers, given)
-            found = torch.autograd.grad(value, list(wanted.values()), allow_unused=True, materialize_grads=True)
+            trained = list(wanted.values())
+            found = torch.autograd.grad(value, trained, allow_unused=True, materialize_grads=True) if trained else ()
             gradients = dict(zip(wanted, found, strict=True))
         else:
             gradients, (value, new) = torch.func.grad_and_value(compute, has_aux=True)(wanted, buffers, given)
