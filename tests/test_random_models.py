@@ -19,7 +19,7 @@ from graphopt.graph.lowering import lower
 from graphopt.graph.training_graph import InputKind, TrainingGraph
 from graphopt.passes import FrozenFolding, GradientLiveness, Pass, Pipeline, SelectiveSaving
 from graphopt.step import PASSES
-from graphopt.verify import disagreement, reference, run_graph
+from graphopt.verify import reference, run_graph
 from tests.random_models import Case, Result, cases, eager_step, squared_error, state_of
 
 EXAMPLES = settings.default.max_examples
@@ -107,11 +107,16 @@ def test_optimize_trains_as_eager(case: Case, sizes: tuple[int, int, int]) -> No
             assert all(p.grad is None for p in ours.parameters())
 
 
+def contiguous(case: Case) -> Case:
+    """For comparisons with `torch.func`, whose dropout draws in contiguous order, unlike eager's."""
+    return replace(case, model=case.model.to(memory_format=torch.contiguous_format), channels_last=False)
+
+
 @settings(max_examples=EXAMPLES)
 @given(cases(dtypes=[torch.float64]), st.sampled_from([1, 2]))
 def test_gradients_are_those_of_torch_func(case: Case, size: int) -> None:
     """An independent reference: `torch.func` in float64, where only the last bits may differ."""
-    case = replace(case, model=case.model.double(), dtype=torch.float64)
+    case = contiguous(case)
     batch = case.batch(size)
     eager_step(case, *case.instance(), batch)  # rejects what eager cannot run
     model, _ = case.instance()
@@ -129,15 +134,21 @@ def test_frozen_folding_rounds_as_well_as_eager(case: Case, size: int, bias: boo
     """A frozen convolution with an eval-mode batch norm before a random model; float64 is the judge."""
     front = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, bias=bias), nn.BatchNorm2d(3), nn.ReLU())
     nn.init.uniform_(front[1].running_var, 0.5, 2.0)
-    case = replace(case, model=nn.Sequential(front.eval().requires_grad_(False), case.model), owned=("0.0.weight",))
+    model = nn.Sequential(front.eval().requires_grad_(False), case.model)
+    case = contiguous(replace(case, model=model, owned=("0.0.weight",)))
     batch = case.batch(size)
     eager_step(case, *case.instance(), batch)
     model, _ = case.instance()
     result = FrozenFolding()(graphopt.capture(model, batch, loss=case.loss))
     assert result.changed and not FrozenFolding()(result.graph).changed
-    eager, exact = (reference(model, batch, case.loss, dtype=dtype) for dtype in (None, torch.float64))
-    found = disagreement(run_graph(result.graph, model, batch), eager, exact)
-    assert found is None, found
+    eager, exact = (reference(model, batch, case.loss, dtype=dtype).values for dtype in (None, torch.float64))
+    largest = max([1.0, *(float(value.abs().max()) for value in exact.values() if value.numel())])
+    for name, value in run_graph(result.graph, model, batch).values.items():
+        error, own = (float((of.double() - exact[name].double()).abs().max()) for of in (value, eager[name]))
+        # the floor is for values that are truly 0, such as the gradient of a bias before a norm
+        assert error <= 4 * own + 1e-5 * largest, (
+            f"{name} is off by {error}, eager by {own}, values are up to {largest}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
