@@ -110,6 +110,11 @@ def test_dropout_over_another_layout_passes():
     assert check_graph(capture(model, batch, loss=cross_entropy), model, batch, cross_entropy) is None
 
 
+def test_a_model_without_trained_parameters_passes():
+    model, batch = mlp().requires_grad_(False), rows()
+    assert check_graph(capture(model, batch, loss=cross_entropy), model, batch, cross_entropy) is None
+
+
 def test_verification_changes_nothing():
     model = Net(0.5)
     optimizer = AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
