@@ -66,7 +66,12 @@ class Provenance(TorchFunctionMode):
 
     def _mark(self, module: str, source: str) -> None:
         self.module, self.source = module, source
-        current_trace_meta()["custom"] = {"module": module, "source": source}
+        mark(module, source)
+
+
+def mark(module: str, source: str) -> None:
+    """Mark what is traced from now on, under `preserve_node_meta`, with its place."""
+    current_trace_meta()["custom"] = {"module": module, "source": source}
 
 
 def _user_line() -> str:

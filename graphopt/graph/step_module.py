@@ -15,7 +15,9 @@ from torch.utils import _pytree as pytree
 
 from graphopt.errors import CaptureError, LossError
 from graphopt.graph.batch import BatchLayout, call_model, check_loss, compute_loss, leaf_name
+from graphopt.graph.exported import Names
 from graphopt.graph.provenance import Provenance
+from graphopt.graph.training_graph import Output, OutputKind
 
 
 class StepModule(nn.Module):
@@ -47,6 +49,7 @@ class StepModule(nn.Module):
         self.output_constants: list[tuple[int, Any]] = []
         self.output_names: list[str] = []
         self.needs_gradient = bool(trainable)
+        self._differentiable = False
         self.autocast = active_autocast(device_types(model, ()) | {d.type for d in layout.devices})
         for index, (name, parameter) in enumerate(model.named_parameters()):
             key = f"p{index}"
@@ -57,6 +60,22 @@ class StepModule(nn.Module):
             key = f"b{index}"
             self.register_buffer(key, buffer.detach())
             self.buffer_names[key] = name
+
+    @property
+    def names(self) -> Names:
+        """What its tensors are to the user; those of the results are known once it was called."""
+        outputs: list[Output | None] = [Output(OutputKind.OUTPUT, name) for name in self.output_names]
+        if self.loss is not None:
+            outputs = (
+                [Output(OutputKind.LOSS, "loss")] if self.accumulate == 1 else [None, Output(OutputKind.LOSS, "loss")]
+            )
+        return Names(self.parameter_names, self.buffer_names, self.layout.names, outputs)
+
+    @property
+    def required(self) -> list[str]:
+        """Names of the parameters and batch tensors that require grad, whatever was traced."""
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        return names + [n for n, flag in zip(self.layout.names, self.layout.requires_grad, strict=True) if flag]
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         batch = self.layout.restore(list(tensors))
@@ -74,7 +93,8 @@ class StepModule(nn.Module):
 
     def _loss_outputs(self, loss: Any) -> tuple[torch.Tensor, ...]:
         loss = check_loss(loss)
-        if self.needs_gradient and torch.is_grad_enabled() and not loss.requires_grad:
+        self._differentiable |= loss.requires_grad  # a trace before dispatch calls this twice, and knows it at first
+        if self.needs_gradient and torch.is_grad_enabled() and not self._differentiable:
             raise LossError("loss: it does not depend on any parameter that requires grad; is it detached?")
         loss = loss.clone() if loss._is_view() else loss
         return (loss,) if self.accumulate == 1 else (loss / self.accumulate, loss.detach())

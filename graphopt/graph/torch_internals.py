@@ -17,7 +17,7 @@ from torch._decomp import decompositions
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.source import ConstantSource
 from torch._functorch._aot_autograd import descriptors as aot
-from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors, aot_export_module
 from torch._inductor.exc import InductorError
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import (
@@ -27,6 +27,8 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.amp import autocast_mode
 from torch.fx.experimental.sym_node import SymNode
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
@@ -58,12 +60,13 @@ def current_trace_meta() -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class ExportedJoint:
-    """A joint graph as AOTAutograd gives it, with its descriptors put into plain words.
+class Exported:
+    """A graph as AOTAutograd gives it, with its descriptors put into plain words.
 
     ``inputs``: ``(kind, name)`` of each placeholder: ``parameter``/``buffer`` with the attribute path, ``batch`` or
     ``tangent`` with an index. ``outputs``: ``(kind, name)`` of each result: ``buffer``/``batch`` (a new value),
     ``output`` with an index, ``parameter gradient`` with a path, ``batch gradient`` with an index.
+    ``own_backward``: the `torch.autograd.Function`s that a forward graph ran through, of which it holds only forward.
     """
 
     module: fx.GraphModule
@@ -71,11 +74,12 @@ class ExportedJoint:
     outputs: tuple[tuple[str, str], ...]
     symbol: sympy.Symbol | None
     guards: tuple[sympy.Basic, ...]
+    own_backward: tuple[str, ...] = ()
 
 
 def export_joint(
     module: nn.Module, tensors: Sequence[torch.Tensor], batched: Sequence[bool], *, symbolic: bool, compiling: bool
-) -> ExportedJoint:
+) -> Exported:
     """Trace forward and backward of ``module`` on flat tensors by `aot_export_joint_with_descriptors`.
 
     With ``symbolic`` the first dimension of each ``batched`` tensor is one symbol; ``guards`` are what the trace
@@ -83,31 +87,141 @@ def export_joint(
     tensors that require grad get gradients; with none the graph is the
     forward alone. Source: torch/_functorch/aot_autograd.py.
     """
-    shape_env = ShapeEnv(duck_shape=False)
-    mode = FakeTensorMode(shape_env=shape_env, allow_non_fake_inputs=True)
-    fakes = []
-    for tensor, has_batch in zip(tensors, batched, strict=True):
-        dims = [DimDynamic.STATIC] * tensor.dim()
-        if has_batch and symbolic:
-            dims[0] = DimDynamic.DYNAMIC
-        context: Any = StatelessSymbolicContext(dynamic_sizes=dims, constraint_sizes=[None] * tensor.dim())
-        fakes.append(mode.from_tensor(tensor, symbolic_context=context))
-    leading = [f for f, has_batch in zip(fakes, batched, strict=True) if has_batch and symbolic]
-    for other in leading[1:]:
-        torch._check(other.shape[0] == leading[0].shape[0])
+    fakes = _Fakes(tensors, batched, symbolic=symbolic)
     with ExitStack() as stack:
         stack.enter_context(_compiling_flag(compiling))
         stack.enter_context(_recurrent_as_in_eager())
         stack.enter_context(_upsampling_as_in_eager())
         stack.enter_context(_dropout_as_in_eager())
-        joint = aot_export_joint_with_descriptors(stack, module, tuple(fakes))
+        joint = aot_export_joint_with_descriptors(stack, module, tuple(fakes.tensors))
     graph = joint.graph_module.graph
     inputs = tuple(_input_words(n.meta["desc"]) for n in graph.nodes if n.op == "placeholder")
     outputs = tuple(_output_words(d) for d in graph.find_nodes(op="output")[0].meta["desc"])
-    symbol = leading[0].shape[0].node.expr if leading and isinstance(leading[0].shape[0], torch.SymInt) else None
-    if not isinstance(symbol, sympy.Symbol):
-        symbol = None
-    return ExportedJoint(joint.graph_module, inputs, outputs, symbol, _guards(shape_env, symbol))
+    return Exported(joint.graph_module, inputs, outputs, fakes.symbol, fakes.guards())
+
+
+def export_forward(
+    module: nn.Module, tensors: Sequence[torch.Tensor], batched: Sequence[bool], *, symbolic: bool, compiling: bool
+) -> Exported:
+    """Trace forward of ``module`` before autograd and autocast by `aot_export_module`; arguments as `export_joint`.
+
+    Operators that are made of others stay whole. Regions without gradients and of autocast stand between the markers
+    `SET_GRAD_ENABLED`, `ENTER_AUTOCAST` and `EXIT_AUTOCAST`. Source: torch/_functorch/aot_autograd.py.
+    """
+    fakes = _Fakes(tensors, batched, symbolic=symbolic)
+    with (
+        _compiling_flag(compiling),
+        _upsampling_as_in_eager(),
+        _whole_dropout(),
+        _noting_own_backward() as noted,
+        fakes.mode,
+    ):
+        traced, _ = aot_export_module(module, tuple(fakes.tensors), trace_joint=False, pre_dispatch=True)
+    assert isinstance(traced, fx.GraphModule)
+    parameters, buffers = (list(dict(named)) for named in (module.named_parameters(), module.named_buffers()))
+    flat = [("parameter", name) for name in parameters] + [("buffer", name) for name in buffers]
+    flat += [("batch", str(index)) for index in range(len(tensors))]
+
+    def words(descriptor: Any) -> tuple[str, str]:
+        if isinstance(descriptor, aot.InputMutationAOTOutput):
+            descriptor = descriptor.mutated_input
+        return flat[descriptor.idx] if isinstance(descriptor, aot.PlainAOTInput) else _output_words(descriptor)
+
+    inputs = tuple(words(n.meta["desc"]) for n in traced.graph.nodes if n.op == "placeholder")
+    outputs = tuple(words(d) for d in traced.graph.find_nodes(op="output")[0].meta["desc"])
+    return Exported(traced, inputs, outputs, fakes.symbol, fakes.guards(), tuple(noted))
+
+
+SET_GRAD_ENABLED = torch._C._set_grad_enabled
+ENTER_AUTOCAST = autocast_mode._enter_autocast
+EXIT_AUTOCAST = autocast_mode._exit_autocast
+
+
+class _Fakes:
+    """Fake tensors in place of a batch; with ``symbolic`` the first dimension of the ``batched`` ones is one symbol."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor], batched: Sequence[bool], *, symbolic: bool):
+        self._env = ShapeEnv(duck_shape=False)
+        self.mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
+        self.tensors = []
+        for tensor, has_batch in zip(tensors, batched, strict=True):
+            dims = [DimDynamic.STATIC] * tensor.dim()
+            if has_batch and symbolic:
+                dims[0] = DimDynamic.DYNAMIC
+            context: Any = StatelessSymbolicContext(dynamic_sizes=dims, constraint_sizes=[None] * tensor.dim())
+            self.tensors.append(self.mode.from_tensor(tensor, symbolic_context=context))
+        self._leading = [f.shape[0] for f, has in zip(self.tensors, batched, strict=True) if has and symbolic]
+        for other in self._leading[1:]:
+            torch._check(other == self._leading[0])
+
+    @property
+    def symbol(self) -> sympy.Symbol | None:
+        """The symbol of the batch size; None where it is fixed, or where a trace has fixed it."""
+        size = self._leading[0] if self._leading else None
+        symbol = size.node.expr if isinstance(size, torch.SymInt) else None
+        return symbol if isinstance(symbol, sympy.Symbol) else None
+
+    def guards(self) -> tuple[sympy.Basic, ...]:
+        """What traces so far assumed of the symbol, without what always holds."""
+        symbol = self.symbol
+        if symbol is None:
+            return ()
+        found: dict[sympy.Basic, None] = {}
+        for guard in self._env.guards:
+            expr = self._env.simplify(guard.expr)
+            if expr is not sympy.true and expr.free_symbols == {symbol}:
+                found[expr] = None
+        bounds = self._env.var_to_range[symbol]
+        if bounds.lower > 2:
+            found[sympy.Ge(symbol, bounds.lower)] = None
+        return tuple(found)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Let ``owner.name`` be ``value`` meanwhile."""
+    before = vars(owner)[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def _whole_dropout() -> Iterator[None]:
+    """Let dropout trace to one operator where it drops something, and to its operand itself where it does not.
+
+    torch keeps both, and forbids to write into the result in place, as it cannot know which of the two it is. Source:
+    torch/_subclasses/functional_tensor.py.
+    """
+    can_decompose = FunctionalTensorMode._can_decompose
+
+    def unless_it_drops(self: FunctionalTensorMode, func: Any, args: Any, kwargs: Any) -> bool:
+        if func is torch.ops.aten.dropout.default:
+            _, p, train = args
+            return not train or p == 0
+        return can_decompose(self, func, args, kwargs)
+
+    unless_frozen = _replaced(torch, "_freeze_functional_tensor", lambda tensor: None)
+    with _replaced(FunctionalTensorMode, "_can_decompose", unless_it_drops), unless_frozen:
+        yield
+
+
+@contextmanager
+def _noting_own_backward() -> Iterator[dict[str, None]]:
+    """The names of `torch.autograd.Function`s that are applied meanwhile: their backward is no derivative of their
+    forward's operators. (The one that checkpointing applies does nothing.)"""
+    noted: dict[str, None] = {}
+    apply = vars(torch.autograd.Function)["apply"]
+
+    def noting(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__ != "torch.utils.checkpoint":
+            noted[f"{cls.__module__}.{cls.__qualname__}"] = None
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    with _replaced(torch.autograd.Function, "apply", classmethod(noting)):
+        yield noted
 
 
 @contextmanager
@@ -117,17 +231,14 @@ def _recurrent_as_in_eager() -> Iterator[None]:
     An LSTM whose input requires grad is unrolled (five times the operators, and other bits) where eager takes oneDNN's
     layer, and the dropout between layers is left out. Source: torch/_decomp/decompositions.py.
     """
-    select, helper = decompositions.select_one_layer_lstm_function, decompositions._rnn_helper
+    select = decompositions.select_one_layer_lstm_function
 
     def select_as_eager(input: torch.Tensor, hx: Any, params: Any) -> Any:
         return select(SimpleNamespace(device=input.device, dtype=input.dtype, requires_grad=False), hx, params)
 
-    decompositions.select_one_layer_lstm_function = select_as_eager
-    decompositions._rnn_helper = _layers_with_dropout
-    try:
+    kernel = _replaced(decompositions, "select_one_layer_lstm_function", select_as_eager)
+    with kernel, _replaced(decompositions, "_rnn_helper", _layers_with_dropout):
         yield
-    finally:
-        decompositions.select_one_layer_lstm_function, decompositions._rnn_helper = select, helper
 
 
 def _layers_with_dropout(
@@ -239,29 +350,8 @@ def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
     return input * (torch.ops.aten.native_dropout.default(input.detach(), p, True)[1].to(input.dtype) / (1 - p))
 
 
-@contextmanager
-def _compiling_flag(value: bool) -> Iterator[None]:
-    before = torch.compiler._is_compiling_flag
-    torch.compiler._is_compiling_flag = value or before
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = before
-
-
-def _guards(shape_env: ShapeEnv, symbol: sympy.Symbol | None) -> tuple[sympy.Basic, ...]:
-    """What a trace assumed of ``symbol``, without what always holds."""
-    if symbol is None:
-        return ()
-    found: dict[sympy.Basic, None] = {}
-    for guard in shape_env.guards:
-        expr = shape_env.simplify(guard.expr)
-        if expr is not sympy.true and expr.free_symbols == {symbol}:
-            found[expr] = None
-    bounds = shape_env.var_to_range[symbol]
-    if bounds.lower > 2:
-        found[sympy.Ge(symbol, bounds.lower)] = None
-    return tuple(found)
+def _compiling_flag(value: bool) -> AbstractContextManager[None]:
+    return _replaced(torch.compiler, "_is_compiling_flag", value or torch.compiler._is_compiling_flag)
 
 
 def _input_words(descriptor: Any) -> tuple[str, str]:

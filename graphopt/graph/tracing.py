@@ -1,0 +1,176 @@
+"""Tracing a user's step: arguments checked, several attempts, and errors that say what was wrong and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from graphopt.errors import BatchError, CaptureError, GraphoptError
+from graphopt.graph.batch import BatchLayout, ModelLoss, flatten
+from graphopt.graph.provenance import Provenance
+from graphopt.graph.step_module import StepModule, autocast, unchanged
+from graphopt.graph.torch_internals import Exported, fails_on_fakes
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced step: the graph, the module it was traced from, and the batch it was traced with."""
+
+    exported: Exported
+    module: StepModule
+    layout: BatchLayout
+    size: int
+
+
+def trace(
+    export: Callable[..., Exported],
+    model: nn.Module,
+    batch: Any,
+    *,
+    loss: Callable[..., Any] | str | None,
+    trainable: Collection[str],
+    batch_gradients: bool | None,
+    accumulate: int = 1,
+) -> Traced:
+    """Trace forward and loss of ``model`` by ``export`` (`export_joint` or `export_forward`).
+
+    Args:
+        export: how to trace.
+        model: left as it was.
+        batch: as in `graphopt.capture`.
+        loss: a callable, ``"model"``, or None.
+        trainable: names of the parameters that require grad while tracing.
+        batch_gradients: whether floating-point tensors of the batch require grad; None: those that do.
+        accumulate: what the loss is divided by.
+
+    Raises:
+        BatchError: the batch is empty or the model rejects it.
+        CaptureError: no attempt succeeded; says where the first failed.
+        LossError: backward cannot start from the loss.
+    """
+    check_arguments(model, loss, accumulate)
+    tensors, layout, size = flatten(batch)
+    _check_devices(model, tensors, layout)
+    wanted = [t.requires_grad if batch_gradients is None else batch_gradients for t in tensors]
+    tensors = [_with_gradient(t, flag) for t, flag in zip(tensors, wanted, strict=True)]
+    failure: GraphoptError | None = None
+    for attempt in _attempts(size, bool(batch_gradients)):
+        provenance = Provenance(model)
+        module = StepModule(model, layout, loss, trainable, provenance, accumulate)
+        given = tensors if attempt.batch_gradients else [t.detach() for t in tensors]
+        try:
+            without = autocast(module.autocast, enabled=False)  # which forward enters by itself
+            with unchanged(model, loss) as counted, provenance.recording(), torch.enable_grad(), without:
+                exported = export(module, given, layout.batched, symbolic=attempt.symbolic, compiling=attempt.compiling)
+            if counted:
+                raise CaptureError(
+                    f"the model's forward changes {', '.join(counted)}: a Python number, which a graph cannot follow; "
+                    "make it a buffer, or count outside of the model"
+                )
+            return Traced(exported, module, layout, size)
+        except GraphoptError:
+            raise
+        except Exception as error:  # the model's own code ran: any exception is possible, the first is raised below
+            failure = failure or _explained(error, provenance, model, tensors, layout, loss)
+            if isinstance(failure, BatchError):
+                break
+    assert failure is not None
+    raise failure
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One way to trace. ``compiling``: the model's code is told that it is being compiled, so that it leaves out what
+    asks for the values of tensors (the mask checks of transformers)."""
+
+    symbolic: bool
+    compiling: bool = False
+    batch_gradients: bool = True
+
+
+def _attempts(size: int, all_gradients: bool) -> list[_Attempt]:
+    """The plain trace with a symbolic batch first; what could make a failed one succeed after it: telling the model
+    that it is compiled, a fixed batch size, no gradients of batch tensors (some operators refuse to give any)."""
+    symbolic = [True, False] if size > 1 else [False]
+    attempts = [_Attempt(s, compiling) for s in symbolic for compiling in (False, True)]
+    if all_gradients:
+        attempts += [replace(attempt, batch_gradients=False) for attempt in attempts]
+    return attempts
+
+
+def check_arguments(model: Any, loss: Any, accumulate: int = 1) -> None:
+    """Raise CaptureError for what cannot be traced, whatever the batch is."""
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise CaptureError("model: TorchScript hides its operators; give the module it was made from")
+    if loss is not None and loss != ModelLoss and not callable(loss):
+        raise CaptureError(f"loss: expected a callable, None or {ModelLoss!r}, got {loss!r}")
+    if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
+        raise CaptureError("loss: it has trainable parameters of its own; make it a submodule of the model")
+    if not isinstance(accumulate, int) or accumulate < 1:
+        raise CaptureError(f"accumulate: expected a positive integer, got {accumulate!r}")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise CaptureError(f"model: {name} is not initialized; call the model once on a batch before")
+
+
+def _check_devices(model: nn.Module, tensors: Sequence[torch.Tensor], layout: BatchLayout) -> None:
+    devices = {p.device for p in model.parameters()}
+    for tensor, name in zip(tensors, layout.names, strict=True):
+        if devices and tensor.device not in devices and tensor.dim():
+            raise BatchError(
+                f"batch: {name} is on {tensor.device}, the model on {', '.join(map(str, devices))}; move one with .to()"
+            )
+
+
+def _with_gradient(tensor: torch.Tensor, wanted: bool) -> torch.Tensor:
+    return tensor.detach().requires_grad_(wanted and (tensor.is_floating_point() or tensor.is_complex()))
+
+
+def _explained(
+    error: Exception, provenance: Provenance, model: nn.Module, tensors: Sequence[torch.Tensor], layout: BatchLayout,
+    loss: Any,
+) -> GraphoptError:  # fmt: skip
+    """The error of a failed trace as ours: BatchError if the model itself rejects the batch, else CaptureError."""
+    place = f" in module {provenance.module!r}" if provenance.module else ""
+    place += f" at {provenance.source}" if provenance.source else ""
+    first_line = str(error).strip().split("\n")[0] or type(error).__name__
+    if "expected to have an entirely functional graph" in first_line:
+        first_line = (
+            "a tensor that is neither a parameter nor a buffer is changed in place; make it a buffer (register_buffer)"
+        )
+    if isinstance(error, (RuntimeError, ValueError, TypeError, IndexError)) and _model_rejects(
+        model, tensors, layout, loss
+    ):
+        shapes = [f"{n}: {t.dtype} {list(t.shape)}" for n, t in zip(layout.names, tensors, strict=True)]
+        explained: GraphoptError = BatchError(
+            f"batch: the model rejects it{place}: {first_line} (got {'; '.join(shapes)})"
+        )
+    else:
+        explained = CaptureError(f"the step cannot be captured as one graph{place}: {first_line}")
+    explained.__cause__ = error
+    return explained
+
+
+def _model_rejects(model: nn.Module, tensors: Sequence[torch.Tensor], layout: BatchLayout, loss: Any) -> bool:
+    """Whether forward and loss fail by themselves: on fake tensors, and then really, since fake tensors refuse more."""
+    module = StepModule(model, layout, loss, (), Provenance(model))
+    with unchanged(model, loss):
+        return fails_on_fakes(module, tensors) and _fails(module, tensors)
+
+
+def _fails(module: StepModule, tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether ``module(*tensors)`` raises. Writes go into copies of its buffers, random numbers are given back."""
+    buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.func.functional_call(module, buffers, tuple(t.detach() for t in tensors))
+    except Exception:  # the answer itself: the model's own code raised
+        return True
+    return False
