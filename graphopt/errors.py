@@ -95,3 +95,7 @@ class GraphoptWarning(UserWarning):
     Most often it runs a step in eager mode. It says what could not be done, where, and what would help.
     ``warnings.simplefilter("error", graphopt.GraphoptWarning)`` turns every fallback into an error.
     """
+
+
+class AxisError(GraphoptError):
+    """Axes cannot be found, or a request about them cannot be met."""

@@ -1,0 +1,151 @@
+"""Axis rules of attention and of recurrent layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from graphopt.graph.op_rules.arguments import operand, operand_names
+
+if TYPE_CHECKING:
+    from graphopt.graph.axes.factors import Factor
+    from graphopt.graph.axes.propagation import Propagation
+
+
+def attention(see: Propagation, node: fx.Node) -> Any:
+    """Scaled dot product attention: ``q [*, H, L, E]``, ``k [*, H, S, E]``, ``v [*, H, S, V]`` give ``[*, H, L, V]``.
+
+    With fewer key heads than query heads, query heads are key heads x queries a key head.
+    """
+    q, k, v = (see.of(a) for a in node.args[:3])
+    result = _relate(see, node, q, k, v)
+    if not isinstance(node.meta["val"], (list, tuple)):
+        return result
+    others: list[Any] = [result]
+    for i in range(1, len(node.meta["val"])):
+        sizes = see.sizes(node, i)
+        rows = q[:-1]  # of the log-sum-exp
+        others.append(rows if sizes == tuple(f.size for f in rows) else tuple(see.new(s) for s in sizes))
+    return others
+
+
+def _relate(
+    see: Propagation, node: fx.Node, q: tuple[Factor, ...], k: tuple[Factor, ...], v: tuple[Factor, ...]
+) -> tuple[Factor, ...]:
+    see.unify(q[-1], k[-1])
+    see.unify(k[-2], v[-2])
+    if len(q) > 2 and q[-3].size != k[-3].size and k[-3].size > 1:
+        heads, _ = see.reshape([q[-3]], [k[-3].size, q[-3].size // k[-3].size])
+        see.unify(heads, k[-3])
+        see.unify(k[-3], v[-3])
+        lead = see.broadcast(see.broadcast(q[:-3], k[:-3]), v[:-3]) + (q[-3],)
+    else:
+        lead = see.broadcast(see.broadcast(q[:-2], k[:-2]), v[:-2])
+    see.attended(q[-2], k[-2], (q[-1], v[-1]), lead[-1:], node)
+    names = operand_names(node)
+    for name in ("attn_mask", "attn_bias"):
+        if name in names and isinstance(mask := operand(node, name), fx.Node):
+            see.broadcast((*lead, q[-2], k[-2]), see.of(mask))
+    if "is_causal" in names and operand(node, "is_causal"):
+        for f in (q[-2], k[-2]):
+            see.freeze(f, f"causal order of {node.target} ({node.name})")
+    return (*lead, q[-2], v[-1])
+
+
+def attention_backward(see: Propagation, node: fx.Node) -> Any:
+    """Gradients of query, key and value."""
+    grad, q, k, v = (see.of(a) for a in node.args[:4])
+    see.broadcast(grad, _relate(see, node, q, k, v))
+    results: list[Any] = [q, k, v]
+    for i in range(3, len(node.meta["val"])):
+        results.append(see.fresh(node, index=i))
+    return results
+
+
+def recurrent_layer(see: Propagation, node: fx.Node) -> Any:
+    """oneDNN's layer (``mkldnn_rnn_layer``): ``input [time, batch, I]``, weights ``[gates x H, I]``, ``[gates x H, H]``."""
+    source = see.of(node.args[0])
+    hidden = _layer(see, node, source[-1], [see.of(a) for a in node.args[1:5]], operand(node, "hidden_size"))
+    for name in ("hx_", "cx_"):
+        see.broadcast((source[1], hidden), see.of(operand(node, name))[-2:])
+    see.freeze(source[0], f"order in time of {node.target} ({node.name})")
+    state = (source[1], hidden)
+    results: list[Any] = [(*source[:2], hidden)]
+    for i in (1, 2):
+        results.append((see.one,) * (len(see.sizes(node, i)) - 2) + state)
+    return [*results, *(see.fresh(node, index=i) for i in range(3, len(node.meta["val"])))]
+
+
+def recurrent_layer_backward(see: Propagation, node: fx.Node) -> Any:
+    """Gradients of input, four weights, and both states."""
+    source = see.of(operand(node, "input"))
+    weights = [see.of(operand(node, f"weight{i}")) for i in (1, 2, 3, 4)]
+    hidden = _layer(see, node, source[-1], weights, operand(node, "hidden_size"))
+    states = [see.of(operand(node, n)) for n in ("hx_", "cx_tmp")]
+    for state in states:
+        see.broadcast((source[1], hidden), state[-2:])
+    results: list[Any] = [source, *weights, *states]
+    return results[: len(node.meta["val"])]
+
+
+def _layer(
+    see: Propagation, node: fx.Node, inputs: Factor, weights: list[tuple[Factor, ...]], hidden_size: int
+) -> Factor:
+    """Relates the weights of one layer and direction (input to gates, hidden to gates, biases); the hidden dimension."""
+    hidden: Factor | None = None
+    for position, weight in enumerate(weights):
+        if not weight or weight[0].size < hidden_size:
+            continue
+        gates, its_hidden = see.reshape([weight[0]], [weight[0].size // hidden_size, hidden_size])
+        see.freeze(gates, f"gates of {node.target} ({node.name})")
+        hidden = its_hidden if hidden is None else see.meet(hidden, its_hidden)
+        if len(weight) > 1:
+            see.feature(weight[1])
+            see.feature(its_hidden)
+            see.unify(weight[1], inputs if position == 0 else hidden)
+    assert hidden is not None
+    return hidden
+
+
+def recurrent(see: Propagation, node: fx.Node) -> Any:
+    """``lstm``, ``gru``, ``rnn_tanh``: all layers and directions, as `torch.nn.LSTM` orders their weights."""
+    source = see.of(node.args[0])
+    names = operand_names(node)
+    if "batch_sizes" in names or operand(node, "params") is None:
+        return see.unknown(node)
+    states = operand(node, "hx")
+    params = operand(node, "params")
+    directions = 2 if operand(node, "bidirectional") else 1
+    layers, has_biases = operand(node, "num_layers"), operand(node, "has_biases")
+    first_hidden = see.of(states[0] if isinstance(states, (list, tuple)) else states)[-1]
+    each = len(params) // (layers * directions)
+    if each != (4 if has_biases else 2):  # projections
+        return see.unknown(node)
+    batch_first = operand(node, "batch_first")
+    time, batch = (source[-2], source[0]) if batch_first else (source[0], source[-2])
+    see.freeze(time, f"order in time of {node.target} ({node.name})")
+    inputs = source[-1]
+    size = first_hidden.size
+    finals: list[Factor] = []
+    for layer in range(layers):
+        outputs = []
+        for direction in range(directions):
+            at = (layer * directions + direction) * each
+            weights = [see.of(p) for p in params[at : at + each]]
+            hidden = _layer(see, node, inputs, weights, size)
+            outputs.append(hidden)
+            finals.append(hidden)
+        inputs = see.concat(outputs)
+    state_dims = [see.of(s) for s in (states if isinstance(states, (list, tuple)) else [states])]
+    merged = finals[0]
+    if len(finals) > 1:  # the states of all layers lie in one tensor
+        for other in finals[1:]:
+            merged = see.meet(merged, other)
+    final_states = []
+    for dims in state_dims:
+        see.unify(dims[-1], merged)
+        if len(dims) == 3:
+            see.unify(dims[1], batch)
+        final_states.append(dims)
+    return [(*source[:-1], inputs), *final_states]

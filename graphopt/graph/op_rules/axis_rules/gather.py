@@ -1,0 +1,177 @@
+"""Axis rules of operators that look up or write at places given by data: what is indexed keeps its order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from graphopt.graph.op_rules.arguments import operand, operand_names
+
+if TYPE_CHECKING:
+    from graphopt.graph.axes.factors import Factor
+    from graphopt.graph.axes.propagation import Propagation
+
+
+def embedding(see: Propagation, node: fx.Node) -> Any:
+    """Rows of the weight at the indices."""
+    weight, indices = see.of(node.args[0]), see.of(node.args[1])
+    see.vocabulary(weight[0], node)
+    see.feature(weight[1])
+    return (*indices, weight[1])
+
+
+def embedding_backward(see: Propagation, node: fx.Node) -> Any:
+    """The gradient of the table: rows are new, the last dimension is that of the gradient."""
+    grad, indices = see.of(node.args[0]), see.of(node.args[1])
+    see.broadcast(grad[:-1], indices)
+    rows = see.new(see.sizes(node)[0])
+    see.vocabulary(rows, node)
+    return (rows, grad[-1])
+
+
+def embedding_bag(see: Propagation, node: fx.Node) -> Any:
+    """Sums of rows: one result row an offset, then bookkeeping."""
+    weight, offsets = see.of(node.args[0]), see.of(node.args[2])
+    see.vocabulary(weight[0], node)
+    several = isinstance(node.meta["val"], (list, tuple))
+    sizes = see.sizes(node, 0) if several else see.sizes(node)
+    rows = offsets[0] if offsets and offsets[0].size == sizes[0] else see.new(sizes[0])
+    result = (rows, weight[1])
+    if not several:
+        return result
+    return [result, *(see.fresh(node, "bookkeeping", index=i) for i in range(1, len(node.meta["val"])))]
+
+
+def embedding_bag_backward(see: Propagation, node: fx.Node) -> Any:
+    """The gradient of the table."""
+    rows = see.new(see.sizes(node)[0])
+    see.vocabulary(rows, node)
+    return (rows, see.of(node.args[0])[-1])
+
+
+def index(see: Propagation, node: fx.Node) -> Any:
+    """``x[i, :, j]``: dimensions that are indexed keep their order; those of the index tensors stand in their place,
+    in front where slices stand between them."""
+    dims = see.of(node.args[0])
+    place, chosen, kept = _indexed(see, node, dims, node.args[1])
+    if chosen is None:
+        return see.fresh(node, f"{node.target} ({node.name}): data decide what is taken")
+    return (*kept[:place], *chosen, *kept[place:])
+
+
+def _indexed(
+    see: Propagation, node: fx.Node, dims: tuple[Factor, ...], indices: Any
+) -> tuple[int, tuple[Factor, ...] | None, tuple[Factor, ...]]:
+    """Where the dimensions of the index tensors go, those dimensions (None for a mask), and the untouched ones."""
+    given = [(d, n) for d, n in enumerate(indices) if n is not None]
+    masks = any(n.meta["val"].dtype.is_floating_point is False and "bool" in str(n.meta["val"].dtype) for _, n in given)
+    if masks:
+        see.freeze_operands(node, f"{node.target} ({node.name}) takes what a mask says")
+        return 0, None, ()
+    chosen: tuple[Factor, ...] = ()
+    for d, n in given:
+        see.freeze(dims[d], f"{node.target} ({node.name}) looks up positions of it")
+        chosen = see.broadcast(chosen, see.of(n))
+    places = [d for d, _ in given]
+    adjacent = not places or places == list(range(places[0], places[0] + len(places)))
+    kept = tuple(f for d, f in enumerate(dims) if d not in places)
+    return (places[0] if adjacent and places else 0), chosen, kept
+
+
+def index_put(see: Propagation, node: fx.Node) -> Any:
+    """Values are written, or added, at the places that the indices say."""
+    dims, values = see.of(node.args[0]), see.of(node.args[2])
+    place, chosen, kept = _indexed(see, node, dims, node.args[1])
+    if chosen is not None:
+        see.broadcast((*kept[:place], *chosen, *kept[place:]), values)
+    return dims
+
+
+def index_select(see: Propagation, node: fx.Node) -> Any:
+    """The positions of ``dim`` that the index says."""
+    dims, chosen = list(see.of(node.args[0])), see.of(operand(node, "index"))
+    at = operand(node, "dim") % len(dims)
+    see.freeze(dims[at], f"{node.target} ({node.name}) looks up positions of it")
+    dims[at] = chosen[0] if chosen else see.one
+    return tuple(dims)
+
+
+def gather(see: Propagation, node: fx.Node) -> Any:
+    """``gather``: the result is like the index; ``dim`` is looked up, the others agree."""
+    dims, index_dims = see.of(node.args[0]), see.of(operand(node, "index"))
+    _aligned(see, node, dims, index_dims)
+    return index_dims
+
+
+def scatter(see: Propagation, node: fx.Node) -> Any:
+    """``scatter``: the result is like the first operand; ``dim`` is written at places that data say."""
+    dims, index_dims = see.of(node.args[0]), see.of(operand(node, "index"))
+    _aligned(see, node, dims, index_dims)
+    if "src" in operand_names(node) and isinstance(source := operand(node, "src"), fx.Node):
+        _aligned(see, node, see.of(source), index_dims, looked_up=False)
+    return dims
+
+
+def _aligned(
+    see: Propagation, node: fx.Node, dims: tuple[Factor, ...], others: tuple[Factor, ...], *, looked_up: bool = True
+) -> None:
+    at = operand(node, "dim") % max(1, len(dims))
+    reason = f"{node.target} ({node.name}) looks up positions of it"
+    for d, (a, b) in enumerate(zip(dims, others, strict=True)):
+        if d == at and looked_up:
+            see.freeze(a, reason)
+        elif a.size == b.size:
+            see.unify(a, b)
+        else:
+            see.freeze(a, reason)
+            see.freeze(b, reason)
+
+
+def index_add(see: Propagation, node: fx.Node) -> Any:
+    """``index_add``, ``index_copy``: rows of the source go where the index says."""
+    dims = see.of(node.args[0])
+    at = operand(node, "dim") % len(dims)
+    see.freeze(dims[at], f"{node.target} ({node.name}) looks up positions of it")
+    source = see.of(operand(node, "source"))
+    for d, (a, b) in enumerate(zip(dims, source, strict=True)):
+        if d != at:
+            see.unify(a, b)
+    return dims
+
+
+def nll_loss(see: Propagation, node: fx.Node) -> Any:
+    """``[n, classes, *positions]`` against targets ``[n, *positions]``; the classes are what targets name."""
+    logits = see.of(node.args[0])
+    _targets(see, node, logits, node.args[1])
+    result = see.of(node.args[1]) if operand(node, "reduction") == 0 else ()
+    return [result, ()] if isinstance(node.meta["val"], (list, tuple)) else result
+
+
+def nll_loss_backward(see: Propagation, node: fx.Node) -> Any:
+    """The gradient of the log-probabilities."""
+    logits = see.of(operand(node, "self"))
+    _targets(see, node, logits, operand(node, "target"))
+    return logits
+
+
+def _targets(see: Propagation, node: fx.Node, logits: tuple[Factor, ...], target: Any) -> None:
+    at = 1 if len(logits) > 1 else 0
+    dims = see.of(target)
+    see.classes(logits[at], node)
+    rest = logits[:at] + logits[at + 1 :]
+    see.broadcast(logits if len(dims) == len(logits) else rest, dims)
+    if "weight" in operand_names(node) and isinstance(weight := operand(node, "weight"), fx.Node):
+        see.unify(see.of(weight)[0], logits[at])
+    for f in rest:
+        see.reduced(f, node)
+
+
+def ctc_loss(see: Propagation, node: fx.Node) -> Any:
+    """``[time, n, classes]``: time and classes keep their order."""
+    dims = see.of(operand(node, "log_probs"))
+    see.freeze(dims[0], f"order in time of {node.target} ({node.name})")
+    see.classes(dims[-1], node)
+    if "grad" in operand_names(node):
+        return dims
+    return see.fresh(node, f"{node.target} ({node.name})")
