@@ -138,18 +138,21 @@ class _GraphModule(nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         values: dict[fx.Node, Any] = {}
-        batch = iter(tensors)
+        batch, source = iter(tensors), ""
         for node in self.origin.nodes:
             if node.op == "placeholder":
                 values[node] = getattr(self, self.attributes[node]) if node in self.attributes else next(batch)
             elif node.op == "get_attr":
                 values[node] = self.origin.constants[str(node.target)]
             elif node.op == "call_function":
-                self.place = f"{node.name} ({node.target}) {node.meta.get('source', '')}".strip()
-                mark(node.meta.get("module", ""), node.meta.get("source", ""))
+                source = node.meta.get("source", "")
+                self.place = f"{node.name} ({node.target}) {source}".strip()
+                mark(node.meta.get("module", ""), source)
                 with torch.set_grad_enabled(node not in self.no_grad):
                     values[node] = self._call(node, *fx.node.map_arg((node.args, node.kwargs), values.__getitem__))
-        return tuple(values[node] for _, node in self.results)
+        mark("", source)  # as after a model's own forward
+        results = [values[node] for _, node in self.results]
+        return tuple(r.clone() if r._is_view() else r for r in results)  # as `StepModule` does
 
     def _call(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node in self.in_place:
@@ -167,14 +170,15 @@ def _in_place_norms(graph: TrainingGraph) -> dict[fx.Node, list[fx.Node]]:
     """Batch norms that can write into their running statistics as eager does, with the nodes that are then the buffers
     themselves: those are what eager's backward is given. Not where an old value is read by anything else."""
     found: dict[fx.Node, list[fx.Node]] = {}
-    buffers = {node: name for name, node in graph.input_nodes(InputKind.BUFFER).items()}
-    new_values = graph.output_nodes(OutputKind.BUFFER)
+    held = {node: name for name, node in graph.input_nodes(InputKind.BUFFER).items()}
     for node in graph.graph.find_nodes(op="call_function", target=_BATCH_NORM):
-        old = [o for o in node.args[3:5] if o in buffers and len(o.users) == 1]
-        new = [u for o, index in zip(old, (3, 4)) for u in node.users if u.args[1] == index]
-        if len(old) == 2 and new == [new_values.get(buffers[o]) for o in old]:
+        old = [o for o in node.args[3:5] if o in held and len(o.users) == 1]
+        new = [u for index in (3, 4) for u in node.users if u.args[1] == index]
+        if len(old) == len(new) == 2:
             found[node] = new
-    return found
+            held.update(zip(new, [held[o] for o in old], strict=True))
+    written = {name for name, node in graph.output_nodes(OutputKind.BUFFER).items() if node in held}
+    return {node: new for node, new in found.items() if written.issuperset(held[n] for n in new)}
 
 
 def _without_gradients(graph: TrainingGraph) -> set[fx.Node]:

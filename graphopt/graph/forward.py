@@ -16,6 +16,7 @@ from torch import nn
 from graphopt.graph.capture import trainable_parameters
 from graphopt.graph.exported import training_graph
 from graphopt.graph.regions import flatten_regions
+from graphopt.graph.step_module import autocast
 from graphopt.graph.torch_internals import export_forward
 from graphopt.graph.tracing import check_arguments, trace
 from graphopt.graph.training_graph import TrainingGraph
@@ -54,8 +55,9 @@ def capture_forward(model: nn.Module, batch: Any, *, loss: Callable[..., Any] | 
     traced = trace(
         export_forward, model, batch, loss=loss, trainable=trainable_parameters(model, "wanted"), batch_gradients=None
     )
-    detached = flatten_regions(traced.exported)
     module = traced.module
+    with autocast(module.autocast, enabled=False):
+        detached = flatten_regions(traced.exported)
     graph = training_graph(traced.exported, module, module.names, traced.size, requires_grad=module.required)
     tree = {**graph.signature.tree, "no_grad": detached, "own_backward": list(traced.exported.own_backward)}
     return TrainingGraph(graph.graph, replace(graph.signature, tree=tree), graph.constants)

@@ -137,6 +137,18 @@ def _calls(node: fx.Node, regions: list[Options]) -> list[_Call]:
     return log.calls
 
 
+def _words(calls: list[_Call]) -> list[str]:
+    return [str(call) for call in calls]
+
+
+def _plain_words(node: fx.Node) -> list[str] | None:
+    """What ``node`` comes to without autocast; None if it cannot run so, as its operands are of several dtypes."""
+    try:
+        return _words(_calls(node, []))
+    except RuntimeError:
+        return None
+
+
 def _autocast(options: Options) -> torch.autocast:
     device, dtype, enabled, _ = options
     return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
@@ -148,7 +160,7 @@ def _cast_operands(node: fx.Node, regions: list[Options]) -> None:
     What autocast does is seen by running it on fake tensors: torch has no table of it to read.
     """
     calls = _calls(node, regions)
-    if [*map(str, calls)] == [*map(str, _calls(node, []))]:
+    if _words(calls) == _plain_words(node):
         return
     operands = {id(o.meta.get("val")) for o in node.all_input_nodes}
     casts = [c for c in calls if c.target is aten._to_copy.default and id(c.args[0]) in operands]
@@ -167,8 +179,7 @@ def _cast_operands(node: fx.Node, regions: list[Options]) -> None:
 
     before = node.args, node.kwargs
     node.args, node.kwargs = fx.node.map_arg(before, cast)
-    others = [str(c) for c in calls if c not in casts]
-    if others != [*map(str, _calls(node, []))]:
+    if _words([c for c in calls if c not in casts]) != _plain_words(node):
         node.args, node.kwargs = before
         for copy in reversed(made):
             node.graph.erase_node(copy)

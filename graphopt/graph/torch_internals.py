@@ -112,6 +112,7 @@ def export_forward(
     with (
         _compiling_flag(compiling),
         _upsampling_as_in_eager(),
+        _dropout_as_in_eager(),
         _whole_dropout(),
         _noting_own_backward() as noted,
         fakes.mode,
@@ -211,12 +212,12 @@ def _whole_dropout() -> Iterator[None]:
 @contextmanager
 def _noting_own_backward() -> Iterator[dict[str, None]]:
     """The names of `torch.autograd.Function`s that are applied meanwhile: their backward is no derivative of their
-    forward's operators. (The one that checkpointing applies does nothing.)"""
+    forward's operators. (Checkpointing applies one that does nothing; that of a custom operator goes with it.)"""
     noted: dict[str, None] = {}
     apply = vars(torch.autograd.Function)["apply"]
 
     def noting(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if cls.__module__ != "torch.utils.checkpoint":
+        if cls.__module__ not in ("torch.utils.checkpoint", "torch._library.autograd"):
             noted[f"{cls.__module__}.{cls.__qualname__}"] = None
         return apply.__get__(None, cls)(*args, **kwargs)
 
@@ -327,10 +328,11 @@ def _upsample_backward_meta(grad_output: torch.Tensor, output_size: Any, input_s
 
 @contextmanager
 def _dropout_as_in_eager() -> Iterator[None]:
-    """Let dropout of 16-bit floats on the CPU trace to what eager does: a product with noise in the tensor's dtype.
+    """Let dropout trace to what eager does in two places where torch's decomposition does something else.
 
-    torch traces `native_dropout`, which scales in float32: other bits. Source: `_dropout` in
-    aten/src/ATen/native/Dropout.cpp.
+    Dropout of 16-bit floats on the CPU is a product with noise in the tensor's dtype; `native_dropout` scales in
+    float32: other bits. Dropout that drops nothing is its operand itself, not a copy: a write into it reaches the
+    operand. Source: `_dropout` in aten/src/ATen/native/Dropout.cpp.
     """
     operator = torch.ops.aten.dropout.default
     before = dict(operator.py_kernels)
@@ -344,7 +346,9 @@ def _dropout_as_in_eager() -> Iterator[None]:
 
 
 def _dropout(input: torch.Tensor, p: float, train: bool) -> torch.Tensor:
-    if not (train and 0 < p < 1 and input.device.type == "cpu" and input.dtype in (torch.float16, torch.bfloat16)):
+    if not train or p == 0:
+        return input
+    if p == 1 or input.device.type != "cpu" or input.dtype not in (torch.float16, torch.bfloat16):
         return decompositions.dropout(input, p, train)
     # The mask of `native_dropout`: a functional `bernoulli` would draw in contiguous order, whatever the strides are.
     return input * (torch.ops.aten.native_dropout.default(input.detach(), p, True)[1].to(input.dtype) / (1 - p))
