@@ -116,6 +116,10 @@ class Axes:
                 found[str(node.target)] = node
         return found
 
+    def sums(self) -> tuple[tuple[fx.Node, fx.Node, fx.Node], ...]:
+        """The sums of two activations in forward: ``(sum, left, right)``."""
+        return tuple(self._found.adds)
+
     @property
     def unknown(self) -> tuple[Unknown, ...]:
         """Operators without an axis rule. The axes they touch are frozen."""
