@@ -20,7 +20,8 @@ from graphopt.graph.training_graph import InputKind, Output, OutputKind, Phase, 
 def with_backward(forward: TrainingGraph, *, gradients: str | Collection[str] = "wanted") -> TrainingGraph:
     """Derive the joint graph of a forward graph by tracing the graph itself, as `graphopt.capture` traces a model.
 
-    Only shapes, dtypes and devices are needed, which its nodes carry: neither the model nor values of its parameters.
+    Of the inputs only shapes, dtypes and devices are needed, which the metadata of the placeholders tells: neither the
+    model nor values of its parameters. Metadata of other nodes is not read but for their places.
 
     Args:
         forward: of `capture_forward`, or made of one by a rewrite that kept metadata.
@@ -46,15 +47,11 @@ def with_backward(forward: TrainingGraph, *, gradients: str | Collection[str] = 
     """
     _check(forward)
     module = _GraphModule(forward, _wanted(forward, gradients))
-    batch = [node for node in forward.input_nodes(InputKind.BATCH).values()]
-    tensors = [
-        module.example(node, name in module.wanted) for name, node in zip(module.names.batch, batch, strict=True)
-    ]
+    batch = list(forward.input_nodes(InputKind.BATCH).items())
+    tensors = [module.example(node, requires_grad=name in module.wanted) for name, node in batch]
     symbols = forward.symbols
     free = symbols.symbols.get("batch")
-    batched = [
-        free is not None and n.meta["val"].dim() > 0 and expression(n.meta["val"].shape[0]) == free for n in batch
-    ]
+    batched = [free is not None and free in map(expression, node.meta["val"].shape[:1]) for _, node in batch]
     without = autocast(active_autocast({t.device.type for t in [*tensors, *module.parameters()]}), enabled=False)
     try:
         with preserve_node_meta(), torch.enable_grad(), without:
@@ -66,7 +63,7 @@ def with_backward(forward: TrainingGraph, *, gradients: str | Collection[str] = 
         raise CaptureError(f"no backward for the graph at {module.place}: {first_line}") from error
     guards = [g.xreplace({free: exported.symbol}) for g in symbols.guards] if exported.symbol is not None else []
     return training_graph(
-        exported, module, module.names, symbols.hints["batch"],
+        exported, module, module.names, symbols.hints.get("batch", 1),
         requires_grad=forward.signature.tree.get("requires_grad", ()), guards=guards,
     )  # fmt: skip
 
@@ -121,7 +118,8 @@ class _GraphModule(nn.Module):
             else:
                 self.register_buffer(key, self.example(node))
         self.in_place = _in_place_norms(graph)
-        self.no_grad = _without_gradients(graph)
+        self.border = set(graph.signature.tree.get("no_grad", ()))
+        self.no_grad = _without_gradients(graph, self.border)
         written = {new for news in self.in_place.values() for new in news}
         pairs = [(o, r) for o, r in zip(graph.outputs, graph.results, strict=True) if r is not None]
         pairs = [(output, result) for output, result in pairs if result not in written]
@@ -158,7 +156,7 @@ class _GraphModule(nn.Module):
         if node in self.in_place:
             _, _, _, mean, variance, *_ = args
             return (*torch.ops.aten._native_batch_norm_legit.default(*args, **kwargs), mean, variance)
-        if node in self.no_grad and node.target is torch.ops.aten.detach.default:
+        if node in self.no_grad and node.name in self.border:
             return args[0]  # made without gradients, as in the region
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -181,10 +179,9 @@ def _in_place_norms(graph: TrainingGraph) -> dict[fx.Node, list[fx.Node]]:
     return {node: new for node, new in found.items() if written.issuperset(held[n] for n in new)}
 
 
-def _without_gradients(graph: TrainingGraph) -> set[fx.Node]:
-    """What was computed in regions without gradients: whose values reach nothing but a detached value at their border
-    and new values of buffers. Includes the nodes that detach."""
-    border = set(graph.signature.tree.get("no_grad", ()))
+def _without_gradients(graph: TrainingGraph, border: set[str]) -> set[fx.Node]:
+    """What was computed in regions without gradients: whose values reach nothing but their ``border``, where they are
+    detached by nodes of these names, and new values of buffers. Includes the nodes that detach."""
     returned = {r for o, r in zip(graph.outputs, graph.results, strict=True) if o.kind is not OutputKind.BUFFER}
     found: set[fx.Node] = set()
     for node in reversed(graph.nodes):

@@ -34,6 +34,10 @@ def flatten_regions(exported: Exported) -> list[str]:
     graph = exported.module.graph
     for node in graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
         graph.erase_node(node)
+    for node in graph.find_nodes(op="call_function", target=aten.detach.default):
+        if node.args[0].target is aten.lift_fresh_copy.default:  # `torch.tensor` detaches the constant that it makes
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
     _hold_casts(graph)
     detached = _detach_regions(exported)
     for node in reversed(graph.nodes):

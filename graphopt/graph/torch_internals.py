@@ -200,8 +200,8 @@ def _whole_dropout() -> Iterator[None]:
 
     def unless_it_drops(self: FunctionalTensorMode, func: Any, args: Any, kwargs: Any) -> bool:
         if func is torch.ops.aten.dropout.default:
-            _, p, train = args
-            return not train or p == 0
+            given = dict(zip(("input", "p", "train"), args)) | kwargs
+            return not given["train"] or given["p"] == 0
         return can_decompose(self, func, args, kwargs)
 
     unless_frozen = _replaced(torch, "_freeze_functional_tensor", lambda tensor: None)

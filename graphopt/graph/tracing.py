@@ -145,6 +145,8 @@ def _explained(
         first_line = (
             "a tensor that is neither a parameter nor a buffer is changed in place; make it a buffer (register_buffer)"
         )
+    if "FunctionalTensor on its own" in first_line:
+        first_line = "transforms of torch.func (vmap, grad ...) have no form of whole operators"
     if isinstance(error, (RuntimeError, ValueError, TypeError, IndexError)) and _model_rejects(
         model, tensors, layout, loss
     ):

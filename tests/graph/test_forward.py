@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,6 +17,7 @@ from graphopt.graph.lowering import lower
 from graphopt.graph.text import operator_text
 from graphopt.graph.training_graph import InputKind, OutputKind, Phase
 from graphopt.verify import run_graph
+from tests.random_models import cases, eager_step
 from tests.training import Net, assert_same, cross_entropy, images, mlp, rows, untouched
 
 aten = torch.ops.aten
@@ -98,6 +101,12 @@ def mixed_precision(model, x, h):
         return torch.cat([h, model.body(h)], 1).mean(1)
 
 
+def follow(model, x, h):
+    """The buffer takes a value with gradients switched on."""
+    model.seen.copy_(h.detach()[0, 0])
+    return h.mean(1)
+
+
 def nested(model, x, h):
     """Gradients switched on again inside of a region without."""
     with torch.no_grad():
@@ -119,6 +128,11 @@ MODELS = {
     "a region of autocast": (lambda: Calls(mixed_precision), sequences),
     "detach": (lambda: Calls(lambda m, x, h: (h * h.detach() + m.seen.detach()).mean(1)), sequences),
     "writes in place": (lambda: Calls(lambda m, x, h: F.relu_(F.dropout(h, 0.2)).mul(2).add_(1).mean(1)), sequences),
+    "constants": (
+        lambda: Calls(lambda m, x, h: (h + torch.tensor([1.0, 2, 3, 4]) + torch.arange(4)).mean(1)),
+        sequences,
+    ),
+    "a buffer from detached values": (lambda: Calls(follow), sequences),
     "upsampling": (lambda: Calls(lambda m, x, h: F.interpolate(h, scale_factor=2.0).mean(1)[:, :3]), sequences),
 }
 CASES = pytest.mark.parametrize("make, draw", MODELS.values(), ids=MODELS)
@@ -343,6 +357,20 @@ def test_a_rewritten_graph_is_differentiated():
     assert with_backward(draft.finish()).hash() == capture(other, batch, loss=cross_entropy).hash()
 
 
+@settings(max_examples=2 * settings.default.max_examples)
+@given(cases(), st.sampled_from([1, 2, 5]))
+def test_random_models_have_the_values_of_capture(case, size):
+    batch = case.batch(size)
+    eager_step(case, *case.instance(), batch)  # rejects what eager cannot run
+    model, _ = case.instance()
+    found = with_backward(capture_forward(model, batch, loss=case.loss))
+    expected = run_graph(capture(model, batch, loss=case.loss), model, batch).values
+    got = run_graph(found, model, batch).values
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        assert_same(value, expected[name], name)
+
+
 # -- refusals -------------------------------------------------------------------------------------------------------
 
 
@@ -387,6 +415,8 @@ def test_bad_input_says_what_came():
         capture_forward(mlp(), rows(), loss=lambda output, target: cross_entropy(output, target).detach())
     with pytest.raises(CaptureError, match=r"at .*test_forward.py:\d+"):
         capture_forward(Calls(lambda m, x, h: h if h.sum() > 0 else -h), rows()[0])
+    with pytest.raises(CaptureError, match=r"at .*: transforms of torch.func"):
+        capture_forward(Calls(lambda m, x, h: torch.vmap(torch.sin)(h)), rows()[0])
     with pytest.raises(CaptureError, match="expected a TrainingGraph, got Sequential"):
         with_backward(mlp())
     with pytest.raises(CaptureError, match="has a backward"):
