@@ -263,7 +263,7 @@ class _Search:
         return Run(found.entry, found.exit, nodes, _around(layers), _structure(found.entry, nodes))
 
 
-_LAYERS = {"contraction", "convolution", "attention", "recurrent"}
+_LAYERS = {"contraction", "convolution", "attention", "recurrent", "pooling", "resampling", "transform"}
 _TAIL = 8
 """How many operators (norm, activation) may stand between two runs of a chain."""
 

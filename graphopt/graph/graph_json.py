@@ -29,6 +29,8 @@ def graph_to_data(graph: TrainingGraph) -> dict[str, Any]:
     for node in graph.nodes:
         with _naming(node.name, GraphoptError):
             nodes.append(_write_node(node, writer))
+            if node.op != "output":
+                nodes[-1]["axes"] = _axis_names(graph.axes.of(node))
     with _naming("signature", GraphoptError):
         return {
             "sizes": [[name, hint, name in symbols.symbols] for name, hint in symbols.hints.items()],
@@ -55,6 +57,11 @@ def _write_node(node: fx.Node, writer: Writer) -> dict[str, Any]:
         if node.meta.get(key):
             data[key] = str(node.meta[key])
     return data
+
+
+def _axis_names(dims: Any) -> Any:
+    """The dimensions of a node as text, for whoever reads the file; a loaded graph finds them by itself."""
+    return [_axis_names(d) if isinstance(d, tuple) else str(d) for d in dims]
 
 
 def _storable(constant: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from graphopt.errors import PassError
 from graphopt.graph.sizes import Symbols
 
 if TYPE_CHECKING:
+    from graphopt.graph.axes import Axes
     from graphopt.graph.draft import Draft
 
 
@@ -188,6 +190,13 @@ class TrainingGraph:
         )
         return f"TrainingGraph({len(self)} operators: {phases}; {len(self.inputs)} inputs, {len(self.outputs)} outputs)"
 
+    @cached_property
+    def axes(self) -> Axes:
+        """The identities of all tensor dimensions; see `graphopt.graph.axes.analyse`."""
+        from graphopt.graph.axes import analyse
+
+        return analyse(self)
+
     # -- counting -----------------------------------------------------------------------------------------------
 
     def flops(self, sizes: Mapping[str, int] | None = None, *, phase: Phase | None = None) -> int:
@@ -215,14 +224,15 @@ class TrainingGraph:
 
     # -- text and files -----------------------------------------------------------------------------------------
 
-    def text(self, *, source: bool = True) -> str:
-        """The graph as text: one line a node with its operator, shape, module path and source line."""
+    def text(self, *, source: bool = True, axes: bool = False) -> str:
+        """The graph as text: one line a node with its operator, shape, module path and source line; with ``axes``, the
+        sizes in shapes with the names of their axes (``embed=64``)."""
         from graphopt.graph.text import render
 
-        return render(self, source=source)
+        return render(self, source=source, axes=axes)
 
     def __str__(self) -> str:
-        return self.text()
+        return self.text(axes=True)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the graph to ``path`` (a zip of JSON and safetensors, no pickle)."""
