@@ -13,7 +13,9 @@ from torch import fx
 
 from graphopt.graph.op_rules.arguments import arguments, operand, operand_names, operand_nodes, set_operand
 from graphopt.graph.op_rules.masked_forms import MaskedForm
-from graphopt.graph.op_rules.table import RULES, OpRule
+from graphopt.graph.op_rules.op_rule import OpRule
+from graphopt.graph.op_rules.reductions import Reduction, by_name
+from graphopt.graph.op_rules.table import NAMED, RULES
 from graphopt.graph.sizes import Expr, nbytes
 from graphopt.graph.storages import is_view, returns_view, tensors
 
@@ -34,7 +36,7 @@ def rule(node: fx.Node) -> OpRule | None:
         return None
     operator = node.target
     if isinstance(operator, torch._ops.OpOverload):
-        found = RULES.get(operator) or RULES.get(operator.overloadpacket)
+        found = RULES.get(operator) or RULES.get(operator.overloadpacket) or NAMED.get(operator._schema.name)
         if found is not None:
             return found
     return _family(operator)
@@ -85,6 +87,27 @@ def bytes_moved(node: fx.Node) -> Expr:
             gathered = found is not None and found.gathers == name
             read[source] = written if gathered else sum(nbytes(t) for t in tensors(source.meta.get("val")))
     return written + sum(read.values())
+
+
+def reductions(node: fx.Node) -> tuple[Reduction, ...] | None:
+    """What the node sums, averages or maximises over: the dimensions of its operands, and how (see `Reduction`).
+
+    Empty for an operator that reduces nothing; None where that is not known. Where the axis of one of the places is
+    divided over processors, each makes a partial result, to be joined by the kind of the reduction.
+
+    For ``mm(a, b)``: a sum over ``("self", 1)`` and ``("mat2", 0)``.
+    """
+    found = rule(node)
+    if found is None:
+        return None
+    if found.reduces is not None:
+        return found.reduces(node)
+    if found.family == "reduction":
+        return by_name(node)
+    return () if found.family in _REDUCE_NOTHING else None
+
+
+_REDUCE_NOTHING = {"pointwise", "activation", "view", "copy", "factory", "random", "number", "update"}
 
 
 def reads(node: fx.Node) -> frozenset[str]:

@@ -63,8 +63,40 @@ def attention_backward(see: Propagation, node: fx.Node) -> Any:
     return results
 
 
+def attention_rows_first(see: Propagation, node: fx.Node) -> Any:
+    """Attention on ``[batch, L, H, E]``; rows of several sequences one behind the other (``[rows, H, E]``) stay."""
+    dims = [_heads_first(see.of(a)) for a in node.args[:3]]
+    *lead, heads, rows, size = _relate(see, node, *dims)
+    _keep_rows(see, node, dims)
+    return [(*lead, rows, heads, size), *(see.fresh(node, index=i) for i in range(1, len(node.meta["val"])))]
+
+
+def attention_rows_first_backward(see: Propagation, node: fx.Node) -> Any:
+    """Gradients of query, key and value."""
+    grad, *dims = (_heads_first(see.of(a)) for a in node.args[:4])
+    see.broadcast(grad, _relate(see, node, *dims))
+    _keep_rows(see, node, dims)
+    behind = (see.fresh(node, index=i) for i in range(3, len(node.meta["val"])))
+    return [*(see.of(a) for a in node.args[1:4]), *behind]
+
+
+def _heads_first(dims: tuple[Factor, ...]) -> tuple[Factor, ...]:
+    return (*dims[:-3], dims[-2], dims[-3], dims[-1])
+
+
+def _keep_rows(see: Propagation, node: fx.Node, dims: list[tuple[Factor, ...]]) -> None:
+    """Freezes rows where numbers say which of them belong together."""
+    names = operand_names(node)
+    offsets = [n for n in ("cum_seq_q", "cu_seqlens_q") if n in names and operand(node, n) is not None]
+    window = [n for n in ("window_size_left", "window_size_right", "window_size") if n in names]
+    masked = "custom_mask_type" in names and operand(node, "custom_mask_type") != 0
+    if offsets or masked or any(operand(node, n) is not None for n in window):
+        for q in dims:
+            see.freeze(q[-2], f"sequences and masks of {node.target} ({node.name})")
+
+
 def recurrent_layer(see: Propagation, node: fx.Node) -> Any:
-    """oneDNN's layer (``mkldnn_rnn_layer``): ``input [time, batch, I]``, weights ``[gates x H, I]``, ``[gates x H, H]``."""
+    """oneDNN's layer: ``input [time, batch, I]``, weights ``[gates x H, I]`` and ``[gates x H, H]``."""
     source = see.of(node.args[0])
     hidden = _layer(see, node, source[-1], [see.of(a) for a in node.args[1:5]], operand(node, "hidden_size"))
     for name in ("hx_", "cx_"):
@@ -92,7 +124,7 @@ def recurrent_layer_backward(see: Propagation, node: fx.Node) -> Any:
 def _layer(
     see: Propagation, node: fx.Node, inputs: Factor, weights: list[tuple[Factor, ...]], hidden_size: int
 ) -> Factor:
-    """Relates the weights of one layer and direction (input to gates, hidden to gates, biases); the hidden dimension."""
+    """Relates the weights of a layer and direction (input to gates, hidden to gates, biases): the hidden dimension."""
     hidden: Factor | None = None
     for position, weight in enumerate(weights):
         if not weight or weight[0].size < hidden_size:

@@ -56,8 +56,7 @@ def _channels(see: Propagation, channels: Factor, weight: tuple[Factor, ...], gr
         see.unify(channels, a)
         return see.product([group, b])
     see.unify(inner, b)
-    its_group, out = see.reshape([a], [groups, a.size // groups])
-    see.unify(group, its_group)
+    see.unify(group, see.reshape([a], [groups, a.size // groups])[0])
     return a
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from graphopt.graph.op_rules.arguments import operand, operand_names
@@ -38,7 +39,7 @@ def lists(see: Propagation, node: fx.Node) -> Any:
         for row in rows[1:]:
             if len(row) == len(rows[0]) and isinstance(row[i], fx.Node):
                 dims = see.broadcast(dims, see.of(row[i]))
-        results.append(dims)
+        results.append(dims if _has_rank(node, i, len(dims)) else ())  # norms: one number a tensor
     if (
         isinstance(node.meta.get("val"), (list, tuple))
         and node.meta["val"]
@@ -46,6 +47,13 @@ def lists(see: Propagation, node: fx.Node) -> Any:
     ):  # fused updates return one list for each kind of state
         return [list(results) for _ in node.meta["val"]]
     return results
+
+
+def _has_rank(node: fx.Node, index: int, rank: int) -> bool:
+    """Whether result ``index`` of an operator on lists has this rank."""
+    value = node.meta["val"]
+    value = value[index] if isinstance(value, (list, tuple)) and index < len(value) else None
+    return not isinstance(value, torch.Tensor) or value.dim() == rank
 
 
 def axes_named(node: fx.Node, rank: int, name: str = "dim") -> tuple[int, ...]:

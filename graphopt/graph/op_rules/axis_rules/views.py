@@ -158,7 +158,7 @@ def cut_out(see: Propagation, node: fx.Node, factor: Factor, begin: Any, size: i
 
 
 def _index(see: Propagation, value: Any, size: int) -> int | None:
-    """A position in a dimension as an int from 0 to its size, negative ones counted from the end; None if data decide."""
+    """A position as an int from 0 to ``size``, negative ones counted from the end; None if data decide."""
     found = see.number(value)
     if found is None:
         return None
