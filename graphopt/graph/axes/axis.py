@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,9 @@ class Axis:
         return self.name or str(self.size)
 
 
+_NO_SIZES: Mapping[Axis, int] = MappingProxyType({})
+
+
 class Form(StrEnum):
     """How a dimension is made of its parts."""
 
@@ -105,22 +109,23 @@ class Dim:
         counts = [p.count(sizes) for p in self.parts]
         return sum(counts) if self.form is Form.CONCAT else int(product(counts))
 
-    def indices(self, chosen: Mapping[Axis, torch.Tensor]) -> torch.Tensor:
+    def indices(self, chosen: Mapping[Axis, torch.Tensor], sizes: Mapping[Axis, int] = _NO_SIZES) -> torch.Tensor:
         """Which of its indices remain, int64, when of each axis in ``chosen`` these indices do, in this order.
 
-        For a permutation of 12 heads, the indices of the 768 rows of a projection in their new order.
+        For a permutation of 12 heads, the indices of the 768 rows of a projection in their new order. ``sizes`` gives
+        those of axes of free size. Raises KeyError where one is missing.
         """
         if self.axis is not None:
-            return chosen[self.axis] if self.axis in chosen else torch.arange(_number(self.axis))
+            return chosen[self.axis] if self.axis in chosen else torch.arange(self.count(sizes))
         if self.form is Form.CONCAT:
             begins, pieces = 0, []
             for part in self.parts:
-                pieces.append(part.indices(chosen) + begins)
-                begins += part.count({})
+                pieces.append(part.indices(chosen, sizes) + begins)
+                begins += part.count(sizes)
             return torch.cat(pieces)
         result = torch.zeros(1, dtype=torch.int64)
         for part in self.parts:
-            result = (result[:, None] * part.count({}) + part.indices(chosen)[None, :]).flatten()
+            result = (result[:, None] * part.count(sizes) + part.indices(chosen, sizes)[None, :]).flatten()
         return result
 
     def __str__(self) -> str:

@@ -199,8 +199,10 @@ class Factors:
 
     @staticmethod
     def _shifted(left: Sequence[Factor], right: Sequence[Factor]) -> bool:
-        """Whether a piece stands in both at different places only: ``x[1:] - x[:-1]``. To merge would make all indices
-        of x one."""
+        """Whether a piece stands in both at different places only, and would be cut: ``x[1:] - x[:-1]``. To merge would
+        make all indices of x one. Pieces that change places as wholes (the halves of a rotation) may merge."""
+        if [piece.size for piece in left] == [piece.size for piece in right]:
+            return False
         places: tuple[dict[Factor, set[int]], dict[Factor, set[int]]] = ({}, {})
         for segments, found in zip((left, right), places, strict=True):
             begin = 0
@@ -343,10 +345,15 @@ class Factors:
         return repr(factor)
 
     def _contradict(self, a: Factor, b: Factor, what: str) -> None:
+        a, b = find(a), find(b)
+        known = _why_fixed(a), _why_fixed(b)
+        if all(known) or (any(known) and not self.binding):  # nothing was free that is not any more
+            a.frozen = b.frozen = known[0] or known[1]
+            return
         places = [str(f.place) for f in (a, b) if f.place is not None]
         reason = f"contradiction at {self.at}: {what}" + (f" (from {' and '.join(places)})" if places else "")
         self.contradictions.append((a, b, self.at, reason))
-        for factor in (find(a), find(b)):
+        for factor in (a, b):
             factor.frozen = factor.frozen or reason
 
     def settle(self) -> None:
@@ -357,6 +364,15 @@ class Factors:
                 if part is not ONE:
                     part.frozen = part.frozen or whole.frozen
                     part.tags |= whole.tags
+
+
+def _why_fixed(factor: Factor) -> str:
+    """The reason for which no index of the factor can move, empty if one can."""
+    factor = find(factor)
+    if factor.frozen or not factor.parts:
+        return factor.frozen
+    reasons = [_why_fixed(part) for part in map(find, factor.parts) if part is not ONE]
+    return reasons[0] if reasons and all(reasons) else ""
 
 
 def _borders(pieces: Sequence[Factor]) -> list[int]:

@@ -17,6 +17,8 @@ def kind_of(leaf: Factor, residual: bool) -> Kind:
     """The kind of an axis; ``residual``: whether sums of a branch with its own start carry it."""
     tags = Tag(leaf.tags)
     feature = bool(tags & Tag.FEATURE)
+    if tags & Tag.INPUT and tags & (Tag.CONTRACTED | Tag.KEPT) and not feature:  # of a product of two activations
+        return Kind.SEQUENCE
     for tag, kind in _FIRST:
         if tags & tag:
             return kind
