@@ -78,7 +78,8 @@ def _detach_regions(exported: Exported) -> list[str]:
                 inside.add(node)
         elif node.op == "call_function":
             node.args, node.kwargs = fx.node.map_arg((node.args, node.kwargs), outside)
-            if node.target is not aten.detach.default and not reached.isdisjoint(node.all_input_nodes):
+            stops = node.target is aten.detach.default or not _differentiable(node)
+            if not stops and not reached.isdisjoint(node.all_input_nodes):
                 reached.add(node)
     return [node.name for node in detached.values()]
 
