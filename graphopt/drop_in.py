@@ -136,7 +136,18 @@ class _Compiled:
         outputs = self.forward.outputs
         self.output_count = sum(o.kind is OutputKind.OUTPUT for o in outputs)
         self.output_names = [o.name for o in outputs if o.kind is OutputKind.OUTPUT]
+        second = [
+            (i, n) for i, n in zip(self.halves.second.inputs, self.halves.second.placeholders, strict=True)
+            if i.kind is not InputKind.TANGENT
+        ]  # fmt: skip
         self.tangents = [i.name for i in self.halves.second.inputs if i.kind is InputKind.TANGENT]
+        saved = [(InputKind.SAVED, i.name) for i, _ in second if i.kind is InputKind.SAVED]
+        positions = {key: k for k, key in enumerate([*saved, *self.inputs])}
+        self.read_by_backward = [positions[i.kind, i.name] for i, _ in second]  # among saved values, then inputs
+        # Buffers are kept without autograd's check of versions: a later forward may update them, as in eager.
+        self.checked = [
+            isinstance(n.meta["val"], torch.Tensor) and i.kind is not InputKind.BUFFER for i, n in second
+        ]  # fmt: skip
 
     def admits(self, size: int) -> bool:
         return self.graph.symbols.admits({"batch": size})
@@ -178,18 +189,10 @@ class _Step(torch.autograd.Function):
         ctx.mark_non_differentiable(
             *(o for o, name in zip(outputs, compiled.output_names, strict=True) if name not in compiled.tangents)
         )
-        names = [i.name for i in compiled.halves.second.inputs if i.kind is InputKind.SAVED]
-        values = {(InputKind.SAVED, name): value for name, value in zip(names, saved, strict=True)}
-        values |= dict(zip(compiled.inputs, inputs, strict=True))
-        wanted = [values[i.kind, i.name] for i in compiled.halves.second.inputs if i.kind is not InputKind.TANGENT]
-        # Buffers are kept without autograd's check of versions: a later forward may update them, as in eager.
-        kinds = [i.kind for i in compiled.halves.second.inputs if i.kind is not InputKind.TANGENT]
-        checked = [
-            isinstance(v, torch.Tensor) and k is not InputKind.BUFFER for k, v in zip(kinds, wanted, strict=True)
-        ]
-        ctx.save_for_backward(*(v for v, check in zip(wanted, checked, strict=True) if check))
-        ctx.others = [None if check else v for v, check in zip(wanted, checked, strict=True)]
-        ctx.checked = checked
+        values = (*saved, *inputs)
+        wanted = [values[k] for k in compiled.read_by_backward]
+        ctx.save_for_backward(*(v for v, check in zip(wanted, compiled.checked, strict=True) if check))
+        ctx.others = [None if check else v for v, check in zip(wanted, compiled.checked, strict=True)]
         ctx.shapes = [(o.shape, o.dtype, o.device) for o in outputs]
         return outputs
 
@@ -201,7 +204,7 @@ class _Step(torch.autograd.Function):
         if len(missing) == len(compiled.tangents):
             return (None,) * (1 + len(compiled.inputs))
         saved = iter(ctx.saved_tensors)
-        values = [next(saved) if check else v for check, v in zip(ctx.checked, ctx.others, strict=True)]
+        values = [next(saved) if check else v for check, v in zip(compiled.checked, ctx.others, strict=True)]
         facts = dict(zip(compiled.output_names, ctx.shapes, strict=True))
         for name in compiled.tangents:
             tangent = given[name]

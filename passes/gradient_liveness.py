@@ -78,8 +78,7 @@ class GradientLiveness(Pass):
         """Run the pass; as `Pass.__call__`, with the classification of layers besides."""
         result = super().__call__(graph)
         before = graph.graph if isinstance(graph, PassResult) else graph
-        live = {o.name for o, keep in zip(before.outputs, self._live_outputs(before), strict=True) if keep
-                and o.kind is OutputKind.GRADIENT} | self._updated(before)  # fmt: skip
+        live = {o.name for o in result.graph.outputs if o.kind is OutputKind.GRADIENT} | self._updated(before)
         layers = walk_layers(before, live, self.weightless, self.copies)
         return LivenessResult(result.graph, result.changes, result.refusals, layers)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx
@@ -19,6 +19,13 @@ class Halves:
 
     first: TrainingGraph
     second: TrainingGraph
+
+    def positions(self, inputs: Sequence[Input]) -> tuple[list[int], list[int]]:
+        """Where the inputs of the first half, and those of the second that the first did not save, stand in ``inputs``:
+        those of the graph that was cut."""
+        position = {given: i for i, given in enumerate(inputs)}
+        own = (i for i in self.second.inputs if i.kind is not InputKind.SAVED)
+        return [position[i] for i in self.first.inputs], [position[i] for i in own]
 
 
 def cut_backward(joint: TrainingGraph) -> Halves:

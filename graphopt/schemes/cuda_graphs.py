@@ -37,9 +37,7 @@ class CudaGraphs(Flat):
         """See `Flat.lowered`; recorded at the first call with each batch shape."""
         halves = cut_update(graph)
         first, update = lower(halves.first), lower(halves.second)
-        position = {input_: i for i, input_ in enumerate(graph.inputs)}
-        inputs_of_first = [position[i] for i in halves.first.inputs]
-        inputs_of_update = [position[i] for i in halves.second.inputs if i.kind is not InputKind.SAVED]
+        inputs_of_first, inputs_of_update = halves.positions(graph.inputs)
         moving = [k for k, i in enumerate(halves.first.inputs) if i.kind in (InputKind.BATCH, InputKind.GRADIENT)]
         buffers = [k for k, i in enumerate(halves.first.inputs) if i.kind is InputKind.BUFFER]
         saved = [k for k, o in enumerate(first.outputs) if o.kind is OutputKind.SAVED]

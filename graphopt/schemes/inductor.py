@@ -13,7 +13,7 @@ from graphopt.graph.halves import cut_update
 from graphopt.graph.in_place import overwritten
 from graphopt.graph.lowering import Lowered, lower
 from graphopt.graph.torch_internals import COMPILE_ERRORS
-from graphopt.graph.training_graph import InputKind, Output, OutputKind, TrainingGraph
+from graphopt.graph.training_graph import Output, OutputKind, TrainingGraph
 from graphopt.schemes.flat import Flat
 
 
@@ -35,10 +35,8 @@ class Inductor(Flat):
         module, outputs = copying_module(halves.first)
         compiled = torch.compile(module, fullgraph=True, options={"fallback_random": True})
         update = lower(halves.second)
-        position = {input_: i for i, input_ in enumerate(graph.inputs)}
-        first_inputs = [position[i] for i in halves.first.inputs]
+        first_inputs, second_inputs = halves.positions(graph.inputs)
         saved = [i for i, o in enumerate(outputs) if o.kind is OutputKind.SAVED]
-        second_inputs = [position[i] for i in halves.second.inputs if i.kind is not InputKind.SAVED]
         own = len(outputs) - len(saved)  # saved values stand behind them
 
         def run(*inputs: Any) -> tuple[torch.Tensor, ...]:
