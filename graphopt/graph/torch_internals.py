@@ -14,6 +14,7 @@ import torch
 import torch.fx.traceback as fx_traceback
 from torch import fx, nn
 from torch._decomp import decompositions
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.source import ConstantSource
 from torch._functorch._aot_autograd import descriptors as aot
@@ -47,6 +48,17 @@ def fake_mode_of(values: Any) -> FakeTensorMode | None:
         if isinstance(leaf, FakeTensor):
             return leaf.fake_mode
     return None
+
+
+@contextmanager
+def without_guards(mode: FakeTensorMode) -> Iterator[None]:
+    """Operators that run on fake tensors of ``mode`` leave its free sizes free, and composite ones (``aten.pad``) take
+    their parts in Python as at capture: those in C++ ask for sizes as numbers."""
+    with ExitStack() as stack:
+        stack.enter_context(enable_python_dispatcher())
+        if mode.shape_env is not None:
+            stack.enter_context(mode.shape_env.suppress_guards())
+        yield
 
 
 def preserve_node_meta() -> AbstractContextManager[None]:
