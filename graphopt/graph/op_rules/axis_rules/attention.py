@@ -130,7 +130,7 @@ def _layer(
         if not weight or weight[0].size < hidden_size:
             continue
         gates, its_hidden = see.reshape([weight[0]], [weight[0].size // hidden_size, hidden_size])
-        see.freeze(gates, f"gates of {node.target} ({node.name})")
+        see.cut(gates, range(1, gates.size))  # each gate is another function: pieces of size 1, no axis
         hidden = its_hidden if hidden is None else see.meet(hidden, its_hidden)
         if len(weight) > 1:
             see.feature(weight[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -40,12 +41,17 @@ def einsum(see: Propagation, node: fx.Node) -> Any:
             dims = dims[: len(before)] + dims[len(before) + count :]
         for letter, dim in zip(before + behind, dims, strict=True):
             bound[letter] = see.meet(bound[letter], dim) if letter in bound else dim
-    if len(sources) == 2:
-        a, b = (set(t.replace(".", "")) for t in terms)
-        batch = tuple(bound[x] for x in sorted(a & b & set(right))) + (bound.get(".", ()) if "." in right else ())
-        kept = tuple(bound[x] for x in sorted((a ^ b) & set(right)))
-        for letter in sorted((a & b) - set(right)):
-            see.contracted(sources[0], sources[1], bound[letter], kept, batch, node)
+    for i, j in combinations(range(len(sources)), 2):
+        a, b = (set(terms[k]) - {"."} for k in (i, j))
+        stays = set(right).union(*(t for k, t in enumerate(terms) if k not in (i, j)))
+        batch = tuple(bound[x] for x in sorted(a & b & stays)) + (bound.get(".", ()) if "." in right else ())
+        kept = tuple(bound[x] for x in sorted((a ^ b) & stays))
+        inner = sorted((a & b) - stays)
+        for letter in inner:
+            see.contracted(sources[i], sources[j], bound[letter], kept, batch, node)
+        weights = [n for n in (sources[i], sources[j]) if n not in see.activations]
+        for f in see.of(weights[0]) if inner and len(weights) == 1 else ():
+            see.feature(f)
     return tuple(f for x in right for f in (bound[x] if x == "." else (bound[x],)))
 
 
