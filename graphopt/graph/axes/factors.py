@@ -42,6 +42,9 @@ class Factor:
         return f"({(' + ' if root.is_sum else ' x ').join(map(repr, root.parts))})"
 
 
+_FEW = 64
+"""The most pieces of equal size that a concatenation is cut into for a view that it was not made for."""
+
 ONE = Factor(1)
 """The dimension of size 1: it has no identity, every dimension may be broadcast to meet it."""
 
@@ -273,7 +276,10 @@ class Factors:
         else:  # (n1 x inner) + (n2 x inner) = (n1 + n2) x inner
             segments = self.segments(factor)
             if any(s.size % inner for s in segments):
-                return None
+                if outer > _FEW:
+                    return None
+                segments = self.cut(factor, range(inner, factor.size, inner))
+                factor = find(factor)
             pairs = [self.reshape([s], [s.size // inner, inner]) for s in segments]
             for _, tail in pairs[1:]:
                 self.unify(tail, pairs[0][1])
