@@ -225,3 +225,10 @@ def test_questions_about_what_is_not_there() -> None:
         axes.group("width")
     with pytest.raises(AxisError, match="no operator or input of this graph"):
         axes.of(layer().nodes[3])
+
+
+def test_the_example_of_the_docs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "axes.md").read_text()
+    code, output = page.split("```python\n")[1].split("```")[0], page.split("```\n")[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == output
