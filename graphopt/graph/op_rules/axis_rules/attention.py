@@ -23,9 +23,11 @@ def attention(see: Propagation, node: fx.Node) -> Any:
     if not isinstance(node.meta["val"], (list, tuple)):
         return result
     others: list[Any] = [result]
+    rows = result[:-1]  # of the log-sum-exp, or of the weights
+    if "attention_math" in str(node.target):
+        rows = (*rows, k[-2])
     for i in range(1, len(node.meta["val"])):
         sizes = see.sizes(node, i)
-        rows = q[:-1]  # of the log-sum-exp
         others.append(rows if sizes == tuple(f.size for f in rows) else tuple(see.new(s) for s in sizes))
     return others
 
@@ -35,7 +37,7 @@ def _relate(
 ) -> tuple[Factor, ...]:
     see.unify(q[-1], k[-1])
     see.unify(k[-2], v[-2])
-    if len(q) > 2 and q[-3].size != k[-3].size and k[-3].size > 1:
+    if len(q) > 2 and len(k) > 2 and q[-3].size != k[-3].size and k[-3].size > 1:
         heads, _ = see.reshape([q[-3]], [k[-3].size, q[-3].size // k[-3].size])
         see.unify(heads, k[-3])
         see.unify(k[-3], v[-3])
@@ -56,7 +58,11 @@ def _relate(
 def attention_backward(see: Propagation, node: fx.Node) -> Any:
     """Gradients of query, key and value."""
     grad, q, k, v = (see.of(a) for a in node.args[:4])
-    see.broadcast(grad, _relate(see, node, q, k, v))
+    out = _relate(see, node, q, k, v)
+    see.broadcast(see.broadcast(grad, out), see.of(operand(node, "out")))
+    saved = see.of(operand(node, "logsumexp"))
+    if [f.size for f in saved] == [f.size for f in out[:-1]]:
+        see.broadcast(out[:-1], saved)
     results: list[Any] = [q, k, v]
     for i in range(3, len(node.meta["val"])):
         results.append(see.fresh(node, index=i))

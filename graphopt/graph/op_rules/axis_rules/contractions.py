@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from graphopt.graph.op_rules.arguments import operand
+from graphopt.graph.op_rules.arguments import operand, operand_names
 from graphopt.graph.op_rules.axis_rules.pattern import Pattern
 from graphopt.graph.op_rules.reductions import parse_einsum
 
 if TYPE_CHECKING:
+    from graphopt.graph.axes.factors import Factor
     from graphopt.graph.axes.propagation import Propagation
 
 
@@ -55,17 +56,40 @@ def einsum(see: Propagation, node: fx.Node) -> Any:
     return tuple(f for x in right for f in (bound[x] if x == "." else (bound[x],)))
 
 
+def trilinear(see: Propagation, node: fx.Node) -> Any:
+    """Three operands, each with dimensions of size 1 put in, are multiplied and summed over ``sumdim``."""
+    dims: tuple[Factor, ...] = ()
+    for i in (1, 2, 3):
+        source = list(see.of(operand(node, f"i{i}")))
+        for d in operand(node, f"expand{i}"):
+            source.insert(d, see.one)
+        dims = see.broadcast(dims, tuple(source))
+    return tuple(f for d, f in enumerate(dims) if d not in operand(node, "sumdim"))
+
+
 def grouped_mm(see: Propagation, node: fx.Node) -> Any:
-    """Rows sorted by expert times the matrix of their expert: ``[rows, k] @ [experts, k, n]``."""
-    rows, weight = see.of(node.args[0]), see.of(node.args[1])
-    if len(weight) != 3 or len(rows) != 2:
-        return see.unknown(node)
-    for f in (rows[0], weight[0]):
+    """Rows sorted by expert times the matrix of their expert; offsets say which rows an expert has.
+
+    ``[rows, k] @ [experts, k, n]``, ``[experts, m, k] @ [k, rows]``, and the gradient ``[k, rows] @ [rows, n]`` of all
+    matrices; ``[experts, m, k] @ [experts, k, n]`` is `bmm`.
+    """
+    a, b, offsets = (see.of(operand(node, n)) for n in operand_names(node)[:3])
+    see.unify(a[-1], b[-2])
+    result: tuple[Factor, ...]
+    if len(a) == len(b) == 3:
+        return (see.meet(a[0], b[0]), a[1], b[2])
+    if len(b) == 3:
+        rows, experts, result = a[0], b[0], (a[0], b[2])
+        see.feature(b[1])
+        see.feature(b[2])
+    elif len(a) == 3:
+        rows, experts, result = b[1], a[0], (a[1], b[1])
+    else:
+        rows, experts, result = a[1], offsets[0], (offsets[0], a[0], b[1])
+    see.broadcast((experts,), offsets)
+    for f in (rows, experts):
         see.freeze(f, f"{node.target} ({node.name}) lets data choose among it")
-    see.unify(rows[1], weight[1])
-    see.feature(weight[1])
-    see.feature(weight[2])
-    return (rows[0], weight[2])
+    return result
 
 
 def grouped_mm_backward(see: Propagation, node: fx.Node) -> Any:

@@ -31,23 +31,38 @@ def embedding_backward(see: Propagation, node: fx.Node) -> Any:
 
 
 def embedding_bag(see: Propagation, node: fx.Node) -> Any:
-    """Sums of rows: one result row an offset, then bookkeeping."""
-    weight, offsets = see.of(node.args[0]), see.of(node.args[2])
+    """Sums, means or maxima of the rows of each bag, then bookkeeping; offsets say where a bag begins."""
+    weight = see.of(node.args[0])
     see.vocabulary(weight[0], node)
+    _freeze_bags(see, node, 1)
     several = isinstance(node.meta["val"], (list, tuple))
     sizes = see.sizes(node, 0) if several else see.sizes(node)
-    rows = offsets[0] if offsets and offsets[0].size == sizes[0] else see.new(sizes[0])
-    result = (rows, weight[1])
+    result = (see.new(sizes[0], f"bags of {node.target} ({node.name})"), weight[1])
     if not several:
         return result
-    return [result, *(see.fresh(node, "bookkeeping", index=i) for i in range(1, len(node.meta["val"])))]
+    behind = range(1, len(node.meta["val"]))
+    return [result, *(result if see.sizes(node, i) == sizes else see.fresh(node, "bookkeeping", i) for i in behind)]
 
 
 def embedding_bag_backward(see: Propagation, node: fx.Node) -> Any:
     """The gradient of the table."""
+    grad = see.of(node.args[0])
+    largest = see.of(operand(node, "maximum_indices")) if "maximum_indices" in operand_names(node) else ()
+    if [f.size for f in largest] == [f.size for f in grad]:
+        see.broadcast(grad, largest)
+    see.freeze(grad[0], f"bags of {node.target} ({node.name})")
+    _freeze_bags(see, node, 1)
     rows = see.new(see.sizes(node)[0])
     see.vocabulary(rows, node)
-    return (rows, see.of(node.args[0])[-1])
+    return (rows, grad[-1])
+
+
+def _freeze_bags(see: Propagation, node: fx.Node, first: int) -> None:
+    """The vectors that say which rows a bag has keep their order."""
+    for source in node.args[first:]:
+        dims = see.of(source)
+        if len(dims) == 1:
+            see.freeze(dims[0], f"bags of {node.target} ({node.name})")
 
 
 def index(see: Propagation, node: fx.Node) -> Any:
@@ -134,28 +149,38 @@ def index_add(see: Propagation, node: fx.Node) -> Any:
     at = operand(node, "dim") % len(dims)
     see.freeze(dims[at], f"{node.target} ({node.name}) looks up positions of it")
     source = see.of(operand(node, "source"))
+    see.broadcast(source[at : at + 1], see.of(operand(node, "index")))
     for d, (a, b) in enumerate(zip(dims, source, strict=True)):
         if d != at:
             see.unify(a, b)
     return dims
 
 
+def index_fill(see: Propagation, node: fx.Node) -> Any:
+    """A number is written where the index says."""
+    dims = see.of(node.args[0])
+    see.freeze(dims[operand(node, "dim") % len(dims)], f"{node.target} ({node.name}) looks up positions of it")
+    return dims
+
+
 def nll_loss(see: Propagation, node: fx.Node) -> Any:
     """``[n, classes, *positions]`` against targets ``[n, *positions]``; the classes are what targets name."""
     logits = see.of(node.args[0])
-    _targets(see, node, logits, node.args[1])
-    result = see.of(node.args[1]) if operand(node, "reduction") == 0 else ()
+    rest = _targets(see, node, logits, node.args[1])
+    result = rest if operand(node, "reduction") == 0 else ()
     return [result, ()] if isinstance(node.meta["val"], (list, tuple)) else result
 
 
 def nll_loss_backward(see: Propagation, node: fx.Node) -> Any:
     """The gradient of the log-probabilities."""
     logits = see.of(operand(node, "self"))
-    _targets(see, node, logits, operand(node, "target"))
+    rest = _targets(see, node, logits, operand(node, "target"))
+    see.broadcast(rest, see.of(node.args[0]))
     return logits
 
 
-def _targets(see: Propagation, node: fx.Node, logits: tuple[Factor, ...], target: Any) -> None:
+def _targets(see: Propagation, node: fx.Node, logits: tuple[Factor, ...], target: Any) -> tuple[Factor, ...]:
+    """Relates logits and targets; the dimensions without classes."""
     at = 1 if len(logits) > 1 else 0
     dims = see.of(target)
     see.classes(logits[at], node)
@@ -163,15 +188,15 @@ def _targets(see: Propagation, node: fx.Node, logits: tuple[Factor, ...], target
     see.broadcast(logits if len(dims) == len(logits) else rest, dims)
     if "weight" in operand_names(node) and isinstance(weight := operand(node, "weight"), fx.Node):
         see.unify(see.of(weight)[0], logits[at])
-    for f in rest:
-        see.reduced(f, node)
+    return rest
 
 
 def ctc_loss(see: Propagation, node: fx.Node) -> Any:
-    """``[time, n, classes]``: time and classes keep their order."""
+    """Losses of ``[time, n, classes]`` against sequences, the lengths of which numbers tell: all keeps its order."""
     dims = see.of(operand(node, "log_probs"))
-    see.freeze(dims[0], f"order in time of {node.target} ({node.name})")
     see.classes(dims[-1], node)
+    reason = f"sequences of {node.target} ({node.name})"
+    see.freeze_operands(node, reason)
     if "grad" in operand_names(node):
         return dims
-    return see.fresh(node, f"{node.target} ({node.name})")
+    return [(dims[1],), see.fresh(node, reason, 1)]

@@ -23,12 +23,13 @@ def convolution(see: Propagation, node: fx.Node) -> Any:
     transposed = bool(operand(node, "transposed")) if "transposed" in names else "transpose" in str(node.target)
     rank = len(weight) - 2
     lead = source[: len(source) - rank - 1]
-    out = _channels(see, source[-rank - 1], weight, operand(node, "groups"), transposed)
+    groups = operand(node, "groups") if "groups" in names else 1
+    out = _channels(see, source[-rank - 1], weight, groups, transposed)
     bias = operand(node, "bias") if "bias" in names else None
     if bias is not None:
         see.unify(see.of(bias)[0], out)
     sizes = see.sizes(node) if not isinstance(node.meta["val"], (list, tuple)) else see.sizes(node, 0)
-    return (*lead, out, *_moved(see, node, source[-rank:], sizes[-rank:], weight[2:]))
+    return (*lead, out, *_moved(see, node, source[-rank:], sizes[-rank:], _kernel(weight)))
 
 
 def convolution_backward(see: Propagation, node: fx.Node) -> Any:
@@ -37,6 +38,8 @@ def convolution_backward(see: Propagation, node: fx.Node) -> Any:
     out = _channels(see, source[1], weight, operand(node, "groups"), bool(operand(node, "transposed")))
     see.unify(grad[0], source[0])
     see.unify(grad[1], out)
+    sizes = tuple(f.size for f in grad[2:])
+    see.broadcast(_moved(see, node, source[2:], sizes, _kernel(weight)), grad[2:])
     return [source, weight, (out,)]
 
 
@@ -60,18 +63,22 @@ def _channels(see: Propagation, channels: Factor, weight: tuple[Factor, ...], gr
     return a
 
 
+def _kernel(weight: tuple[Factor, ...]) -> str:
+    """``point`` for a kernel of size 1, else ``window``."""
+    return "point" if all(f.size == 1 for f in weight[2:]) else "window"
+
+
 def _moved(
-    see: Propagation, node: fx.Node, before: tuple[Factor, ...], sizes: tuple[int, ...], kernel: tuple[Factor, ...] = ()
+    see: Propagation, node: fx.Node, before: tuple[Factor, ...], sizes: tuple[int, ...], kernel: str
 ) -> tuple[Factor, ...]:
-    """Positions after windows went over them. Where a window is all there is, or one point that stays, order means
-    nothing."""
+    """Positions after windows went over them: other ones, in order. ``kernel``: ``point`` where each position makes
+    one, ``whole`` where a window over all of them counts them alike: their order means nothing there."""
     dims = []
-    points = kernel and all(k.size == 1 for k in kernel)
     for f, size in zip(before, sizes, strict=True):
-        if points and f.size == size:
+        if kernel == "point" and f.size == size:
             dims.append(f)
             continue
-        if size != 1 or kernel:
+        if size != 1 or kernel != "whole":
             see.spatial(f, f"positions: {node.target} ({node.name}) takes windows of it")
         dims.append(see.new(size, f"positions that {node.target} ({node.name}) made"))
         see.spatial(dims[-1], "")
@@ -83,18 +90,34 @@ def windows(see: Propagation, node: fx.Node) -> Any:
     source, rank = see.of(node.args[0]), _rank(node.target)
     several = isinstance(node.meta["val"], (list, tuple))
     sizes = see.sizes(node, 0) if several else see.sizes(node)
-    return see.repeated(node, (*source[:-rank], *_moved(see, node, source[-rank:], sizes[-rank:])))
+    kernel = "window" if several else _pooled(node, source[-rank:])
+    return see.repeated(node, (*source[:-rank], *_moved(see, node, source[-rank:], sizes[-rank:], kernel)))
+
+
+def _pooled(node: fx.Node, positions: tuple[Factor, ...]) -> str:
+    """``whole`` where one window of a pooling is all there is: the mean or maximum of all positions."""
+    if "adaptive" in str(node.target):
+        return "whole"
+    names = operand_names(node)
+    if "kernel_size" not in names or ("padding" in names and any(operand(node, "padding"))):
+        return "window"
+    size = operand(node, "kernel_size")
+    size = list(size) * len(positions) if len(size) == 1 else size
+    return "whole" if all(k == f.size for k, f in zip(size, positions, strict=True)) else "window"
 
 
 def windows_backward(see: Propagation, node: fx.Node) -> Any:
     """The gradient of `windows`: the dimensions of what went in, or new ones where only its size is given."""
     grad, rank = see.of(node.args[0]), _rank(node.target)
-    if "self" in operand_names(node):
-        dims = see.of(operand(node, "self"))
-        see.broadcast(grad[:-rank], dims[:-rank])
-        return dims
-    reason = f"positions that {node.target} ({node.name}) made"
-    return (*grad[:-rank], *(see.new(s, reason) for s in see.sizes(node)[-rank:]))
+    names = operand_names(node)
+    source = see.of(operand(node, "self")) if "self" in names else see.fresh(node)
+    lead = see.broadcast(source[:-rank], grad[:-rank])
+    kernel = _pooled(node, source[-rank:])
+    if "indices" in names:  # they name positions
+        kernel, indices = "window", see.of(operand(node, "indices"))
+        see.broadcast(grad, indices)
+    see.broadcast(_moved(see, node, source[-rank:], tuple(f.size for f in grad[-rank:]), kernel), grad[-rank:])
+    return (*lead, *source[-rank:])
 
 
 @cache
@@ -107,7 +130,17 @@ def _rank(operator: Any) -> int:
 
 def grid_sample(see: Propagation, node: fx.Node) -> Any:
     """Channels pass, positions come from the grid ``[n, *positions, 2]``."""
-    source, grid = see.of(node.args[0]), see.of(node.args[1])
+    return _sampled(see, node, see.of(node.args[0]), see.of(node.args[1]))
+
+
+def grid_sample_backward(see: Propagation, node: fx.Node) -> Any:
+    """Gradients of input and grid."""
+    grad, source, grid = (see.of(a) for a in node.args[:3])
+    see.broadcast(grad, _sampled(see, node, source, grid))
+    return [source, grid]
+
+
+def _sampled(see: Propagation, node: fx.Node, source: tuple[Factor, ...], grid: tuple[Factor, ...]) -> Any:
     see.unify(source[0], grid[0])
     for f in source[2:]:
         see.spatial(f, f"positions: {node.target} ({node.name}) samples it")
@@ -115,8 +148,9 @@ def grid_sample(see: Propagation, node: fx.Node) -> Any:
     return (*source[:2], *grid[1:-1])
 
 
-def grid_sample_backward(see: Propagation, node: fx.Node) -> Any:
-    """Gradients of input and grid."""
-    grad, source, grid = (see.of(a) for a in node.args[:3])
-    see.broadcast(grad, (*source[:2], *grid[1:-1]))
-    return [source, grid]
+def unpool(see: Propagation, node: fx.Node) -> Any:
+    """Values go to the places in an image that the indices name."""
+    rank = _rank(node.target)
+    dims = see.broadcast(see.of(node.args[0]), see.of(operand(node, "indices")))
+    sizes = see.sizes(node)[-rank:]
+    return (*dims[:-rank], *(see.new(s, f"places that {node.target} ({node.name}) fills") for s in sizes))

@@ -84,6 +84,9 @@ def layer_norm_backward(see: Propagation, node: fx.Node) -> Any:
     dims = see.broadcast(grad, source)
     count = len(operand(node, "normalized_shape"))
     _last(see, node, dims[-count:])
+    for name in ("mean", "rstd"):
+        if name in names:
+            see.broadcast(dims[:-count] + (see.one,) * count, see.of(operand(node, name)))
     return [dims, dims[-count:], dims[-count:]] if "bias" in names else [dims, dims[-count:]]
 
 
@@ -109,7 +112,9 @@ def _grouped(see: Propagation, node: fx.Node, dims: tuple[Factor, ...], groups: 
 def group_norm_backward(see: Propagation, node: fx.Node) -> Any:
     """Gradients of input, weight and bias."""
     dims = see.broadcast(see.of(node.args[0]), see.of(node.args[1]))
-    _grouped(see, node, dims, operand(node, "group"))
+    group = _grouped(see, node, dims, operand(node, "group"))
+    for name in ("mean", "rstd"):
+        see.broadcast((dims[0], group), see.of(operand(node, name)))
     return [dims, dims[1:2], dims[1:2]]
 
 
@@ -124,6 +129,6 @@ def weight_norm(see: Propagation, node: fx.Node) -> Any:
 
 def weight_norm_backward(see: Propagation, node: fx.Node) -> Any:
     """Gradients of direction and length."""
-    grad, v, g = (see.of(a) for a in node.args[:3])
-    dims = see.broadcast(see.broadcast(grad, v), g)
+    grad, v, g, norms = (see.of(a) for a in node.args[:4])
+    dims = see.broadcast(see.broadcast(see.broadcast(grad, v), g), norms)
     return [dims, g]

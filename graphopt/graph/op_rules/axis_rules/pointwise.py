@@ -184,6 +184,19 @@ def factory(see: Propagation, node: fx.Node) -> Any:
     return see.fresh(node)
 
 
+def drawn(see: Propagation, node: fx.Node) -> Any:
+    """Independent random numbers, each by the parameters in its place; new dimensions where parameters are numbers."""
+    several = any(isinstance(a, fx.Node) and see.is_tensor(a) for a in node.args)
+    return pointwise(see, node) if several else see.fresh(node)
+
+
+def multinomial(see: Propagation, node: fx.Node) -> Any:
+    """Indices of the last dimension drawn by weight."""
+    dims = see.of(node.args[0])
+    see.freeze(dims[-1], f"{node.target} draws indices of it ({node.name})")
+    return (*dims[:-1], see.new(see.sizes(node)[-1], f"draws of {node.target} ({node.name})"))
+
+
 def positions(see: Propagation, node: fx.Node) -> Any:
     """``arange``, ``eye`` ...: values depend on the position."""
     return see.fresh(node, f"{node.target} gives positions ({node.name})")

@@ -14,7 +14,8 @@ ENTRIES = (
           axes=img.convolution, reduces=red.convolution, linear="input + bias | weight + bias"),
     entry("cudnn_convolution", "convolution", axes=img.convolution, flops=cost.convolution("self"),
           reduces=red.convolution, linear="self | weight"),
-    entry("_slow_conv2d_forward", "convolution", flops=cost.convolution("self"), linear="self + bias | weight + bias"),
+    entry("_slow_conv2d_forward", "convolution", axes=img.convolution, flops=cost.convolution("self"),
+          reduces=red.convolution, linear="self + bias | weight + bias"),
     # the input gradient needs the weight, the weight gradient the input
     entry("convolution_backward", "convolution", axes=img.convolution_backward, flops=cost.convolution_backward,
           reduces=red.convolution_backward, linear="grad_output", reads={"input": MASK_1, "weight": MASK_0}),
@@ -31,7 +32,7 @@ ENTRIES = (
           "pooling", axes=img.windows, reduces=red.global_pooling("mean"), linear="self"),
     entry("avg_pool2d_backward avg_pool3d_backward _adaptive_avg_pool2d_backward _adaptive_avg_pool3d_backward",
           "pooling", axes=img.windows_backward, linear="grad_output", reads=SHAPE_ONLY),
-    entry("max_unpool2d max_unpool3d", "scatter", linear="self"),
+    entry("max_unpool2d max_unpool3d", "scatter", axes=img.unpool, reduces=red.nothing, linear="self"),
 
     entry("upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d "
           "_upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d "

@@ -27,7 +27,7 @@ ENTRIES = (
     entry("hardshrink_backward", "pointwise", linear="grad_out", masked=masks.HARDSHRINK),
     entry("elu_backward gelu_backward silu_backward mish_backward sigmoid_backward tanh_backward softplus_backward "
           "hardswish_backward log_sigmoid_backward logit_backward", "pointwise", linear="grad_output"),
-    entry("hardswish log_sigmoid_forward _prelu_kernel", "pointwise", axes=pw.pointwise),
+    entry("hardswish log_sigmoid log_sigmoid_forward _prelu_kernel", "pointwise", axes=pw.pointwise),
     entry("_prelu_kernel_backward", "pointwise", axes=pw.prelu_backward, linear="grad_output"),
     entry("prelu", "pointwise", axes=pw.prelu),
     entry("glu", "activation", axes=pw.glu),
@@ -41,6 +41,7 @@ ENTRIES = (
     entry("cumprod logcumsumexp cummax cummin", "scan", axes=pw.along),
     entry("diff", "scan", axes=pw.differences),
     entry("sort argsort", "order", axes=pw.along),
-    entry("topk kthvalue", "order", axes=pw.topk),
-    entry("median mode searchsorted bucketize histc bincount unique one_hot", "order", axes=pw.ordered),
+    entry("topk", "order", axes=pw.topk),
+    entry("kthvalue mode median.dim nanmedian.dim", "order", axes=pw.reduction_with_index),
+    entry("median searchsorted bucketize histc bincount unique one_hot", "order", axes=pw.ordered),
 )

@@ -29,6 +29,7 @@ ENTRIES = (
     entry("linear_backward mkldnn_linear_backward", "contraction",
           axes="self: *k, grad_output: *n, weight: nk -> *k; nk; n", flops=cost.linear_backward, linear="grad_output"),
     entry("bilinear", "contraction", axes="input1: *a, input2: *b, weight: oab, bias?: o -> *o"),
+    entry("_trilinear", "contraction", axes=con.trilinear, linear="i1 | i2 | i3"),
     entry("einsum", "contraction", axes=con.einsum, reduces=red.einsum),
     entry("_grouped_mm", "contraction", axes=con.grouped_mm),
     entry("transformers::grouped_mm_fallback", "contraction", axes=con.grouped_mm),

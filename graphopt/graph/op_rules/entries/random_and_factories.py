@@ -15,7 +15,8 @@ ENTRIES = (
           reads={"self": lambda a: not (a.training and a.upper - a.lower > 1e-6)}),
     entry("rand_like randn_like randint_like bernoulli.p uniform normal_functional exponential geometric cauchy "
           "log_normal random", "random", axes=pw.first, reads=SHAPE_ONLY),
-    entry("bernoulli multinomial poisson normal _fused_dropout", "random", axes=pw.first),
+    entry("bernoulli poisson normal _fused_dropout", "random", axes=pw.drawn),
+    entry("multinomial", "random", axes=pw.multinomial),
 
     entry("zeros_like ones_like empty_like full_like zero fill", "factory", axes=pw.first, reads=SHAPE_ONLY),
     entry("copy", "factory", axes=pw.pointwise, reads=SHAPE_ONLY),

@@ -27,6 +27,7 @@ ENTRIES = (
     entry("view_as_real", "view", axes=views.real, linear="self"),
     entry("view_as_complex", "view", axes=views.complex_, linear="self"),
     entry("detach alias contiguous", "view", axes=pw.first, linear="self"),
+    entry("_conj _neg_view conj resolve_conj resolve_neg", "view", axes=pw.first, linear="self"),
 
     entry("cat concat", "copy", axes=views.cat, linear="tensors"),
     entry("stack", "copy", axes=views.stack, linear="tensors"),
