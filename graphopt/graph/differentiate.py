@@ -148,7 +148,9 @@ class _GraphModule(nn.Module):
                 mark(node.meta.get("module", ""), source)
                 with torch.set_grad_enabled(node not in self.no_grad):
                     values[node] = self._call(node, *fx.node.map_arg((node.args, node.kwargs), values.__getitem__))
-        mark("", source)  # as after a model's own forward
+        mark(
+            "", "" if self.names.outputs[0] == Output(OutputKind.LOSS, "loss") else source
+        )  # as `StepModule` leaves it
         results = [values[node] for _, node in self.results]
         return tuple(r.clone() if r._is_view() else r for r in results)  # as `StepModule` does
 
