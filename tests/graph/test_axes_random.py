@@ -109,6 +109,8 @@ def merge(draw: st.DrawFn, at: int, values: list[Tensor]) -> Line | None:
 def concat(draw: st.DrawFn, at: int, values: list[Tensor]) -> Line | None:
     d = _dim(draw, values[at])
     fits = [i for i, v in enumerate(values) if _but(v, d) == _but(values[at], d) and v.shape[d] < 13]
+    if not fits:
+        return None
     other = draw(st.sampled_from(fits))
     return Line(f"cat(v{at}, v{other}, {d})", lambda v, w: torch.cat([v[at], v[other]], d))
 
