@@ -148,9 +148,8 @@ class _GraphModule(nn.Module):
                 mark(node.meta.get("module", ""), source)
                 with torch.set_grad_enabled(node not in self.no_grad):
                     values[node] = self._call(node, *fx.node.map_arg((node.args, node.kwargs), values.__getitem__))
-        mark(
-            "", "" if self.names.outputs[0] == Output(OutputKind.LOSS, "loss") else source
-        )  # as `StepModule` leaves it
+        ends_in_loss = Output(OutputKind.LOSS, "loss") in self.names.outputs
+        mark("", "" if ends_in_loss else source)  # as `StepModule` leaves it
         results = [values[node] for _, node in self.results]
         return tuple(r.clone() if r._is_view() else r for r in results)  # as `StepModule` does
 
