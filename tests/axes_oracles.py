@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from graphopt.graph.axes import Axes, Axis, Dim, Kind, Place
+from graphopt.graph.axes import Axes, Axis, Dim, Place
 from graphopt.graph.batch import call_model, compute_loss, flatten, normalise
 from graphopt.graph.lowering import binding
 from graphopt.graph.op_rules.queries import is_random
 from graphopt.graph.training_graph import InputKind
 from tests.structures import load, rescaled, tensors
 
-__all__ = ["PermutationOracle", "permuted", "same_model", "shuffles", "wide"]
+__all__ = ["PermutationOracle", "groups_of", "permuted", "same_model", "shuffles", "wide"]
 
 TOLERANCE = 1e-6
 """Of the largest value of a tensor, in float64: what another order of summation may change in a deep model."""
@@ -104,10 +104,13 @@ class PermutationOracle:
         self._sizes = {"batch": size} if "batch" in self.graph.symbols.symbols else {}
         self.before = self._run(self.values, {})
 
-    def wrong(self, orders: Mapping[Axis, Tensor]) -> str | None:
-        """The first value that is not what it was, permuted as its axes say, in words; None where all are."""
+    def wrong(self, orders: Mapping[Axis, Tensor], but: Place | None = None) -> str | None:
+        """The first value that is not what it was, permuted as its axes say, in words; None where all are.
+
+        ``but``: a place that is left out, which must be wrong.
+        """
         try:
-            self._run(permuted(self.axes, self.values, orders), orders, compare=True)
+            self._run(permuted(self.axes, self.values, orders, but), orders, compare=True)
         except Differs as difference:
             return str(difference)
         return None
@@ -281,18 +284,12 @@ def same_model(axes: Axes, model: nn.Module, batch: Any, orders: Mapping[Axis, T
     return agrees(outputs(), before)
 
 
-def free_of_constants(axes: Axes) -> list[Axis]:
-    """The free groups that no constant carries."""
-    constants = set(axes.graph.constants)
-    return [g for g in axes.groups() if g.free and not any(p.name in constants for p in g.places)]
-
-
 def groups_of(axes: Axes) -> dict[str, tuple[Any, ...]]:
     """Names, sizes, kinds and places of parameters and buffers, and what is free: to compare two graphs of a model."""
-    constants = set(axes.graph.constants)
+    constants, batch = set(axes.graph.constants), axes.graph.input_nodes(InputKind.BATCH)
     found = {}
     for g in axes.groups():
         places = frozenset(p for p in g.places if p.name not in constants)
-        if places and g.kind is not Kind.BATCH:
+        if any(p.name not in batch for p in places):
             found[g.name] = (str(axes.graph.symbols.rename(g.size)), g.kind, places, g.free)
     return found
