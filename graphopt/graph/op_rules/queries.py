@@ -101,7 +101,9 @@ def reductions(node: fx.Node) -> tuple[Reduction, ...] | None:
     if found is None:
         return None
     if found.reduces is not None:
-        return found.reduces(node)
+        value = node.meta["val"]
+        off = {i for i, v in enumerate(value) if v is None} if isinstance(value, (list, tuple)) else set()
+        return tuple(r for r in found.reduces(node) if r.result not in off)
     if found.family == "reduction":
         return by_name(node)
     return () if found.family in _REDUCE_NOTHING else None

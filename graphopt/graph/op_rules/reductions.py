@@ -19,14 +19,13 @@ from graphopt.graph.op_rules.arguments import operand, operand_names
 class Reduction:
     """One reduction that an operator does.
 
-    ``kind``: ``sum``, ``mean``, ``variance``, ``max``, ``min``, ``product``, ``norm``, ``any``, ``all``, ``argmax``,
-    ``argmin`` or ``other``. ``places``: the dimensions it runs over, as operand and dimension (not negative); operands
-    that are multiplied with each other have one each. ``result``: of which result. ``kept``: the result still has the
-    dimensions, each index of it depends on all (softmax, normalisations): partial values have to be joined inside of
-    the operator; else the result itself is a partial one. ``count``: what it is divided by: nothing, ``indices`` (the
-    number of indices of all places, over all processors), or ``data`` (what the values of the operands say:
-    ``ignore_index``, class weights). ``groups``: the first place is this many groups of indices, and the reduction runs
-    inside of each.
+    ``kind``: ``sum``, ``mean``, ``variance``, ``max``, ``min``, ``product``, ``norm``, ``logsumexp``, ``any``, ``all``,
+    ``argmax``, ``argmin`` or ``other``. ``places``: the dimensions it runs over, as operand and dimension; operands that
+    are multiplied with each other have one each. ``result``: of which result. ``kept``: the result still has them, and
+    each index depends on all (softmax, norms): parts have to be joined inside of the operator; else the result itself
+    is a part. ``count``: what it is divided by: nothing, ``indices`` (the number of indices of all places, over all
+    processors), or ``data`` (what values say: ``ignore_index``, class weights). ``groups``: the first place is this
+    many groups of indices, and the reduction runs inside of each.
     """
 
     kind: str
@@ -82,7 +81,8 @@ _KINDS = {
     "sum": "sum", "nansum": "sum", "count_nonzero": "sum", "mean": "mean", "nanmean": "mean", "amax": "max",
     "max": "max", "amin": "min", "min": "min", "prod": "product", "any": "any", "all": "all", "argmax": "argmax",
     "argmin": "argmin",
-    "norm": "norm", "linalg_vector_norm": "norm", "var": "variance", "std": "variance", "var_mean": "variance",
+    "logsumexp": "logsumexp", "norm": "norm", "linalg_vector_norm": "norm",
+    "var": "variance", "std": "variance", "var_mean": "variance",
     "std_mean": "variance",
 }  # fmt: skip
 
@@ -90,8 +90,6 @@ _KINDS = {
 def by_name(node: fx.Node) -> tuple[Reduction, ...]:
     """The reduction that the operator is called after, over ``dim``, for each result."""
     packet = node.target._opname  # type: ignore[union-attr]
-    if packet == "logsumexp":
-        return along("max", "sum")(node)
     kind = _KINDS.get(packet, "other")
     count = {"mean": "data" if packet == "nanmean" else "indices", "variance": "indices"}.get(kind, "")
     found = along(kind, count=count)(node)
@@ -128,7 +126,7 @@ def nll_loss(node: fx.Node) -> tuple[Reduction, ...]:
 def cross_entropy(node: fx.Node) -> tuple[Reduction, ...]:
     """A softmax over classes, and `nll_loss`."""
     classes = (("self", 1 if rank(node, "self") > 1 else 0),)
-    return (Reduction("max", classes), Reduction("sum", classes), *nll_loss(node))
+    return (Reduction("logsumexp", classes), *nll_loss(node))
 
 
 def batch_norm(node: fx.Node) -> tuple[Reduction, ...]:
@@ -217,7 +215,8 @@ def _transposed(node: fx.Node) -> bool:
 
 def convolution(node: fx.Node) -> tuple[Reduction, ...]:
     """Over input channels, of each group."""
-    source, groups = operand_names(node)[0], operand(node, "groups")
+    names = operand_names(node)
+    source, groups = names[0], operand(node, "groups") if "groups" in names else 1
     channels = rank(node, source) - rank(node, "weight") + 1
     inputs = 0 if _transposed(node) else 1
     if groups == 1 or not _transposed(node):

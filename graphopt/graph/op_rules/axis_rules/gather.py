@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import fx
 
 from graphopt.graph.op_rules.arguments import operand, operand_names
@@ -67,39 +68,57 @@ def _freeze_bags(see: Propagation, node: fx.Node, first: int) -> None:
 
 def index(see: Propagation, node: fx.Node) -> Any:
     """``x[i, :, j]``: dimensions that are indexed keep their order; those of the index tensors stand in their place,
-    in front where slices stand between them."""
+    in front where slices stand between them. A mask indexes as many dimensions as it has and gives one, in order."""
     dims = see.of(node.args[0])
-    place, chosen, kept = _indexed(see, node, dims, node.args[1])
+    place, covered, chosen = _indexed(see, node, dims, node.args[1])
+    kept = [f for d, f in enumerate(dims) if d not in covered]
     if chosen is None:
-        return see.fresh(node, f"{node.target} ({node.name}): data decide what is taken")
+        count = len(see.sizes(node)) - len(kept)
+        reason = f"{node.target} ({node.name}): data decide what is taken"
+        chosen = tuple(see.new(s, reason) for s in see.sizes(node)[place : place + count])
     return (*kept[:place], *chosen, *kept[place:])
 
 
 def _indexed(
     see: Propagation, node: fx.Node, dims: tuple[Factor, ...], indices: Any
-) -> tuple[int, tuple[Factor, ...] | None, tuple[Factor, ...]]:
-    """Where the dimensions of the index tensors go, those dimensions (None for a mask), and the untouched ones."""
-    given = [(d, n) for d, n in enumerate(indices) if n is not None]
-    masks = any(n.meta["val"].dtype.is_floating_point is False and "bool" in str(n.meta["val"].dtype) for _, n in given)
-    if masks:
-        see.freeze_operands(node, f"{node.target} ({node.name}) takes what a mask says")
-        return 0, None, ()
-    chosen: tuple[Factor, ...] = ()
-    for d, n in given:
-        see.freeze(dims[d], f"{node.target} ({node.name}) looks up positions of it")
-        chosen = see.broadcast(chosen, see.of(n))
-    places = [d for d, _ in given]
-    adjacent = not places or places == list(range(places[0], places[0] + len(places)))
-    kept = tuple(f for d, f in enumerate(dims) if d not in places)
-    return (places[0] if adjacent and places else 0), chosen, kept
+) -> tuple[int, list[int], tuple[Factor, ...] | None]:
+    """Where the dimensions of the index tensors go, the dimensions that are indexed, which freeze, and those of the
+    index tensors (None where one is a mask)."""
+    covered: list[int] = []
+    chosen: tuple[Factor, ...] | None = ()
+    reason = f"{node.target} ({node.name}) looks up positions of it"
+    place, at, adjacent = 0, 0, True
+    for given in indices:
+        if given is None:
+            at += 1
+            continue
+        found = see.of(given)
+        mask = given.meta["val"].dtype is torch.bool
+        width = len(found) if mask else 1
+        place = place if covered else at
+        adjacent = adjacent and (not covered or covered[-1] == at - 1)
+        covered += range(at, at + width)
+        for f in (*dims[at : at + width], *(found if mask else ())):
+            see.freeze(f, reason)
+        chosen = None if mask or chosen is None else see.broadcast(chosen, found)
+        at += width
+    return (place if adjacent else 0), covered, chosen
 
 
 def index_put(see: Propagation, node: fx.Node) -> Any:
     """Values are written, or added, at the places that the indices say."""
     dims, values = see.of(node.args[0]), see.of(node.args[2])
-    place, chosen, kept = _indexed(see, node, dims, node.args[1])
+    place, covered, chosen = _indexed(see, node, dims, node.args[1])
+    kept = tuple(f for d, f in enumerate(dims) if d not in covered)
     if chosen is not None:
         see.broadcast((*kept[:place], *chosen, *kept[place:]), values)
+        return dims
+    behind = kept[place:]
+    see.broadcast(behind, values[max(0, len(values) - len(behind)) :])
+    for f in values[: max(0, len(values) - len(behind))]:
+        see.freeze(f, f"{node.target} ({node.name}) writes in order where a mask says")
+    if place:  # what stands before the places of the mask
+        see.freeze_operands(node, f"{node.target} ({node.name}) writes in order where a mask says")
     return dims
 
 
@@ -183,9 +202,13 @@ def _targets(see: Propagation, node: fx.Node, logits: tuple[Factor, ...], target
     """Relates logits and targets; the dimensions without classes."""
     at = 1 if len(logits) > 1 else 0
     dims = see.of(target)
-    see.classes(logits[at], node)
     rest = logits[:at] + logits[at + 1 :]
-    see.broadcast(logits if len(dims) == len(logits) else rest, dims)
+    if dims and len(dims) == len(logits):  # probabilities
+        see.broadcast(logits, dims)
+        see.statistics(logits[at], "softmax", node)
+    else:
+        see.classes(logits[at], node)
+        see.broadcast(rest, dims)
     if "weight" in operand_names(node) and isinstance(weight := operand(node, "weight"), fx.Node):
         see.unify(see.of(weight)[0], logits[at])
     return rest

@@ -402,3 +402,16 @@ def broadcast_tensors(see: Propagation, node: fx.Node) -> Any:
     for source in node.args[0]:  # type: ignore[union-attr]
         dims = see.broadcast(dims, see.of(source))
     return [dims for _ in node.args[0]]  # type: ignore[union-attr]
+
+
+def unfold_backward(see: Propagation, node: fx.Node) -> Any:
+    """Windows added up: the inverse view of `unfold` where they do not overlap and leave nothing over."""
+    *dims, inner = see.of(node.args[0])
+    at, sizes = operand(node, "dim") % len(dims), see.sizes(node)
+    if operand(node, "size") == operand(node, "step") and dims[at].size * inner.size == sizes[at]:
+        dims[at] = see.product([dims[at], inner])
+        return tuple(dims)
+    reason = f"{node.target} ({node.name}) adds windows up"
+    for f in (dims[at], inner):
+        see.freeze(f, reason)
+    return tuple(see.new(sizes[at], reason) if d == at else f for d, f in enumerate(dims))

@@ -33,6 +33,6 @@ ENTRIES = (
     entry("slice_backward", "scatter", axes=views.slice_backward, reduces=red.nothing, linear="grad_output"),
     entry("select_backward", "scatter", axes=views.select_backward, reduces=red.nothing, linear="grad_output"),
     entry("diagonal_backward", "scatter", axes=pw.ordered, reduces=red.nothing, linear="grad_output"),
-    entry("unfold_backward", "scatter", axes=pw.ordered, linear="grad_in"),
+    entry("unfold_backward", "scatter", axes=views.unfold_backward, linear="grad_in"),
     entry("nonzero masked_select", "gather", axes=pw.ordered),
 )

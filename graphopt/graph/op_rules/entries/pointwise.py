@@ -36,7 +36,7 @@ ENTRIES = (
     entry("sum mean", "reduction", linear="self"),
     entry("logsumexp norm linalg_vector_norm std var std_mean var_mean", "reduction"),
     entry("max.dim min.dim argmax argmin", "reduction", axes=pw.reduction_with_index),
-    entry("cosine_similarity", "reduction", axes=pw.pairwise_reduction, reduces=red.along("sum", name="x1")),
+    entry("cosine_similarity", "reduction", axes=pw.pairwise_reduction, reduces=red.along("other", name="x1")),
     entry("cumsum", "scan", axes=pw.along, linear="self"),
     entry("cumprod logcumsumexp cummax cummin", "scan", axes=pw.along),
     entry("diff", "scan", axes=pw.differences),
