@@ -131,7 +131,8 @@ class _Literals(Reader):
             if free:
                 return made()
         else:
-            dim, negative = DIMENSIONS[role](self, argument, index or 0, value, count), False
+            dim = DIMENSIONS[role](self, argument, index or 0, value, count)
+            negative = role is Role.EDGE
         if dim is not None and (-dim.size if negative else dim.size) == value:
             return made(dim, negative)
         if dim is None and role is Role.EDGE:
