@@ -297,6 +297,8 @@ def test_a_result_that_the_kernel_cannot_leave_out_stays(memory_format: torch.me
 # -- random, pure, pointwise -------------------------------------------------------------------------------------
 
 X = torch.rand(1, 2, 4, 8)
+_STATES = [torch.rand(2, 4, 4), torch.rand(2, 4, 4)]
+LSTM = (X[0], _STATES, [torch.rand(16, size) for size in (8, 4, 4, 4)], False, 2)
 DRAWS: list[tuple[Any, tuple[Any, ...], bool]] = [
     (aten.native_dropout.default, (X, 0.5, True), True),
     (aten.native_dropout.default, (X, 0.5, None), True),
@@ -312,6 +314,9 @@ DRAWS: list[tuple[Any, tuple[Any, ...], bool]] = [
     (aten.randperm.default, (5,), True),
     (aten.rrelu_with_noise_functional.default, (-X, X, 0.1, 0.3, True), True),
     (aten.rrelu_with_noise_functional.default, (-X, X, 0.1, 0.3, False), False),
+    (aten.lstm.input, (*LSTM, 0.0, True, False, False), False),
+    (aten.lstm.input, (*LSTM, 0.5, False, False, False), False),
+    (aten.lstm.input, (*LSTM, 0.5, True, False, False), True),
     (aten.relu.default, (X,), False),
     (aten.empty_like.default, (X,), False),
 ]

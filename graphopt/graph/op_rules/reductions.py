@@ -20,12 +20,12 @@ class Reduction:
     """One reduction that an operator does.
 
     ``kind``: ``sum``, ``mean``, ``variance``, ``max``, ``min``, ``product``, ``norm``, ``logsumexp``, ``any``, ``all``,
-    ``argmax``, ``argmin`` or ``other``. ``places``: the dimensions it runs over, as operand and dimension; operands that
-    are multiplied with each other have one each. ``result``: of which result. ``kept``: the result still has them, and
-    each index depends on all (softmax, norms): parts have to be joined inside of the operator; else the result itself
-    is a part. ``count``: what it is divided by: nothing, ``indices`` (the number of indices of all places, over all
-    processors), or ``data`` (what values say: ``ignore_index``, class weights). ``groups``: the first place is this
-    many groups of indices, and the reduction runs inside of each.
+    ``argmax``, ``argmin`` or ``other``. ``places``: the dimensions it runs over, as operand and dimension; operands
+    that are multiplied with each other have one each. ``result``: of which result. ``kept``: the result still has
+    them, and each index depends on all (softmax, norms): parts have to be joined inside of the operator; else the
+    result itself is a part. ``count``: what it is divided by: nothing, ``indices`` (the number of indices of all
+    places, over all processors), or ``data`` (what values say: ``ignore_index``, class weights). ``groups``: the first
+    place is this many groups of indices, and the reduction runs inside of each.
     """
 
     kind: str

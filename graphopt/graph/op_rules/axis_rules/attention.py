@@ -44,7 +44,7 @@ def _relate(
         lead = see.broadcast(see.broadcast(q[:-3], k[:-3]), v[:-3]) + (q[-3],)
     else:
         lead = see.broadcast(see.broadcast(q[:-2], k[:-2]), v[:-2])
-    see.attended(q[-2], k[-2], (q[-1], v[-1]), lead[-1:], node)
+    see.attended(q[-2], k[-2], (q[-1], v[-1]), lead, node)
     names = operand_names(node)
     for name in ("attn_mask", "attn_bias"):
         if name in names and isinstance(mask := operand(node, name), fx.Node):
@@ -183,6 +183,7 @@ def recurrent(see: Propagation, node: fx.Node) -> Any:
     final_states = []
     for dims in state_dims:
         see.unify(dims[-1], merged)
+        see.cut(dims[0], range(1, dims[0].size))  # each layer and direction is another one
         if len(dims) == 3:
             see.unify(dims[1], batch)
         final_states.append(dims)

@@ -311,10 +311,14 @@ def diagonal(see: Propagation, node: fx.Node) -> Any:
 
 
 def unchanged_or_fixed(see: Propagation, node: fx.Node) -> Any:
-    """``as_strided`` and its kind: dimensions survive where sizes and strides do; else all keep their order."""
+    """``as_strided`` and its kind: dimensions survive where sizes and strides do (those of dimensions of size 1 say
+    nothing); else all keep their order."""
     source, value = node.args[0], node.meta["val"]
     before = source.meta["val"]  # type: ignore[union-attr]
-    if see.sizes(node) == see.sizes(source) and tuple(value.stride()) == tuple(before.stride()):  # type: ignore[arg-type]
+    sizes = see.sizes(node)
+    if sizes == see.sizes(source) and all(  # type: ignore[arg-type]
+        size == 1 or a == b for size, a, b in zip(sizes, value.stride(), before.stride(), strict=True)
+    ):
         return see.of(source)
     reason = f"{node.target} ({node.name}) reads memory by strides"
     see.freeze_operands(node, reason)

@@ -27,7 +27,7 @@ ENTRIES = (
           flops=cost.attention_backward, linear="grad_out_", draws=never),
     entry("_fused_sdp_choice", "number", axes=pw.number, draws=never),
 
-    entry("lstm gru rnn_tanh rnn_relu", "recurrent", axes=att.recurrent),
+    entry("lstm gru rnn_tanh rnn_relu", "recurrent", axes=att.recurrent, draws=lambda a: a.train and a.dropout != 0),
     entry("mkldnn_rnn_layer", "recurrent", axes=att.recurrent_layer, flops=cost.recurrent(1, "weight0", "weight1")),
     entry("mkldnn_rnn_layer_backward", "recurrent", axes=att.recurrent_layer_backward,
           flops=cost.recurrent(2, "weight1", "weight2"), linear="grad_output + grad_hy + grad_cy"),
