@@ -23,6 +23,7 @@ from graphopt.graph.batch import flatten
 from graphopt.graph.differentiate import with_backward
 from graphopt.graph.forward import capture_forward
 from graphopt.graph.lowering import binding
+from graphopt.graph.op_rules.arguments import operand, operand_names
 from graphopt.graph.op_rules.queries import is_random
 from graphopt.graph.resize import indices, resize, take
 from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
@@ -66,6 +67,7 @@ def gradients(results: Sequence[Tensor], of: Numbers) -> dict[str, Tensor]:
 
 def far(name: str, a: Tensor, b: Tensor) -> str:
     """Says how two values differ by more than rounding; empty if they do not."""
+    a, b = a.detach(), b.detach()
     if a.shape != b.shape:
         return f"{name} has the shape {tuple(a.shape)}, expected {tuple(b.shape)}"
     if not a.is_floating_point() or not a.numel():
@@ -140,9 +142,23 @@ def run_joint(
     return {n: values[node] for n, node in gradient.items() if node is not None}
 
 
-def maskable(axis: Axis) -> bool:
-    """Whether zeros say the same as absence: not where a mean counts indices, or attention scales by how many."""
-    return not axis.statistics and axis.kind is not Kind.HEAD_SIZE
+_COUNTING = {"mean", "amax", "amin", "max", "min", "std", "var", "std_mean", "var_mean", "norm", "linalg_vector_norm",
+             "logsumexp", "prod"}  # fmt: skip
+
+
+def maskable(axes: Axes, axis: Axis) -> bool:
+    """Whether zeros say the same as absence: not where a mean counts indices, a maximum sees them, a norm of zeros
+    divides, or attention scales by how many there are."""
+    if axis.statistics or axis.kind is Kind.HEAD_SIZE:
+        return False
+    for node in axes.graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "_opname", "") in _COUNTING:
+            dims = axes.of(node.args[0])
+            over = operand(node, "dim") if "dim" in operand_names(node) else None
+            over = range(len(dims)) if over in (None, []) else [over] if isinstance(over, int) else over
+            if any(axis in dims[d].axes() for d in over):
+                return False
+    return True
 
 
 def masked(axes: Axes, numbers: Numbers, keep: Mapping[Axis, Tensor]) -> dict[str, Tensor]:
@@ -219,7 +235,7 @@ def check_resizing(
         sliced = take(numbers, indices(axes, keep=keep))
         with torch.no_grad():
             ours = run(small, sliced, given)
-            if all(map(maskable, group)):
+            if all(maskable(axes, axis) for axis in group):
                 right = run(graph, masked(axes, numbers, keep), given)
                 report.masks += 1
                 if problem := first(far(n, ours[n], right[n]) for n in ours):
