@@ -19,7 +19,7 @@ from graphopt.graph.assemble import with_update
 from graphopt.graph.batch import BatchLayout, ModelLoss
 from graphopt.graph.exported import training_graph
 from graphopt.graph.torch_internals import export_joint
-from graphopt.graph.tracing import check_arguments, trace
+from graphopt.graph.tracing import FreeSizes, check_arguments, trace
 from graphopt.graph.training_graph import TrainingGraph
 
 
@@ -43,6 +43,7 @@ def capture(
     gradients: str | Collection[str] = "wanted",
     clip: Any = None,
     accumulate: int = 1,
+    free: FreeSizes | None = None,
 ) -> TrainingGraph:
     """Capture forward, loss, backward and (with an optimizer) update of one training step.
 
@@ -60,6 +61,9 @@ def capture(
             parameter and batch tensor, whatever their flags; or the names of the parameters wanted.
         clip: maximal norm (a float), `ClipNorm` or `ClipValue`: gradients are clipped before the update.
         accumulate: the loss is divided by it and gradients are added to those accumulated so far, which become inputs.
+        free: further sizes to keep free, by name, each with the dimensions of batch tensors that have it:
+            ``{"seq": {"input_ids": 1, "labels": 1}}`` (tensors of a tuple are named ``"0"``, ``"1"`` ...). A size that
+            the model turns into a number is fixed (``graph.symbols`` tells).
 
     Returns:
         The graph. Its range of validity is ``graph.symbols`` (free sizes and guards).
@@ -82,7 +86,7 @@ def capture(
     """
     captured = capture_step(
         model, batch, loss=loss if loss is not None or optimizer is None else ModelLoss, backward=backward,
-        gradients=gradients, accumulate=accumulate,
+        gradients=gradients, accumulate=accumulate, free=free,
     )  # fmt: skip
     if optimizer is None and clip is None and accumulate == 1:
         return captured.graph
@@ -97,16 +101,17 @@ def capture_step(
     backward: bool = True,
     gradients: str | Collection[str] = "wanted",
     accumulate: int = 1,
+    free: FreeSizes | None = None,
 ) -> Captured:
     """`capture` without the update: the joint graph and how to call it. Arguments as there."""
     check_arguments(model, loss, accumulate)
     traced = trace(
-        export_joint, model, batch, loss=loss, accumulate=accumulate,
+        export_joint, model, batch, loss=loss, accumulate=accumulate, free=free,
         trainable=trainable_parameters(model, gradients) if backward else (),
         batch_gradients=False if not backward else True if gradients == "all" else None,
     )  # fmt: skip
     module = traced.module
-    graph = training_graph(traced.exported, module, module.names, traced.size, requires_grad=module.required)
+    graph = training_graph(traced.exported, module, module.names, traced.sizes, requires_grad=module.required)
     return Captured(graph, traced.layout, module.output_spec, tuple(module.output_constants))
 
 

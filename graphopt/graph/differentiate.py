@@ -50,20 +50,22 @@ def with_backward(forward: TrainingGraph, *, gradients: str | Collection[str] = 
     batch = list(forward.input_nodes(InputKind.BATCH).items())
     tensors = [module.example(node, requires_grad=name in module.wanted) for name, node in batch]
     symbols = forward.symbols
-    free = symbols.symbols.get("batch")
-    batched = [free is not None and free in map(expression, node.meta["val"].shape[:1]) for _, node in batch]
+    known = {symbol: name for name, symbol in symbols.symbols.items()}
+    sizes = [list(map(expression, node.meta["val"].shape)) for _, node in batch]
+    free = [{d: known[size] for d, size in enumerate(shape) if size in known} for shape in sizes]
     without = autocast(active_autocast({t.device.type for t in [*tensors, *module.parameters()]}), enabled=False)
     try:
         with preserve_node_meta(), torch.enable_grad(), without:
-            exported = export_joint(module, tensors, batched, symbolic=free is not None, compiling=False)
+            exported = export_joint(module, tensors, free, compiling=False)
     except CaptureError:
         raise
     except Exception as error:  # an operator of the graph was run on other operands than at capture
         first_line = str(error).strip().partition("\n")[0]
         raise CaptureError(f"no backward for the graph at {module.place}: {first_line}") from error
-    guards = [g.xreplace({free: exported.symbol}) for g in symbols.guards] if exported.symbol is not None else []
+    renamed = {symbols.symbols[name]: symbol for name, symbol in exported.symbols.items()}
+    guards = [guard.xreplace(renamed) for guard in symbols.guards if guard.free_symbols <= set(renamed)]
     return training_graph(
-        exported, module, module.names, symbols.hints.get("batch", 1),
+        exported, module, module.names, symbols.hints,
         requires_grad=forward.signature.tree.get("requires_grad", ()), guards=guards,
     )  # fmt: skip
 

@@ -50,7 +50,7 @@ def training_graph(
     exported: Exported,
     module: nn.Module,
     names: Names,
-    hint: int,
+    sizes: Mapping[str, int],
     *,
     requires_grad: Iterable[str] = (),
     guards: Iterable[Any] = (),
@@ -61,9 +61,9 @@ def training_graph(
         exported: the graph of AOTAutograd.
         module: what was traced: gradients get the layout of its parameters.
         names: what its tensors are.
-        hint: the batch size that it was traced with.
+        sizes: the batch size, and other free sizes, that it was traced with.
         requires_grad: names of parameters and batch tensors that require grad, for ``signature.tree``.
-        guards: further sympy conditions on the graph's symbol.
+        guards: further sympy conditions on the graph's symbols.
 
     Raises:
         CaptureError: the graph holds what a training graph cannot: a write into a parameter or batch tensor, a
@@ -120,12 +120,11 @@ def training_graph(
             pairs.append((output, value))
     pairs.sort(key=lambda pair: _ORDER.index(pair[0].kind))
     graph.output(tuple(node for _, node in pairs)).meta["phase"] = Phase.OUTPUT
-    symbol = exported.symbol
-    conditions = tuple(dict.fromkeys([*guards, *exported.guards])) if symbol is not None else ()
+    conditions = tuple(dict.fromkeys([*guards, *exported.guards])) if exported.symbols else ()
     signature = Signature(
         tuple(inputs),
         tuple(output for output, _ in pairs),
-        Symbols({"batch": symbol} if symbol is not None else {}, {"batch": hint}, conditions),
+        Symbols(exported.symbols, sizes, conditions),
         tree={"requires_grad": list(requires_grad)},
     )
     return TrainingGraph(graph, signature, constants)

@@ -18,11 +18,13 @@ from graphopt.graph.exported import training_graph
 from graphopt.graph.regions import flatten_regions
 from graphopt.graph.step_module import autocast
 from graphopt.graph.torch_internals import export_forward
-from graphopt.graph.tracing import check_arguments, trace
+from graphopt.graph.tracing import FreeSizes, check_arguments, trace
 from graphopt.graph.training_graph import TrainingGraph
 
 
-def capture_forward(model: nn.Module, batch: Any, *, loss: Callable[..., Any] | str | None = None) -> TrainingGraph:
+def capture_forward(
+    model: nn.Module, batch: Any, *, loss: Callable[..., Any] | str | None = None, free: FreeSizes | None = None
+) -> TrainingGraph:
     """Capture the forward pass (and the loss) of a model with its operators whole.
 
     Args:
@@ -30,6 +32,7 @@ def capture_forward(model: nn.Module, batch: Any, *, loss: Callable[..., Any] | 
         batch: an example batch, as in `graphopt.capture`; its first dimension is symbolic unless it is 1.
         loss: ``loss(model(*inputs), target)``, ``"model"`` for a model that returns its own, or None for none: the
             model's outputs are the graph's.
+        free: further sizes to keep free, as in `graphopt.capture`.
 
     Returns:
         A functional graph of parameters, buffers and the batch, with the loss or the outputs and the new values of
@@ -53,11 +56,12 @@ def capture_forward(model: nn.Module, batch: Any, *, loss: Callable[..., Any] | 
     """
     check_arguments(model, loss)
     traced = trace(
-        export_forward, model, batch, loss=loss, trainable=trainable_parameters(model, "wanted"), batch_gradients=None
-    )
+        export_forward, model, batch, loss=loss, trainable=trainable_parameters(model, "wanted"), batch_gradients=None,
+        free=free,
+    )  # fmt: skip
     module = traced.module
     with autocast(module.autocast, enabled=False):
         detached = flatten_regions(traced.exported)
-    graph = training_graph(traced.exported, module, module.names, traced.size, requires_grad=module.required)
+    graph = training_graph(traced.exported, module, module.names, traced.sizes, requires_grad=module.required)
     tree = {**graph.signature.tree, "no_grad": detached, "own_backward": list(traced.exported.own_backward)}
     return TrainingGraph(graph.graph, replace(graph.signature, tree=tree), graph.constants)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -78,28 +78,29 @@ class Exported:
     ``inputs``: ``(kind, name)`` of each placeholder: ``parameter``/``buffer`` with the attribute path, ``batch`` or
     ``tangent`` with an index. ``outputs``: ``(kind, name)`` of each result: ``buffer``/``batch`` (a new value),
     ``output`` with an index, ``parameter gradient`` with a path, ``batch gradient`` with an index.
+    ``symbols``: those of the free sizes, but of such as the trace has fixed; ``guards``: what it assumed of them.
     ``own_backward``: the `torch.autograd.Function`s that a forward graph ran through, of which it holds only forward.
     """
 
     module: fx.GraphModule
     inputs: tuple[tuple[str, str], ...]
     outputs: tuple[tuple[str, str], ...]
-    symbol: sympy.Symbol | None
+    symbols: Mapping[str, sympy.Symbol]
     guards: tuple[sympy.Basic, ...]
     own_backward: tuple[str, ...] = ()
 
 
 def export_joint(
-    module: nn.Module, tensors: Sequence[torch.Tensor], batched: Sequence[bool], *, symbolic: bool, compiling: bool
+    module: nn.Module, tensors: Sequence[torch.Tensor], free: Sequence[Mapping[int, str]], *, compiling: bool
 ) -> Exported:
     """Trace forward and backward of ``module`` on flat tensors by `aot_export_joint_with_descriptors`.
 
-    With ``symbolic`` the first dimension of each ``batched`` tensor is one symbol; ``guards`` are what the trace
-    assumed of it. With ``compiling``, ``torch.compiler.is_compiling()`` is true meanwhile. Parameters of ``module`` and
-    tensors that require grad get gradients; with none the graph is the
-    forward alone. Source: torch/_functorch/aot_autograd.py.
+    ``free`` names the dimensions of each tensor that are free: equal names are one symbol; ``guards`` are what the
+    trace assumed of them. With ``compiling``, ``torch.compiler.is_compiling()`` is true meanwhile. Parameters of
+    ``module`` and tensors that require grad get gradients; with none the graph is the forward alone. Source:
+    torch/_functorch/aot_autograd.py.
     """
-    fakes = _Fakes(tensors, batched, symbolic=symbolic)
+    fakes = _Fakes(tensors, free)
     with ExitStack() as stack:
         stack.enter_context(_compiling_flag(compiling))
         stack.enter_context(_recurrent_as_in_eager())
@@ -109,18 +110,18 @@ def export_joint(
     graph = joint.graph_module.graph
     inputs = tuple(_input_words(n.meta["desc"]) for n in graph.nodes if n.op == "placeholder")
     outputs = tuple(_output_words(d) for d in graph.find_nodes(op="output")[0].meta["desc"])
-    return Exported(joint.graph_module, inputs, outputs, fakes.symbol, fakes.guards())
+    return Exported(joint.graph_module, inputs, outputs, fakes.symbols, fakes.guards())
 
 
 def export_forward(
-    module: nn.Module, tensors: Sequence[torch.Tensor], batched: Sequence[bool], *, symbolic: bool, compiling: bool
+    module: nn.Module, tensors: Sequence[torch.Tensor], free: Sequence[Mapping[int, str]], *, compiling: bool
 ) -> Exported:
     """Trace forward of ``module`` before autograd and autocast by `aot_export_module`; arguments as `export_joint`.
 
     Operators that are made of others stay whole. Regions without gradients and of autocast stand between the markers
     `SET_GRAD_ENABLED`, `ENTER_AUTOCAST` and `EXIT_AUTOCAST`. Source: torch/_functorch/aot_autograd.py.
     """
-    fakes = _Fakes(tensors, batched, symbolic=symbolic)
+    fakes = _Fakes(tensors, free)
     with (
         _compiling_flag(compiling),
         _upsampling_as_in_eager(),
@@ -142,7 +143,7 @@ def export_forward(
 
     inputs = tuple(words(n.meta["desc"]) for n in traced.graph.nodes if n.op == "placeholder")
     outputs = tuple(words(d) for d in traced.graph.find_nodes(op="output")[0].meta["desc"])
-    return Exported(traced, inputs, outputs, fakes.symbol, fakes.guards(), tuple(noted))
+    return Exported(traced, inputs, outputs, fakes.symbols, fakes.guards(), tuple(noted))
 
 
 SET_GRAD_ENABLED = torch._C._set_grad_enabled
@@ -151,42 +152,39 @@ EXIT_AUTOCAST = autocast_mode._exit_autocast
 
 
 class _Fakes:
-    """Fake tensors in place of a batch; with ``symbolic`` the first dimension of the ``batched`` ones is one symbol."""
+    """Fake tensors in place of a batch; dimensions with a name in ``free`` are symbols, equal names the same one."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor], batched: Sequence[bool], *, symbolic: bool):
+    def __init__(self, tensors: Sequence[torch.Tensor], free: Sequence[Mapping[int, str]]):
         self._env = ShapeEnv(duck_shape=False)
         self.mode = FakeTensorMode(shape_env=self._env, allow_non_fake_inputs=True)
-        self.tensors = []
-        for tensor, has_batch in zip(tensors, batched, strict=True):
-            dims = [DimDynamic.STATIC] * tensor.dim()
-            if has_batch and symbolic:
-                dims[0] = DimDynamic.DYNAMIC
+        self.tensors: list[torch.Tensor] = []
+        self._sizes: dict[str, Any] = {}
+        for tensor, names in zip(tensors, free, strict=True):
+            dims = [DimDynamic.DYNAMIC if d in names else DimDynamic.STATIC for d in range(tensor.dim())]
             context: Any = StatelessSymbolicContext(dynamic_sizes=dims, constraint_sizes=[None] * tensor.dim())
             self.tensors.append(self.mode.from_tensor(tensor, symbolic_context=context))
-        self._leading = [f.shape[0] for f, has in zip(self.tensors, batched, strict=True) if has and symbolic]
-        for other in self._leading[1:]:
-            torch._check(other == self._leading[0])
+            for d, name in names.items():
+                size = self.tensors[-1].shape[d]
+                torch._check(size == self._sizes.setdefault(name, size))
 
     @property
-    def symbol(self) -> sympy.Symbol | None:
-        """The symbol of the batch size; None where it is fixed, or where a trace has fixed it."""
-        size = self._leading[0] if self._leading else None
-        symbol = size.node.expr if isinstance(size, torch.SymInt) else None
-        return symbol if isinstance(symbol, sympy.Symbol) else None
+    def symbols(self) -> dict[str, sympy.Symbol]:
+        """The symbols of the free sizes by name, without those that a trace has fixed."""
+        found = {name: size.node.expr for name, size in self._sizes.items() if isinstance(size, torch.SymInt)}
+        return {name: symbol for name, symbol in found.items() if isinstance(symbol, sympy.Symbol)}
 
     def guards(self) -> tuple[sympy.Basic, ...]:
-        """What traces so far assumed of the symbol, without what always holds."""
-        symbol = self.symbol
-        if symbol is None:
-            return ()
+        """What traces so far assumed of the symbols, without what always holds."""
+        symbols = set(self.symbols.values())
         found: dict[sympy.Basic, None] = {}
         for guard in self._env.guards:
             expr = self._env.simplify(guard.expr)
-            if expr is not sympy.true and expr.free_symbols == {symbol}:
+            if expr is not sympy.true and expr.free_symbols and symbols.issuperset(expr.free_symbols):
                 found[expr] = None
-        bounds = self._env.var_to_range[symbol]
-        if bounds.lower > 2:
-            found[sympy.Ge(symbol, bounds.lower)] = None
+        for symbol in self.symbols.values():
+            lower = self._env.var_to_range[symbol].lower
+            if lower > 2:
+                found[sympy.Ge(symbol, lower)] = None
         return tuple(found)
 
 

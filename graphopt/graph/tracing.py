@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,15 +16,18 @@ from graphopt.graph.provenance import Provenance
 from graphopt.graph.step_module import StepModule, autocast, unchanged
 from graphopt.graph.torch_internals import Exported, fails_on_fakes
 
+FreeSizes = Mapping[str, Mapping[str, int]]
+"""Sizes that stay free in a graph, by name, each with the dimensions of batch tensors (by name) that have it."""
+
 
 @dataclass(frozen=True)
 class Traced:
-    """A traced step: the graph, the module it was traced from, and the batch it was traced with."""
+    """A traced step: the graph, the module it was traced from, the batch and the sizes it was traced with."""
 
     exported: Exported
     module: StepModule
     layout: BatchLayout
-    size: int
+    sizes: Mapping[str, int]
 
 
 def trace(
@@ -36,6 +39,7 @@ def trace(
     trainable: Collection[str],
     batch_gradients: bool | None,
     accumulate: int = 1,
+    free: FreeSizes | None = None,
 ) -> Traced:
     """Trace forward and loss of ``model`` by ``export`` (`export_joint` or `export_forward`).
 
@@ -47,9 +51,10 @@ def trace(
         trainable: names of the parameters that require grad while tracing.
         batch_gradients: whether floating-point tensors of the batch require grad; None: those that do.
         accumulate: what the loss is divided by.
+        free: further sizes to keep free.
 
     Raises:
-        BatchError: the batch is empty or the model rejects it.
+        BatchError: the batch is empty, the model rejects it, or ``free`` names what it does not have.
         CaptureError: no attempt succeeded; says where the first failed.
         LossError: backward cannot start from the loss.
     """
@@ -58,21 +63,23 @@ def trace(
     _check_devices(model, tensors, layout)
     wanted = [t.requires_grad if batch_gradients is None else batch_gradients for t in tensors]
     tensors = [_with_gradient(t, flag) for t, flag in zip(tensors, wanted, strict=True)]
+    sizes, named = _named_sizes(tensors, layout, size, free or {})
     failure: GraphoptError | None = None
-    for attempt in _attempts(size, bool(batch_gradients)):
+    for attempt in _attempts(sizes, bool(batch_gradients)):
         provenance = Provenance(model)
         module = StepModule(model, layout, loss, trainable, provenance, accumulate)
         given = tensors if attempt.batch_gradients else [t.detach() for t in tensors]
         try:
             without = autocast(module.autocast, enabled=False)  # which forward enters by itself
             with unchanged(model, loss) as counted, provenance.recording(), torch.enable_grad(), without:
-                exported = export(module, given, layout.batched, symbolic=attempt.symbolic, compiling=attempt.compiling)
+                dims = [{d: name for d, name in of.items() if name in attempt.free} for of in named]
+                exported = export(module, given, dims, compiling=attempt.compiling)
             if counted:
                 raise CaptureError(
                     f"the model's forward changes {', '.join(counted)}: a Python number, which a graph cannot follow; "
                     "make it a buffer, or count outside of the model"
                 )
-            return Traced(exported, module, layout, size)
+            return Traced(exported, module, layout, sizes)
         except GraphoptError:
             raise
         except Exception as error:  # the model's own code ran: any exception is possible, the first is raised below
@@ -88,19 +95,38 @@ class _Attempt:
     """One way to trace. ``compiling``: the model's code is told that it is being compiled, so that it leaves out what
     asks for the values of tensors (the mask checks of transformers)."""
 
-    symbolic: bool
+    free: frozenset[str]
     compiling: bool = False
     batch_gradients: bool = True
 
 
-def _attempts(size: int, all_gradients: bool) -> list[_Attempt]:
-    """The plain trace with a symbolic batch first; what could make a failed one succeed after it: telling the model
-    that it is compiled, a fixed batch size, no gradients of batch tensors (some operators refuse to give any)."""
-    symbolic = [True, False] if size > 1 else [False]
-    attempts = [_Attempt(s, compiling) for s in symbolic for compiling in (False, True)]
+def _attempts(sizes: Mapping[str, int], all_gradients: bool) -> list[_Attempt]:
+    """The plain trace with free sizes first; what could make a failed one succeed after it: telling the model that it
+    is compiled, fixed sizes, no gradients of batch tensors (some operators refuse to give any). A size 1 is fixed."""
+    every = frozenset(name for name, size in sizes.items() if size > 1)
+    free = dict.fromkeys([every, every & {"batch"}, frozenset[str]()])
+    attempts = [_Attempt(names, compiling) for names in free for compiling in (False, True)]
     if all_gradients:
         attempts += [replace(attempt, batch_gradients=False) for attempt in attempts]
     return attempts
+
+
+def _named_sizes(
+    tensors: Sequence[torch.Tensor], layout: BatchLayout, size: int, free: FreeSizes
+) -> tuple[dict[str, int], list[dict[int, str]]]:
+    """All sizes that are to stay free, and which dimensions of each tensor have them."""
+    sizes, named = {"batch": size}, [{0: "batch"} if batched else {} for batched in layout.batched]
+    for name, dims in free.items():
+        for tensor_name, d in dims.items():
+            at = layout.names.index(tensor_name) if tensor_name in layout.names else None
+            if at is None or not 0 <= d < tensors[at].dim() or d in named[at]:
+                shapes = ", ".join(f"{n}: {list(t.shape)}" for n, t in zip(layout.names, tensors, strict=True))
+                raise BatchError(f"free: {name!r} names dimension {d} of {tensor_name!r}; the batch has {shapes}")
+            found = int(tensors[at].shape[d])
+            if sizes.setdefault(name, found) != found:
+                raise BatchError(f"free: {name!r} is {sizes[name]}, but dimension {d} of {tensor_name!r} is {found}")
+            named[at][d] = name
+    return sizes, named
 
 
 def check_arguments(model: Any, loss: Any, accumulate: int = 1) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 from torch import fx
 
 from graphopt.errors import AxisError
@@ -15,7 +14,6 @@ from graphopt.graph.axes.factors import ONE, Factor, find
 from graphopt.graph.axes.kinds import kind_of, residual_factors
 from graphopt.graph.axes.names import names_of
 from graphopt.graph.axes.propagation import Propagation, Tag
-from graphopt.graph.sizes import Expr
 from graphopt.graph.training_graph import InputKind, TrainingGraph
 
 
@@ -157,7 +155,8 @@ class Axes:
         for leaf, where in places.items():
             kind, reason = kinds[leaf], _why_fixed(leaf, kinds[leaf])
             self._axes[leaf] = Axis(
-                name=names[leaf], kind=kind, size=self._size(leaf), places=tuple(where), free=not reason, reason=reason,
+                name=names[leaf], kind=kind, size=self._found.expression_of(leaf.size), places=tuple(where),
+                free=not reason, reason=reason,
                 shardable=kind in _SHARDABLE and not leaf.frozen.startswith(("no rule", "contradiction")),
                 statistics=tuple(statistics.get(leaf, ())),
             )  # fmt: skip
@@ -178,19 +177,8 @@ class Axes:
 
     def _axis(self, leaf: Factor) -> Axis:
         if leaf not in self._axes:
-            self._axes[leaf] = Axis("", kind_of(leaf, False), self._size(leaf), reason=leaf.frozen)
+            self._axes[leaf] = Axis("", kind_of(leaf, False), self._found.expression_of(leaf.size), reason=leaf.frozen)
         return self._axes[leaf]
-
-    def _size(self, factor: Factor) -> Expr:
-        """The size of a leaf: of ints that stand for expressions of free sizes, the expression."""
-        size, known = factor.size, self._found.expressions
-        if size in known:
-            return known[size]
-        for symbol, prime in self._found.primes.items():
-            times, rest = divmod(size + prime // 2, prime)
-            if times:
-                return sympy.Integer(times) * symbol + (rest - prime // 2)
-        return size
 
 
 def _leaves(factor: Factor) -> Iterable[Factor]:

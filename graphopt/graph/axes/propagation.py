@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch import fx
 
+from graphopt.errors import AxisError
 from graphopt.graph.axes.factors import ONE, Factor, Factors, find
 from graphopt.graph.op_rules.axis_rules import default_rule
 from graphopt.graph.op_rules.queries import rule
@@ -44,7 +45,8 @@ class Tag(IntFlag):
     SOFTMAX = 262144
 
 
-_PRIMES = (1000003, 1000033, 1000037, 1000039, 1000081, 1000099, 1000117, 1000121, 1000133, 1000151)
+_PRIMES = tuple(10**n + k for n, k in ((6, 3), (9, 7), (12, 39), (15, 37), (18, 3), (21, 117), (24, 7), (27, 103)))
+"""What free sizes count as. Far apart, so that any number says which of them it is made of (see `expression_of`)."""
 
 
 class Propagation(Factors):
@@ -88,10 +90,22 @@ class Propagation(Factors):
         if found is None:
             for symbol in expr.free_symbols:
                 if symbol not in self.primes:
-                    self.primes[symbol] = _PRIMES[len(self.primes) % len(_PRIMES)]
+                    if len(self.primes) == len(_PRIMES):
+                        raise AxisError(f"graph: it has more than {len(_PRIMES)} free sizes")
+                    self.primes[symbol] = _PRIMES[len(self.primes)]
             found = self._evaluated[expr] = int(expr.xreplace({s: sympy.Integer(p) for s, p in self.primes.items()}))
             self.expressions.setdefault(found, expr)
         return found
+
+    def expression_of(self, size: int) -> Expr:
+        """The size that an int stands for, as an expression of free sizes: the reverse of `size`."""
+        if size in self.expressions:
+            return self.expressions[size]
+        for symbol, prime in sorted(self.primes.items(), key=lambda pair: -pair[1]):
+            times = (size + prime // 2) // prime
+            if times:
+                return self.expression_of(times) * symbol + self.expression_of(size - times * prime)
+        return size
 
     def number(self, value: Any) -> int | None:
         """An argument that is a number, as an int with free sizes as primes; None for a tensor's value."""
@@ -273,10 +287,10 @@ class Propagation(Factors):
         return result
 
     def _inputs(self) -> None:
-        graph, batch = self.graph, None
-        size = graph.symbols.hints.get("batch")
-        symbol = graph.symbols.symbols.get("batch")
-        prime = self.size(symbol) if symbol is not None else size
+        graph, symbols = self.graph, self.graph.symbols
+        fixed = {size: name for name, size in symbols.hints.items() if name == "batch" and name not in symbols.symbols}
+        free = fixed | {self.size(symbol): name for name, symbol in symbols.symbols.items()}
+        shared: dict[str, Factor] = {}
         named: dict[str, Dims] = {}
         for given, node in zip(graph.inputs, graph.placeholders, strict=True):
             value = node.meta.get("val")
@@ -292,18 +306,18 @@ class Propagation(Factors):
                 self.activations.add(node)
             if given.kind is InputKind.BATCH:
                 for d, f in enumerate(dims):
-                    if d == 0 and f.size == prime and f is not ONE:
-                        batch = batch or f
-                        dims[0] = batch
-                        self.tag(batch, Tag.BATCH)
+                    name = free.get(f.size, "")
+                    if name and f is not ONE and (name != "batch" or d == 0):
+                        f = dims[d] = shared.setdefault(name, f)
+                    if name == "batch" and d == 0:
+                        self.tag(f, Tag.BATCH)
                         continue
                     integers = not value.dtype.is_floating_point
-                    self.tag(f, Tag.INPUT | (Tag.SEQUENCE if integers and d == 1 else 0))
+                    self.tag(f, Tag.INPUT | (Tag.SEQUENCE if name or (integers and d == 1) else 0))
                     self.freeze(f, f"dimension {d} of the input {given.name}")
             elif given.kind in (InputKind.PARAMETER, InputKind.BUFFER):
                 named[given.name] = tuple(dims)
             self.dims[node] = tuple(dims)
-        self.batch = batch
 
     def _results(self) -> None:
         """Gradients and new values are like what they are of; what the user sees keeps its order."""
