@@ -16,15 +16,15 @@ _SEARCHED = 2000
 def kind_of(leaf: Factor, residual: bool) -> Kind:
     """The kind of an axis; ``residual``: whether sums of a branch with its own start carry it."""
     tags = Tag(leaf.tags)
-    feature = bool(tags & Tag.FEATURE)
+    feature, weighted = bool(tags & Tag.FEATURE), bool(tags & (Tag.FEATURE | Tag.CHANNEL))
     if tags & Tag.INPUT and tags & (Tag.CONTRACTED | Tag.KEPT) and not feature:  # of a product of two activations
         return Kind.SEQUENCE
     for tag, kind in _FIRST:
         if tags & tag:
             return kind
-    if tags & Tag.HEAD_SIZE or (feature and tags & (Tag.CONTRACTED | Tag.KEPT) and not tags & Tag.IN_BATCHES):
+    if tags & Tag.HEAD_SIZE or (weighted and tags & (Tag.CONTRACTED | Tag.KEPT) and not tags & Tag.IN_BATCHES):
         return Kind.HEAD_SIZE
-    if tags & Tag.HEADS or (feature and tags & Tag.IN_BATCHES):
+    if weighted and tags & (Tag.HEADS | Tag.IN_BATCHES):
         return Kind.HEADS
     if feature and residual:
         return Kind.EMBEDDING

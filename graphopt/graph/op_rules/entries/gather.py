@@ -11,7 +11,7 @@ ENTRIES = (
     entry("embedding", "gather", axes=look.embedding, reduces=red.nothing, linear="weight", gathers="weight"),
     entry("embedding_dense_backward", "scatter", axes=look.embedding_backward, reduces=red.embedding_backward,
           linear="grad_output"),
-    entry("_embedding_bag _embedding_bag_forward_only", "gather", axes=look.embedding_bag),
+    entry("embedding_bag _embedding_bag _embedding_bag_forward_only", "gather", axes=look.embedding_bag),
     entry("_embedding_bag_backward _embedding_bag_dense_backward", "scatter", axes=look.embedding_bag_backward,
           linear="grad"),
     entry("_embedding_bag_per_sample_weights_backward", "scatter", axes=pw.ordered, linear="grad"),
