@@ -72,6 +72,11 @@ def test_constants_are_known_by_their_argument():
     assert {literal.role for literal in found} == {Role.CONSTANT}
 
 
+def test_copies_for_each_sample_are_counted_by_the_batch():
+    found = of(lambda h: h + h[:1].repeat(h.shape[0], 1))
+    assert any(text.startswith("repeat.repeats[0] = s") and "is not" not in text for text in found), found
+
+
 def test_what_is_not_known_is_refused():
     assert of(lambda h: h.as_strided((5, 12), (12, 1)))
     assert of(lambda h: h / 12) == ["div.other = 12: a number that may be a size"]

@@ -79,7 +79,7 @@ def _copies(see: Reader, argument: str, index: int, value: Expr, count: int) -> 
             outer(whole, int(whole.size) // int(value)) if size is not None and isinstance(whole.size, int) else None
         )
         return parts[1] if parts else None
-    parts = outer(result[index - count], value) if isinstance(value, int) else None
+    parts = outer(result[index - count], value)
     return parts[0] if parts else None
 
 

@@ -77,7 +77,7 @@ def _cut_product(parts: list[Dim], border: int) -> tuple[Dim, Dim] | None:
     return plus([times([whole[0], *rest]), below[0]]), plus([below[1], times([behind[1], *rest])])
 
 
-def outer(dim: Dim, size: int) -> tuple[Dim, Dim] | None:
+def outer(dim: Dim, size: Expr) -> tuple[Dim, Dim] | None:
     """The outer factors whose sizes give ``size``, and the rest; None where no factors do."""
     parts = factors(dim)
     for i in range(len(parts) + 1):
