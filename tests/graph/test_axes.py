@@ -232,3 +232,18 @@ def test_the_example_of_the_docs() -> None:
     code, output = page.split("```python\n")[1].split("```")[0], page.split("```\n")[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == output
+
+
+@pytest.mark.parametrize(("index", "sizes"), [(-1, [5]), (0, [5]), (-2, [4]), (1, [4])])
+def test_a_constant_index_sets_one_position_apart(index: int, sizes: list[int]) -> None:
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.a(x)
+            return self.b(y) * y[:, [index]]
+
+    axes = analyse(capture_forward(Picks(), torch.randn(5, 4)))
+    assert [g.size for g in axes.groups() if g.free] == sizes

@@ -115,6 +115,14 @@ class Propagation(Factors):
             return value if isinstance(value, int) else self.size(value)
         return None
 
+    def constant(self, node: fx.Node) -> int | None:
+        """The one integer that a constant tensor of the graph holds, behind copies of it; None for any other node."""
+        while node.op == "call_function" and node.target in _COPIES:
+            node = node.args[0]  # type: ignore[assignment]
+        value = self.graph.constants.get(str(node.target)) if node.op == "get_attr" else None
+        plain = value is not None and value.numel() == 1 and not value.is_floating_point() and value.dtype != torch.bool
+        return int(value) if value is not None and plain else None
+
     # -- reading --------------------------------------------------------------------------------------------------
 
     def of(self, node: Any) -> Dims:
@@ -348,6 +356,7 @@ class Propagation(Factors):
 _BINDING = (Phase.FORWARD, Phase.INPUT)
 """Whether indices mean something is decided by forward. Its derivative and the update follow: an operator of theirs
 that mixes positions (``as_strided`` on a gradient) says nothing new."""
+_COPIES = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.clone.default, torch.ops.aten.detach.default)
 _ADD = torch.ops.aten.add.Tensor
 _LIKE_PARAMETERS = (InputKind.STATE, InputKind.GRADIENT)
 _SOURCES = {

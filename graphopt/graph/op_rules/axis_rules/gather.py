@@ -98,11 +98,25 @@ def _indexed(
         place = place if covered else at
         adjacent = adjacent and (not covered or covered[-1] == at - 1)
         covered += range(at, at + width)
-        for f in (*dims[at : at + width], *(found if mask else ())):
-            see.freeze(f, reason)
+        fixed = None if mask else see.constant(given)
+        if fixed is not None:
+            _look_up_one(see, dims[at], fixed, reason)
+        else:
+            for f in (*dims[at : at + width], *(found if mask else ())):
+                see.freeze(f, reason)
         chosen = None if mask or chosen is None else see.broadcast(chosen, found)
         at += width
     return (place if adjacent else 0), covered, chosen
+
+
+def _look_up_one(see: Propagation, factor: Factor, index: int, reason: str) -> None:
+    """A constant index sets one position apart. What it is counted from, the front or the end, keeps its size."""
+    begin = index % factor.size
+    pieces = see.cut(factor, [b for b in (begin, begin + 1) if 0 < b < factor.size])
+    if index < 0 and begin + 1 < factor.size:
+        see.freeze(pieces[-1], reason)
+    if index > 0:
+        see.freeze(pieces[0], reason)
 
 
 def index_put(see: Propagation, node: fx.Node) -> Any:
