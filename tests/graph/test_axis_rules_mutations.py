@@ -15,7 +15,7 @@ import torch
 
 from graphopt.graph.axes.factors import Factors
 from graphopt.graph.op_rules import RULES, reductions
-from graphopt.graph.op_rules.axis_rules import attention, gather, images, normalisation, views
+from graphopt.graph.op_rules.axis_rules import attention, cuts, gather, images, normalisation, views
 from graphopt.graph.op_rules.axis_rules import pointwise as pw
 from graphopt.graph.op_rules.axis_rules.pattern import Pattern
 from graphopt.graph.op_rules.reductions import along
@@ -102,7 +102,7 @@ MUTATIONS = [
              call("batch_norm", f(4, 4, 2), f(4), f(4), f(4), f(4), True, 0.1, 1e-5, False)),
     Mutation("group norm has its groups inside", inner_first, IN_GROUPS),
     Mutation("cat is along dimension 0", axes(first_dimension), call("cat", [SQUARE, f(3, 3)], 1)),
-    Mutation("stack puts its dimension first", axes(lambda see, node: views.stack(see, node)[::-1]),
+    Mutation("stack puts its dimension first", axes(lambda see, node: cuts.stack(see, node)[::-1]),
              call("stack", [f(2), f(2)], 1)),
     Mutation("a convolution has its groups inside", inner_first, GROUPED),
     Mutation("a convolution takes output for input channels", axes("input: nihw, weight: ioxy -> noHW"),
@@ -131,8 +131,8 @@ MUTATIONS = [
     Mutation("flipping leaves positions", axes(pw.first), call("flip", SQUARE, [1])),
     Mutation("a triangle is of any order", axes(pw.first), call("tril", SQUARE)),
     Mutation("copies of each element lie apart", axes(views.repeat), call("repeat_interleave.self_int", f(4, 2), 3, 0)),
-    Mutation("every cut is at 0", put(views, "_index", lambda see, value, size: 0), call("select.int", f(4, 3), 0, 2)),
-    Mutation("every slice is at 0", put(views, "_index", lambda see, value, size: 0),
+    Mutation("every cut is at 0", put(cuts, "_index", lambda see, value, size: 0), call("select.int", f(4, 3), 0, 2)),
+    Mutation("every slice is at 0", put(cuts, "_index", lambda see, value, size: 0),
              call("slice.Tensor", f(6, 3), 0, 3, 6)),
     Mutation("a view splits inside out", inner_first, call("view", f(12), [3, 4])),
     Mutation("windows are interleaved", inner_first, call("unfold", f(6), 0, 3, 3)),

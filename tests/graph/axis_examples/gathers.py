@@ -18,6 +18,7 @@ def gathers() -> Iterator[Call]:
     for mode in (0, 1, 2):
         yield call("_embedding_bag", table, *bags, False, mode)
         yield call("_embedding_bag_forward_only", table, *bags, False, mode)
+        yield call("embedding_bag", table, *bags, False, mode)
     yield call("_embedding_bag", table, *bags, False, 0, False, floats(7))
     places = (torch.tensor([0, 0, 0, 1, 1, 2, 2]), torch.tensor([3, 2, 2]))
     yield call("_embedding_bag_dense_backward", floats(3, 4), bags[0], *places, floats(0).long(), 6, False, 0, None)

@@ -1,9 +1,9 @@
 """Gather and scatter: reads and writes at places that data or numbers name."""
 
 from graphopt.graph.op_rules import reductions as red
+from graphopt.graph.op_rules.axis_rules import cuts, views
 from graphopt.graph.op_rules.axis_rules import gather as look
 from graphopt.graph.op_rules.axis_rules import pointwise as pw
-from graphopt.graph.op_rules.axis_rules import views
 from graphopt.graph.op_rules.op_rule import entry
 
 # fmt: off
@@ -26,12 +26,12 @@ ENTRIES = (
     entry("scatter", "scatter", axes=look.scatter, linear="self + src + value"),
     entry("scatter.reduce scatter.value_reduce scatter_reduce", "scatter", axes=look.scatter),
     entry("scatter_add", "scatter", axes=look.scatter, linear="self + src"),
-    entry("slice_scatter", "scatter", axes=views.slice_scatter, reduces=red.nothing, linear="self + src"),
-    entry("select_scatter", "scatter", axes=views.select_scatter, reduces=red.nothing, linear="self + src"),
+    entry("slice_scatter", "scatter", axes=cuts.slice_scatter, reduces=red.nothing, linear="self + src"),
+    entry("select_scatter", "scatter", axes=cuts.select_scatter, reduces=red.nothing, linear="self + src"),
     entry("as_strided_scatter", "scatter", axes=views.as_strided_scatter, reduces=red.nothing, linear="self + src"),
     entry("diagonal_scatter", "scatter", axes=pw.ordered, reduces=red.nothing, linear="self + src"),
-    entry("slice_backward", "scatter", axes=views.slice_backward, reduces=red.nothing, linear="grad_output"),
-    entry("select_backward", "scatter", axes=views.select_backward, reduces=red.nothing, linear="grad_output"),
+    entry("slice_backward", "scatter", axes=cuts.slice_backward, reduces=red.nothing, linear="grad_output"),
+    entry("select_backward", "scatter", axes=cuts.select_backward, reduces=red.nothing, linear="grad_output"),
     entry("diagonal_backward", "scatter", axes=pw.ordered, reduces=red.nothing, linear="grad_output"),
     entry("unfold_backward", "scatter", axes=views.unfold_backward, linear="grad_in"),
     entry("nonzero masked_select", "gather", axes=pw.ordered),

@@ -2,8 +2,8 @@
 
 from graphopt.graph.op_rules import flop_formulas as cost
 from graphopt.graph.op_rules import reductions as red
+from graphopt.graph.op_rules.axis_rules import cuts, views
 from graphopt.graph.op_rules.axis_rules import images as img
-from graphopt.graph.op_rules.axis_rules import views
 from graphopt.graph.op_rules.op_rule import MASK_0, MASK_1, SHAPE_ONLY, entry
 
 # fmt: off
@@ -49,8 +49,8 @@ ENTRIES = (
     entry("grid_sampler_2d_backward grid_sampler_3d_backward", "resampling", axes=img.grid_sample_backward,
           linear="grad_output", reads={"input": MASK_1}),
 
-    entry("pad", "padding", axes=views.pad),
-    entry("constant_pad_nd", "padding", axes=views.pad, linear="self + value"),
+    entry("pad", "padding", axes=cuts.pad),
+    entry("constant_pad_nd", "padding", axes=cuts.pad, linear="self + value"),
     entry("reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d",
           "padding", axes=img.windows, linear="self"),
     entry("reflection_pad1d_backward reflection_pad2d_backward reflection_pad3d_backward replication_pad1d_backward "

@@ -1,7 +1,7 @@
 """Views, and copies that move elements without looking at them: linear, nothing is computed."""
 
+from graphopt.graph.op_rules.axis_rules import cuts, views
 from graphopt.graph.op_rules.axis_rules import pointwise as pw
-from graphopt.graph.op_rules.axis_rules import views
 from graphopt.graph.op_rules.op_rule import entry
 
 # fmt: off
@@ -17,9 +17,9 @@ ENTRIES = (
     entry("unsqueeze", "view", axes=views.unsqueeze, linear="self"),
     entry("expand expand_as broadcast_to", "view", axes=views.expand, linear="self"),
     entry("broadcast_tensors", "view", axes=views.broadcast_tensors),
-    entry("select", "view", axes=views.select, linear="self"),
-    entry("slice narrow", "view", axes=views.slice_, linear="self"),
-    entry("split split_with_sizes chunk unsafe_chunk unsafe_split tensor_split unbind", "view", axes=views.split,
+    entry("select", "view", axes=cuts.select, linear="self"),
+    entry("slice narrow", "view", axes=cuts.slice_, linear="self"),
+    entry("split split_with_sizes chunk unsafe_chunk unsafe_split tensor_split unbind", "view", axes=cuts.split,
           linear="self"),
     entry("unfold", "view", axes=views.unfold, linear="self"),
     entry("diagonal", "view", axes=views.diagonal, linear="self"),
@@ -29,8 +29,8 @@ ENTRIES = (
     entry("detach alias contiguous", "view", axes=pw.first, linear="self"),
     entry("_conj _neg_view conj resolve_conj resolve_neg", "view", axes=pw.first, linear="self"),
 
-    entry("cat concat", "copy", axes=views.cat, linear="tensors"),
-    entry("stack", "copy", axes=views.stack, linear="tensors"),
+    entry("cat concat", "copy", axes=cuts.cat, linear="tensors"),
+    entry("stack", "copy", axes=cuts.stack, linear="tensors"),
     entry("_to_copy lift_fresh_copy type_as to", "copy", axes=pw.first, linear="self"),
     entry("flip roll", "copy", axes=pw.shifted, linear="self"),
     entry("tril triu", "copy", axes=pw.triangle, linear="self"),
