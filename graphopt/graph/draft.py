@@ -14,7 +14,7 @@ from torch import fx
 
 from graphopt.errors import PassError
 from graphopt.graph.sizes import expression
-from graphopt.graph.torch_internals import fake_mode_of
+from graphopt.graph.torch_internals import fake_mode_of, without_guards
 from graphopt.graph.training_graph import Phase, TrainingGraph
 
 
@@ -139,5 +139,5 @@ def infer(node: fx.Node) -> Any:
     mode = fake_mode_of((args, kwargs)) or fake_mode_of([n.meta.get("val") for n in node.graph.nodes])
     if mode is None:
         return node.target(*args, **kwargs)  # type: ignore[operator]
-    with mode:
+    with mode, without_guards(mode):
         return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -185,11 +185,14 @@ class Propagation(Factors):
         return self.fresh(node, reason)
 
     def reduced(self, factor: Factor, node: fx.Node) -> None:
-        """The dimension is summed, averaged or otherwise reduced by the node."""
+        """The dimension is summed, averaged or otherwise reduced by the node. All but sums are statistics of it."""
+        operator = getattr(node.target, "_opname", str(node.target))
+        if operator not in ("sum", "einsum"):
+            self.statistics(factor, operator.replace("_", " "), node)
 
     def statistics(self, factor: Factor, what: str, node: fx.Node) -> None:
         """The result depends on all indices of the dimension together: leaving some out is another function."""
-        if factor is not ONE:
+        if factor is not ONE and self.binding:
             self.statistics_of.append((factor, f"{what} at {node.name}", node))
             self.tag(factor, Tag.SOFTMAX if what == "softmax" else Tag.STATISTICS)
 
