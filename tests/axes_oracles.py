@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from operator import getitem
 from typing import Any
 
@@ -76,9 +77,17 @@ def permuted(
     }
 
 
-def wide(model: nn.Module, seed: int = 1) -> nn.Module:
-    """A copy in float64 with parameters so spread that attention is far from uniform; see `tests.structures`."""
-    return rescaled(copy.deepcopy(model).double(), seed)
+def wide(model: nn.Module, seed: int = 1, spread: float = 1.0) -> nn.Module:
+    """A copy in float64 with parameters so spread that attention is far from uniform; see `tests.structures`.
+
+    ``spread``: below 1 for deep models without norms, whose values would grow beyond what sigmoids can tell apart.
+    """
+    model = rescaled(copy.deepcopy(model).double(), seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and spread != 1:
+                parameter.mul_(spread)
+    return model
 
 
 def cast(value: Any, dtype: torch.dtype = torch.float64) -> Any:
@@ -163,7 +172,7 @@ class PermutationOracle:
     ) -> dict[fx.Node, Any]:
         """The value of every node. Under permutations, random numbers are those drawn before, permuted."""
         env: dict[fx.Node, Any] = {}
-        self._noise: dict[fx.Node, float] = {}
+        self._differences: dict[fx.Node, float] = {}  # where values cancelled, and what they are handed to
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
             for given, node in zip(self.graph.inputs, self.graph.placeholders, strict=True):
@@ -194,10 +203,11 @@ class PermutationOracle:
             return True
         if agrees(got, expected, self._tolerance):
             return True
-        sources = node.all_input_nodes
-        noise = max([self._noise.get(n, NOISE * _largest(env[n])) for n in sources], default=0.0)
-        self._noise[node] = noise
-        return agrees(got, expected, self._tolerance, noise)
+        read = sorted((_largest(env[n]) for n in node.all_input_nodes), reverse=True)
+        rounding = NOISE * max(prod(read[:2]), *read) if read else 0.0
+        came = 10 * max((self._differences.get(n, 0.0) for n in node.all_input_nodes), default=0.0)
+        self._differences[node] = _difference(got, expected)
+        return agrees(got, expected, self._tolerance, max(rounding, came))
 
     def _input(self, kind: InputKind, name: str, values: Mapping[str, Tensor], node: fx.Node) -> Any:
         if kind in (InputKind.PARAMETER, InputKind.BUFFER):
@@ -247,6 +257,12 @@ def _largest(value: Any) -> float:
     if not isinstance(value, Tensor) or not value.numel() or not value.is_floating_point():
         return 0.0
     return float(value.abs().nan_to_num(0.0, 0.0).max())
+
+
+def _difference(a: Any, b: Any) -> float:
+    if isinstance(a, (list, tuple)):
+        return max((_difference(x, y) for x, y in zip(a, b, strict=True)), default=0.0)
+    return _largest(a - b) if isinstance(a, Tensor) and a.shape == b.shape and a.is_floating_point() else 0.0
 
 
 def agrees(got: Any, expected: Any, tolerance: float = TOLERANCE, noise: float = 0.0) -> bool:

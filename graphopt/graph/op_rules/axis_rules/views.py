@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
@@ -139,16 +140,32 @@ def unchanged_or_fixed(see: Propagation, node: fx.Node) -> Any:
         size == 1 or a == b for size, a, b in zip(sizes, value.stride(), before.stride(), strict=True)
     ):
         return see.of(source)
+    if _packed(see, before) and _packed(see, value) and prod(sizes) == prod(see.sizes(source)):  # type: ignore[arg-type]
+        return tuple(see.reshape(see.of(source), sizes))
     reason = f"{node.target} ({node.name}) reads memory by strides"
     see.freeze_operands(node, reason)
     return see.fresh(node, reason)
 
 
+def _packed(see: Propagation, value: Any) -> bool:
+    """Whether the elements of a tensor lie one behind the other in the order of their indices."""
+    expected = 1
+    for size, stride in reversed(list(zip(map(see.size, value.shape), map(see.size, value.stride()), strict=True))):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return see.size(value.storage_offset()) == 0
+
+
 def as_strided_scatter(see: Propagation, node: fx.Node) -> Any:
-    """The whole of the first operand replaced where sizes agree; else all keep their order."""
+    """The whole of the first operand replaced where sizes agree, or as many elements lie in the same order; else all
+    keep their order."""
     dims, source = see.of(node.args[0]), see.of(node.args[1])
-    if [f.size for f in dims] == [f.size for f in source]:
+    sizes = [f.size for f in dims]
+    if sizes == [f.size for f in source]:
         return see.broadcast(dims, source)
+    if all(_packed(see, n.meta["val"]) for n in node.args[:2]) and prod(sizes) == prod(f.size for f in source):  # type: ignore[union-attr]
+        return see.broadcast(dims, tuple(see.reshape(source, sizes)))
     see.freeze_operands(node, f"{node.target} ({node.name}) writes memory by strides")
     return dims
 
