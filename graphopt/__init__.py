@@ -23,6 +23,7 @@ for _name in ("passes", "cost_model"):
 del _name
 
 from graphopt.errors import (  # noqa: E402  (the check above must come before any import of ours)
+    AxisError,
     BatchError,
     CaptureError,
     GraphoptError,
@@ -35,6 +36,8 @@ from graphopt.errors import (  # noqa: E402  (the check above must come before a
     VerificationError,
 )
 from graphopt.graph.capture import capture  # noqa: E402
+from graphopt.graph.differentiate import with_backward  # noqa: E402
+from graphopt.graph.forward import capture_forward  # noqa: E402
 from graphopt.graph.hyper_parameters import ClipNorm, ClipValue  # noqa: E402
 from graphopt.graph.training_graph import TrainingGraph  # noqa: E402
 from graphopt.plan import Plan  # noqa: E402
@@ -42,6 +45,7 @@ from graphopt.schedule import BatchSizeSchedule  # noqa: E402
 from graphopt.step import TrainingStep, optimize  # noqa: E402
 
 __all__ = [
+    "AxisError",
     "BatchError",
     "BatchSizeSchedule",
     "CaptureError",
@@ -60,5 +64,7 @@ __all__ = [
     "VerificationError",
     "__version__",
     "capture",
+    "capture_forward",
     "optimize",
+    "with_backward",
 ]
