@@ -3,7 +3,6 @@
 *Permutation*: with the indices of free axes permuted in every parameter, buffer and constant that carries them, every
 value in the graph is what it was, permuted as `Axes.of` says of its node. So is every result: the loss and the outputs
 stay, gradients and new values come out permuted. *Sensitivity*: with one place left out, some result differs.
-*Model*: the real model in eval mode, given the permuted parameters and buffers, gives the outputs that it gave.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.graph.axes import Axes, Axis, Dim, Place
-from graphopt.graph.batch import call_model, compute_loss, flatten, normalise
+from graphopt.graph.batch import flatten
 from graphopt.graph.lowering import binding
 from graphopt.graph.op_rules.queries import is_random
 from graphopt.graph.training_graph import InputKind
-from tests.structures import load, rescaled, tensors
+from tests.structures import rescaled, tensors
 
-__all__ = ["PermutationOracle", "groups_of", "permuted", "same_model", "shuffles", "wide"]
+__all__ = ["PermutationOracle", "agrees", "cast", "permuted", "shuffles", "wide"]
 
 TOLERANCE = 1e-6
 """Of the largest value of a tensor, in float64: what another order of summation may change in a deep model."""
@@ -279,33 +278,3 @@ def agrees(got: Any, expected: Any, tolerance: float = TOLERANCE, noise: float =
         return False
     a, b = (torch.where(t.isfinite(), t, 0.0) for t in (got, expected))
     return float((a - b).abs().max()) <= max(tolerance * float(b.abs().max()), noise)
-
-
-def same_model(axes: Axes, model: nn.Module, batch: Any, orders: Mapping[Axis, Tensor], loss: Any = None) -> bool:
-    """Whether the model itself, in eval mode, gives the same loss (or outputs) with permuted parameters and buffers.
-
-    Only for axes that no constant of the graph carries.
-    """
-    model = copy.deepcopy(model).eval()
-    batch = cast(normalise(batch))
-
-    def outputs() -> list[Tensor]:
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(0)
-            found = call_model(model, batch) if loss is None else compute_loss(model, batch, loss)
-        return [t.clone() for t in pytree.tree_leaves(found) if isinstance(t, Tensor)]
-
-    before = outputs()
-    load(model, permuted(axes, {n: t.detach().clone() for n, t in tensors(model).items()}, orders))
-    return agrees(outputs(), before)
-
-
-def groups_of(axes: Axes) -> dict[str, tuple[Any, ...]]:
-    """Names, sizes, kinds and places of parameters and buffers, and what is free: to compare two graphs of a model."""
-    constants, batch = set(axes.graph.constants), axes.graph.input_nodes(InputKind.BATCH)
-    found = {}
-    for g in axes.groups():
-        places = frozenset(p for p in g.places if p.name not in constants)
-        if any(p.name not in batch for p in places):
-            found[g.name] = (str(axes.graph.symbols.rename(g.size)), g.kind, places, g.free)
-    return found

@@ -8,7 +8,8 @@ import torch
 import graphopt
 from graphopt.graph.axes import Axes, Axis, Kind, analyse
 from graphopt.graph.forward import capture_forward
-from tests.axes_oracles import PermutationOracle, groups_of, same_model, shuffles, wide
+from tests.axes_oracles import PermutationOracle, shuffles, wide
+from tests.axes_oracles_models import groups_of, same_model, wrong_at
 from tests.structures import STRUCTURES, Structure, structure
 
 GRAPHS = {"forward": capture_forward, "joint": graphopt.capture}
@@ -122,6 +123,22 @@ def test_the_residual_stream_is_one_group(name):
         ("embed", axes.group("embed").places)
     ]
     assert len(axes.group("embed").places) >= 4
+
+
+@each_graph
+@pytest.mark.parametrize("name", ["bottleneck", "attention windows", "learned queries", "patch merging"])
+def test_a_graph_holds_for_other_batches(name, kind):
+    known = structure(name)
+    model = known.build().train()
+    whole = (*known.batch, known.batch[0])
+    graph = GRAPHS[kind](model, whole, loss=_loss)
+    for size in (2, 3):
+        batch = tuple(t[:size] for t in whole)
+        assert wrong_at(graph, GRAPHS[kind](model, batch, loss=_loss), model, batch) is None
+
+
+def _loss(output, target):
+    return output.square().mean() + target.sum()
 
 
 def test_the_oracle_says_where_a_group_is_wrong():
