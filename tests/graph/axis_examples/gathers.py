@@ -61,6 +61,7 @@ def gathers() -> Iterator[Call]:
     yield call("nonzero", x > 0)
     yield call("slice_scatter", x, floats(4, 2, 6), 1, 1, 3)
     yield call("slice_scatter", x, floats(4, 5, 3), 2, 0, 6, 2)
+    yield call("slice_scatter", floats(6, 4), floats(2, 4), 0, -7, 6, 3)
     yield call("select_scatter", x, floats(4, 6), 1, -1)
     yield call("as_strided_scatter", x, floats(4, 5, 6), [4, 5, 6], [30, 6, 1])
     yield call("as_strided_scatter", x, floats(4, 2), [4, 2], [30, 1])

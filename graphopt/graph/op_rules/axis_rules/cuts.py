@@ -180,7 +180,8 @@ def slice_scatter(see: Propagation, node: fx.Node) -> Any:
     """A range of the first operand is replaced by the second."""
     dims, source = see.of(node.args[0]), see.of(node.args[1])
     at = operand(node, "dim") % len(dims)
-    piece = sliced(see, node, dims[at], operand(node, "start") or 0, source[at].size, operand(node, "step"))
+    begin = _index(see, operand(node, "start") or 0, dims[at].size)
+    piece = sliced(see, node, dims[at], begin, source[at].size, operand(node, "step"))
     see.broadcast((*dims[:at], piece, *dims[at + 1 :]), source)
     return dims
 
