@@ -76,16 +76,16 @@ def permuted(
     }
 
 
-def wide(model: nn.Module, seed: int = 1, spread: float = 1.0) -> nn.Module:
+def wide(model: nn.Module, seed: int = 1) -> nn.Module:
     """A copy in float64 with parameters so spread that attention is far from uniform; see `tests.structures`.
 
-    ``spread``: below 1 for deep models without norms, whose values would grow beyond what sigmoids can tell apart.
+    Gains of one number a channel are smaller: deep models without norms would outgrow what a sigmoid tells apart.
     """
     model = rescaled(copy.deepcopy(model).double(), seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() > 1 and spread != 1:
-                parameter.mul_(spread)
+            if parameter.dim() > 1 and parameter[0].numel() == 1:
+                parameter.mul_(0.4)
     return model
 
 
@@ -139,14 +139,27 @@ class PermutationOracle:
         return any(not agrees(after[n], self._expected(n, orders), self._tolerance * 1e-4) for n in results)
 
     def insensitive(self, groups: Iterable[Axis]) -> list[tuple[str, Place]]:
-        """The groups and places that may be left out of a permutation without any effect."""
+        """The groups and places that may be left out of a permutation without any effect, though the tensor has one.
+
+        (The bias of keys, for one, has none: softmax does not see it.)
+        """
         return [
             (g.name, place)
             for g in groups
             if len(g.places) > 1
             for place in g.places
-            if place.name in self.values and not self.changes(g, place)
+            if place.name in self.values and not self.changes(g, place) and self._has_effect(place.name)
         ]
+
+    def _has_effect(self, name: str) -> bool:
+        """Whether results change with the numbers of a tensor."""
+        value = self.values[name]
+        if not value.is_floating_point():
+            return True
+        noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0), dtype=value.dtype)
+        after = self._run({**self.values, name: value + noise}, {})
+        results = [node for node in self.graph.results if node is not None]
+        return any(not agrees(after[n], self.before[n], self._tolerance * 1e-4) for n in results)
 
     @property
     def _tolerance(self) -> float:
