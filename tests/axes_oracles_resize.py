@@ -40,12 +40,8 @@ def double(value: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, value)
 
 
-def run(graph: TrainingGraph, numbers: Numbers, batch: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The results of a forward graph by name, without new values of buffers; autograd records if it is on."""
-    rest = iter(batch)
-    values: dict[fx.Node, Any] = {}
-    for given, node in zip(graph.inputs, graph.placeholders, strict=True):
-        values[node] = next(rest) if given.kind is InputKind.BATCH else numbers[given.name]
+def compute(graph: TrainingGraph, values: dict[fx.Node, Any]) -> None:
+    """Add the values of all operators to those of the inputs; what would be float32 is float64."""
     for node in graph.nodes:
         if node.op == "get_attr":
             values[node] = double(graph.constants[str(node.target)])
@@ -54,6 +50,15 @@ def run(graph: TrainingGraph, numbers: Numbers, batch: Sequence[Tensor]) -> dict
             kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)
             values[node] = binding(node.target)(*args, **kwargs)
+
+
+def run(graph: TrainingGraph, numbers: Numbers, batch: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The results of a forward graph by name, without new values of buffers; autograd records if it is on."""
+    rest = iter(batch)
+    values: dict[fx.Node, Any] = {}
+    for given, node in zip(graph.inputs, graph.placeholders, strict=True):
+        values[node] = next(rest) if given.kind is InputKind.BATCH else numbers[given.name]
+    compute(graph, values)
     pairs = zip(graph.outputs, graph.results, strict=True)
     return {f"{o.kind} {o.name}": values[r] for o, r in pairs if r is not None and o.kind is not OutputKind.BUFFER}
 
@@ -132,12 +137,7 @@ def run_joint(
         else:
             values[node] = tangents[str(given)] if given.kind is InputKind.TANGENT else numbers[given.name]
     with torch.no_grad():
-        for node in joint.nodes:
-            if node.op == "get_attr":
-                values[node] = double(joint.constants[str(node.target)])
-            elif node.op == "call_function":
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = binding(node.target)(*args, **kwargs)
+        compute(joint, values)
     gradient = joint.output_nodes(OutputKind.GRADIENT)
     return {n: values[node] for n, node in gradient.items() if node is not None}
 
