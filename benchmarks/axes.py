@@ -254,7 +254,7 @@ def _permuted(found: Found, axes: Axes, model: torch.nn.Module, batch: Any) -> N
     wrong = oracle.violations(free)
     found.permutation = "; ".join(f"{name}: {what}" for name, what in wrong.items()) or OK
     several = [g for g in free if len(g.places) > 1]
-    missed = oracle.insensitive(several[:: max(1, len(several) // 2)][:2])
+    missed = oracle.insensitive([g for g in several if len(g.places) < 8][:2])
     found.sensitivity = "; ".join(f"{group.name} at {place}" for group, place in missed) or OK
 
 
@@ -264,7 +264,7 @@ def _at_another_batch(
     """Compare with a fresh capture at another batch size, where the graph holds there."""
     from tests.axes_oracles_models import wrong_at
 
-    if "batch" not in graph.symbols.symbols:
+    if not graph.symbols.admits({"batch": OTHER_SIZE}):
         return OK
     batch = case.batch(OTHER_SIZE)
     return wrong_at(graph, capture(model, batch, loss=case.loss or "model"), model, batch) or OK
