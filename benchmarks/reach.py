@@ -38,7 +38,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import graphopt
-from benchmarks import zoo
+from benchmarks import axes, zoo
 from benchmarks.measure import machine_description, print_table, write_json
 from graphopt.verify import Values, disagreement
 
@@ -327,17 +327,21 @@ Operators, FLOPs and bytes are those of the whole step at batch size 4. Where tw
 as captured (what eager does), the second after the passes. FLOPs follow the conventions of torch's counter, which
 counts the weight gradient of a grouped convolution as if it had one group. Bytes kept are those from forward to
 backward. Capture seconds include the passes. Two captures: the graph holds for one batch size only.
+
+Axes (`python -m benchmarks.axes --check`): how many of the groups of coupled dimensions in the forward graph are free
+to be permuted and shrunk, and the share of the parameters that none of these reaches.
 """
 
 
 _COLUMNS = (
-    "model", "modality", "parameters", "optimizer", "operators", "MFLOPs", "KiB kept", "captures", "capture s", "result"
+    "model", "modality", "parameters", "optimizer", "operators", "MFLOPs", "KiB kept", "captures", "capture s",
+    "axes", "result",
 )  # fmt: skip
 
 
 def page(results: Sequence[Reached], machine: dict[str, Any]) -> str:
     """`docs/models.md`."""
-    counts = Counter(r.result for r in results)
+    counts, analysed = Counter(r.result for r in results), axes.load()
     lines = [
         _PAGE_TOP.format(
             number=len(results), sizes=", ".join(map(str, SIZES)), torch=machine["torch"], system=machine["system"],
@@ -349,18 +353,18 @@ def page(results: Sequence[Reached], machine: dict[str, Any]) -> str:
             f"## {'Written here, with torch alone' if family == 'torch' else family}",
             "",
             f"| {' | '.join(_COLUMNS)} |",
-            "|---|---|---:|---|---:|---:|---:|---:|---:|---|",
+            "|---|---|---:|---|---:|---:|---:|---:|---:|---|---|",
         ]
-        lines += [_row(r) for r in results if r.family == family]
+        lines += [_row(r, axes.column(analysed.get(r.name))) for r in results if r.family == family]
         lines.append("")
     return "\n".join(lines)
 
 
-def _row(r: Reached) -> str:
+def _row(r: Reached, its_axes: str) -> str:
     cells = [
         r.name, r.modality, f"{r.parameters:,}", r.optimizer, _pair(r.operators), _pair(r.flops, 1e6),
         _pair(r.bytes_kept, 1024), str(r.captures or "-"), f"{r.capture_seconds:.1f}" if r.capture_seconds else "-",
-        r.result + (f": {r.note}" if r.note else ""),
+        its_axes, r.result + (f": {r.note}" if r.note else ""),
     ]  # fmt: skip
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
