@@ -326,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [c.name for c in zoo.CASES if any(fnmatch(c.name, p) for p in options.only or "*")]
     if not names:
         parser.error(f"no case matches {options.only!r}")
-    check_all([n for n in names if options.only or n not in known], options.graphs, options.jobs, known)
+    check_all([n for n in names if not (options.resume and n in known)], options.graphs, options.jobs, known)
     wrong = [known[n] for n in names if known[n]["result"] == WRONG]
     counts = [{"result": r, "models": sum(known[n]["result"] == r for n in names)} for r in (OK, FALLBACK, WRONG)]
     print_table(counts, title="axes")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import isclose
+from math import gcd, isclose
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ def scalar_literals(forward: TrainingGraph, joint: TrainingGraph, axes: Axes) ->
         AxisError: the backward at other sizes consists of other operators, or the forward graph cannot be resized.
     """
     free = [axis for axis in axes.groups() if axis.free and isinstance(axis.size, int) and axis.size > 1]
-    for classes in ([[axis] for axis in free], _by_size(free)):
+    for classes in ([[axis] for axis in free], _attended_alike(axes, free), _by_size(free)):
         chosen = [_sizes(classes, 0), _sizes(classes, len(classes))]
         others = [with_backward(_grown(forward, axes, sizes)) for sizes in chosen]
         if all(_alike(joint, other) for other in others):
@@ -99,13 +99,31 @@ def _by_size(free: Sequence[Axis]) -> list[list[Axis]]:
     return list(classes.values())
 
 
+def _attended_alike(axes: Axes, free: Sequence[Axis]) -> list[list[Axis]]:
+    """The axes of queries and values of one attention together: it takes another kernel where their sizes differ."""
+    classes = {axis: [axis] for axis in free}
+    for node in axes.graph.graph.find_nodes(op="call_function", target=_ATTENTION):
+        ends = [axis for source in (node.args[0], node.args[2]) for axis in axes.of(source)[-1].axes()]
+        tied = list(dict.fromkeys(a for end in ends if end in classes for a in classes[end]))
+        classes.update(dict.fromkeys(tied, tied))
+    return list({id(tied): tied for tied in classes.values()}.values())
+
+
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
+
 def _sizes(classes: Sequence[Sequence[Axis]], skip: int) -> dict[Axis, int]:
-    """A prime for each class, larger than all sizes there are, and none twice; the first ``skip`` primes are left."""
+    """A prime for each class, larger than all sizes there are, and none twice; the first ``skip`` primes are left. Axes
+    of different sizes in a class keep their ratio."""
     limit = max((int(axis.size) for axes in classes for axis in axes), default=1)
     primes = _primes_after(limit)
     for _ in range(skip):
         next(primes)
-    return {axis: size for axes, size in zip(classes, primes) for axis in axes}
+    found = {}
+    for axes, prime in zip(classes, primes):
+        unit = gcd(*(int(axis.size) for axis in axes))
+        found.update({axis: int(axis.size) // unit * prime for axis in axes})
+    return found
 
 
 def _primes_after(limit: int) -> Iterator[int]:
