@@ -15,7 +15,7 @@ _SEARCHED = 2000
 
 def kind_of(leaf: Factor, residual: bool) -> Kind:
     """The kind of an axis; ``residual``: whether sums of a branch with its own start carry it."""
-    tags = Tag(leaf.tags)
+    tags = leaf.tags
     feature, weighted = bool(tags & Tag.FEATURE), bool(tags & (Tag.FEATURE | Tag.CHANNEL))
     if tags & Tag.INPUT and tags & (Tag.CONTRACTED | Tag.KEPT) and not feature:  # of a product of two activations
         return Kind.SEQUENCE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from enum import IntFlag
 from operator import getitem
 from typing import Any
 
@@ -21,8 +20,8 @@ from graphopt.graph.training_graph import InputKind, OutputKind, Phase, Training
 Dims = tuple[Factor, ...]
 
 
-class Tag(IntFlag):
-    """What an axis was seen to be. Kinds follow from several of them together."""
+class Tag:
+    """What an axis was seen to be, as bits. Kinds follow from several of them together."""
 
     BATCH = 1
     VOCABULARY = 2
