@@ -21,7 +21,7 @@ class Factor:
 
     ``parts``: what it is made of, empty for a leaf; they are concatenated where ``is_sum``, else multiplied.
     ``frozen``: why its indices must stay as they are, empty if nothing says so. ``tags``: bits of `Tag`.
-    ``place``: the node at which it got its structure.
+    ``place``: the node at which it got its structure, or became part of one.
     """
 
     __slots__ = ("frozen", "is_sum", "parent", "parts", "place", "size", "tags")
@@ -112,6 +112,9 @@ class Factors:
 
     def _shape(self, factor: Factor, parts: Sequence[Factor], is_sum: bool) -> None:
         factor.parts, factor.is_sum, factor.place = tuple(parts), is_sum, self.at
+        for part in factor.parts:
+            if part is not ONE:
+                part.place = part.place or self.at
 
     # -- reading --------------------------------------------------------------------------------------------------
 
@@ -264,8 +267,6 @@ class Factors:
 
     def _no_common(self, dims: Sequence[Factor], sizes: Sequence[int]) -> str:
         before = next((f" (split so by {x.place})" for x in dims if x.place is not None), "")
-        places = {str(x.place) for x in self.all if x.parts and not x.is_sum and any(find(p) in dims for p in x.parts)}
-        before = before or (f" (split so by {min(places)})" if places else "")
         return f"{self.at} views {[x.size for x in dims]}{before} as {list(sizes)}: no common factors"
 
     def _halves(self, factor: Factor, outer: int) -> tuple[Factor, Factor] | None:
