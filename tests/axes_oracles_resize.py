@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from graphopt.errors import AxisError, CaptureError
+from graphopt.errors import AxisError, CaptureError, GraphoptError
 from graphopt.graph.axes import Axes, Axis, Kind, analyse
 from graphopt.graph.batch import flatten
 from graphopt.graph.differentiate import with_backward
@@ -209,11 +209,15 @@ def check_resizing(
     """Halve every free group of a model's forward graph (``limit``: so many of them, evenly), then all of them at once.
 
     With ``values``, the resized graphs are run, masks are compared where `maskable`, and the backward of the graph with
-    all groups resized is compared with autograd's. Float64, eval mode, parameters spread (`rescaled`).
+    all groups resized is compared with autograd's. Float64, eval mode, parameters spread (`rescaled`). Where the model
+    has no float64 form, shapes alone are compared.
     """
     model = rescaled(model, 1).double().eval()
     given = [t.double() if t.is_floating_point() else t for t in flatten(batch)[0]]
-    graph = capture_forward(model, double(batch), loss=loss)
+    try:
+        graph = capture_forward(model, double(batch), loss=loss)
+    except GraphoptError:  # operators without a float64 kernel (grouped products of experts)
+        graph, values = capture_forward(model.float(), batch, loss=loss), False
     axes, numbers, report = analyse(graph), {n: t.detach() for n, t in tensors(model).items()}, Resizing()
     values = values and not any(is_random(n) for n in graph.nodes)
     free = [g for g in axes.groups() if g.free and g.size > 1]
@@ -245,7 +249,7 @@ def check_resizing(
                 problem = backward_agrees(small, sliced, given)
                 report.backward += 1
             except CaptureError as error:
-                problem = str(error)
+                problem, report.refused["backward"] = "", str(error)
             if problem:
                 report.wrong[name] = f"backward: {problem}"
     return report
