@@ -434,3 +434,31 @@ def test_an_impossible_backward_names_the_place():
 def test_inputs_are_named_as_in_a_joint_graph():
     graph = capture_forward(Net(), images(), loss=cross_entropy)
     assert [i.kind for i in graph.inputs] == [InputKind.PARAMETER] * 6 + [InputKind.BUFFER] * 3 + [InputKind.BATCH] * 2
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Conv2d(4, 6, 3, stride=2, groups=2), (4, 8, 8)),
+        (nn.ConvTranspose1d(4, 6, 3, groups=2), (4, 9)),
+        (nn.MultiheadAttention(12, 3, batch_first=True), (7, 12)),
+        (nn.LSTM(4, 5, 2, batch_first=True, bidirectional=True), (7, 4)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_whole_operators_cost_what_their_parts_do(model, shape):
+    """FLOPs of the forward graph are those of the forward half of the joint graph."""
+
+    class Called(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            result = self.model(x, x, x) if isinstance(self.model, nn.MultiheadAttention) else self.model(x)
+            return result[0] if isinstance(result, tuple) else result
+
+    batch = torch.randn(5, *shape)
+    whole, joint = capture_forward(Called(), batch), capture(Called(), batch)
+    assert whole.flops() == joint.flops(phase=Phase.FORWARD) > 0
+    assert whole.flops({"batch": 9}) == joint.flops({"batch": 9}, phase=Phase.FORWARD)

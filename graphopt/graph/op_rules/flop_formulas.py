@@ -43,9 +43,11 @@ def convolution(input_name: str) -> Formula:
 
     def formula(node: fx.Node) -> Expr:
         x, w = shape(node, input_name), shape(node, "weight")
-        transposed = "transposed" in operand_names(node) and operand(node, "transposed")
-        positions = x[2:] if transposed else node.meta["val"].shape[2:]
-        return 2 * x[0] * product(w) * product(positions)
+        named = "transposed" in operand_names(node)
+        transposed = operand(node, "transposed") if named else "transpose" in str(node.target)
+        rank = len(w) - 2
+        positions = x[-rank:] if transposed else node.meta["val"].shape[-rank:]
+        return 2 * product(x[: -rank - 1]) * product(w) * product(positions)
 
     return formula
 
@@ -84,7 +86,7 @@ def _attention_sizes(node: fx.Node) -> tuple[Expr, ...]:
         longest = ("max_q", "max_k") if offsets == "cum_seq_q" else ("max_seqlen_q", "max_seqlen_k")
         queries, keys = (_size(operand(node, name)) for name in longest)
         return shape(node, offsets)[0] - 1, q[-2], queries, q[-1], keys, v[-1]
-    return q[0], q[1], q[2], q[3], k[2], v[3]
+    return product(q[:-3]), product(q[-3:-2]), q[-2], q[-1], k[-2], v[-1]
 
 
 def _size(value: object) -> Expr:

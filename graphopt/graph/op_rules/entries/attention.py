@@ -8,7 +8,8 @@ from graphopt.graph.op_rules.op_rule import DROPOUT, entry, never
 
 # fmt: off
 ENTRIES = (
-    entry("scaled_dot_product_attention", "attention", axes=att.attention, reduces=red.attention, draws=DROPOUT),
+    entry("scaled_dot_product_attention", "attention", axes=att.attention, flops=cost.attention,
+          reduces=red.attention, draws=DROPOUT),
     entry("_scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
           "_scaled_dot_product_cudnn_attention _scaled_dot_product_flash_attention_for_cpu "
           "_scaled_dot_product_fused_attention_overrideable _scaled_dot_product_attention_math",
@@ -27,7 +28,8 @@ ENTRIES = (
           flops=cost.attention_backward, linear="grad_out_", draws=never),
     entry("_fused_sdp_choice", "number", axes=pw.number, draws=never),
 
-    entry("lstm gru rnn_tanh rnn_relu", "recurrent", axes=att.recurrent, draws=lambda a: a.train and a.dropout != 0),
+    entry("lstm gru rnn_tanh rnn_relu", "recurrent", axes=att.recurrent, flops=cost.recurrent(1, "params"),
+          draws=lambda a: a.train and a.dropout != 0),
     entry("mkldnn_rnn_layer", "recurrent", axes=att.recurrent_layer, flops=cost.recurrent(1, "weight0", "weight1")),
     entry("mkldnn_rnn_layer_backward", "recurrent", axes=att.recurrent_layer_backward,
           flops=cost.recurrent(2, "weight1", "weight2"), linear="grad_output + grad_hy + grad_cy"),
