@@ -29,18 +29,17 @@ def same_model(axes: Axes, model: nn.Module, batch: Any, orders: Mapping[Axis, T
 
     Only for axes that no constant of the graph carries.
     """
-    model = copy.deepcopy(model).eval()
     batch = cast(normalise(batch))
 
-    def outputs() -> list[Tensor]:
+    def outputs(given: nn.Module) -> list[Tensor]:
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
-            found = call_model(model, batch) if loss is None else compute_loss(model, batch, loss)
+            found = call_model(given, batch) if loss is None else compute_loss(given, batch, loss)
         return [t.clone() for t in pytree.tree_leaves(found) if isinstance(t, Tensor)]
 
-    before = outputs()
-    load(model, permuted(axes, {n: t.detach().clone() for n, t in tensors(model).items()}, orders))
-    return agrees(outputs(), before)
+    before, after = (copy.deepcopy(model).eval() for _ in range(2))  # a model may keep what it computed
+    load(after, permuted(axes, {n: t.detach().clone() for n, t in tensors(model).items()}, orders))
+    return agrees(outputs(after), outputs(before))
 
 
 def groups_of(axes: Axes) -> dict[str, tuple[Any, ...]]:
