@@ -56,7 +56,7 @@ def heads(h):
         (lambda h: F.group_norm(h, 3), 12, ["group_norm.num_groups = 3: body.hidden"]),
         (lambda h: torch.cat(h.split([5, 7], 1), 1), 12, None),
     ],
-    ids=str,
+    ids=lambda value: "" if callable(value) else str(value),
 )
 def test_expressions(function, after, expected):
     found = of(function, after)
