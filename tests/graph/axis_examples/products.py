@@ -44,6 +44,9 @@ def products() -> Iterator[Call]:
         yield call(name, floats(3, 4), None, 0)
     for name in (f"fft_{kind}fft{rank}" for kind in ("", "i", "r", "ir") for rank in "2n"):
         yield call(name, floats(2, 3, 4), None, [-2, -1])
+    for signal in (floats(16), floats(3, 16)):
+        yield call("stft", signal, 6, 2, 4, floats(4), return_complex=True)
+        yield call("stft", signal, 6, return_complex=False)
     grad = lambda x, g, w, mask: (g @ w, g.flatten(0, -2).T @ x.flatten(0, -2), g.flatten(0, -2).sum(0))
     for name in ("linear_backward", "mkldnn_linear_backward"):
         yield stand_in(name, grad, floats(2, 3, 4), floats(2, 3, 5), floats(5, 4), [True] * 3)

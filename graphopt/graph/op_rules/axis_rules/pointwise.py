@@ -224,6 +224,16 @@ def transformed(see: Propagation, node: fx.Node) -> Any:
     return tuple(dims)
 
 
+def spectrogram(see: Propagation, node: fx.Node) -> Any:
+    """Short Fourier transforms along the last dimension: frequencies and frames are other axes."""
+    dims, sizes = see.of(node.args[0]), see.sizes(node)
+    reason = f"{node.target} transforms windows of it ({node.name})"
+    window = operand(node, "window")
+    for f in (dims[-1], *see.of(window)):
+        see.freeze(f, reason)
+    return (*dims[:-1], *(see.new(s, reason) for s in sizes[len(dims) - 1 :]))
+
+
 def differences(see: Propagation, node: fx.Node) -> Any:
     """Differences of neighbours along ``dim``."""
     dims, sizes = list(see.of(node.args[0])), see.sizes(node)

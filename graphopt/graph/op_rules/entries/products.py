@@ -37,4 +37,5 @@ ENTRIES = (
           linear="grad_output"),
     entry("_fft_r2c _fft_c2r _fft_c2c fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 "
           "fft_fftn fft_ifftn fft_rfftn fft_irfftn", "transform", axes=pw.transformed, linear="self"),
+    entry("stft", "transform", axes=pw.spectrogram, linear="self"),
 )
