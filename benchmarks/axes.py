@@ -255,7 +255,7 @@ def _permuted(found: Found, axes: Axes, model: torch.nn.Module, batch: Any) -> N
     found.permutation = "; ".join(f"{name}: {what}" for name, what in wrong.items()) or OK
     several = [g for g in free if len(g.places) > 1]
     missed = oracle.insensitive([g for g in several if len(g.places) < 8][:2])
-    found.sensitivity = "; ".join(f"{group.name} at {place}" for group, place in missed) or OK
+    found.sensitivity = "; ".join(f"{group} at {place.name}[{place.dim}]" for group, place in missed) or OK
 
 
 def _at_another_batch(

@@ -139,24 +139,24 @@ class PermutationOracle:
         return any(not agrees(after[n], self._expected(n, orders), self._tolerance * 1e-4) for n in results)
 
     def insensitive(self, groups: Iterable[Axis]) -> list[tuple[str, Place]]:
-        """The groups and places that may be left out of a permutation without any effect, though the tensor has one.
-
-        (The bias of keys, for one, has none: softmax does not see it.)
-        """
+        """The groups and places that may be left out of a permutation without any effect, though the numbers there have
+        one. (The bias of keys, for one, has none: softmax does not see it.)"""
         return [
             (g.name, place)
             for g in groups
             if len(g.places) > 1
             for place in g.places
-            if place.name in self.values and not self.changes(g, place) and self._has_effect(place.name)
+            if place.name in self.values and not self.changes(g, place) and self._has_effect(g, place)
         ]
 
-    def _has_effect(self, name: str) -> bool:
-        """Whether results change with the numbers of a tensor."""
-        value = self.values[name]
+    def _has_effect(self, group: Axis, place: Place) -> bool:
+        """Whether results change with the numbers of a tensor where it carries the group."""
+        name, value = place.name, self.values[place.name]
         if not value.is_floating_point():
             return True
         noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0), dtype=value.dtype)
+        dim = self.axes.of(self.axes.carriers()[name])[place.dim]
+        noise = noise.index_fill(place.dim, dim.indices({group: torch.empty(0, dtype=torch.int64)}), 0)
         after = self._run({**self.values, name: value + noise}, {})
         results = [node for node in self.graph.results if node is not None]
         return any(not agrees(after[n], self.before[n], self._tolerance * 1e-4) for n in results)
