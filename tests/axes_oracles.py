@@ -150,12 +150,14 @@ class PermutationOracle:
         ]
 
     def _has_effect(self, group: Axis, place: Place) -> bool:
-        """Whether results change with the numbers of a tensor where it carries the group."""
+        """Whether results change with the numbers of a tensor where it carries the group, and they differ there."""
         name, value = place.name, self.values[place.name]
+        dim = self.axes.of(self.axes.carriers()[name])[place.dim]
+        if value.index_select(place.dim, dim.indices(shuffles([group]))).equal(value):
+            return False
         if not value.is_floating_point():
             return True
         noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0), dtype=value.dtype)
-        dim = self.axes.of(self.axes.carriers()[name])[place.dim]
         noise = noise.index_fill(place.dim, dim.indices({group: torch.empty(0, dtype=torch.int64)}), 0)
         after = self._run({**self.values, name: value + noise}, {})
         results = [node for node in self.graph.results if node is not None]
