@@ -329,7 +329,8 @@ counts the weight gradient of a grouped convolution as if it had one group. Byte
 backward. Capture seconds include the passes. Two captures: the graph holds for one batch size only.
 
 Axes (`python -m benchmarks.axes --check`): how many of the groups of coupled dimensions in the forward graph are free
-to be permuted and shrunk, and the share of the parameters that none of these reaches.
+to be permuted and shrunk, and the share of the parameters that none of these reaches. A dash: not captured, or not
+checked.
 """
 
 
