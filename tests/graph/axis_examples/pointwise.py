@@ -33,6 +33,7 @@ def pointwise() -> Iterator[Call]:
     yield call("div.Scalar_mode", x, 2, rounding_mode="floor")
     yield call("masked_fill.Scalar", x, column > 0, 0.0)
     yield call("masked_fill.Tensor", x, row > 0, torch.tensor(1.0, dtype=torch.float64))
+    yield call("floor_divide", floats(3, 4), floats(4).abs() + 1)
     for name in ("__and__", "__or__", "__xor__"):
         yield call(f"{name}.Tensor", x > 0, row > 0)
     yield call("threshold", x, 0.1, 0.0)

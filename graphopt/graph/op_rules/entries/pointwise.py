@@ -17,7 +17,7 @@ ENTRIES = (
     entry("lerp", "pointwise", linear="self + end"),
     entry("addcmul", "pointwise", linear="self + tensor1 | self + tensor2"),
     entry("addcdiv", "pointwise", linear="self + tensor1"),
-    entry("__and__ __or__ __xor__", "pointwise"),
+    entry("__and__ __or__ __xor__ floor_divide", "pointwise"),
 
     entry("threshold_backward", "pointwise", linear="grad_output", masked=masks.THRESHOLD),
     entry("hardtanh_backward", "pointwise", linear="grad_output", masked=masks.HARDTANH),
