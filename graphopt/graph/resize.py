@@ -21,7 +21,6 @@ from graphopt.errors import AxisError
 from graphopt.graph.axes import Axes, Axis, Dim
 from graphopt.graph.draft import Draft, infer
 from graphopt.graph.literals import Literal, Role, literals
-from graphopt.graph.literals.pieces import size_at
 from graphopt.graph.op_rules.arguments import set_operand
 from graphopt.graph.sizes import Expr, expression
 from graphopt.graph.text import node_text
@@ -184,7 +183,7 @@ class _Resizing:
     def _shape(self, node: fx.Node) -> list[Any]:
         """The new sizes of a node's tensor: those that do not change as they are, free sizes as they are."""
         dims, value = self.axes.of(node), node.meta["val"]
-        return [size_at(d, self.sizes) if _changes(d, self.chosen) else s for d, s in zip(dims, value.shape)]
+        return [d.size_at(self.sizes) if _changes(d, self.chosen) else s for d, s in zip(dims, value.shape)]
 
     def _input(self, node: fx.Node) -> None:
         dims, value, copy = self.axes.of(node), node.meta.get("val"), self.draft.node(node)
@@ -258,7 +257,7 @@ class _Resizing:
         pieces = [dims[along] for dims in self.axes.of(node)]
         if not any(_changes(p, self.chosen) for p in pieces):
             return copy.target, copy.args, copy.kwargs
-        sizes = [size_at(p, self.sizes) for p in pieces]
+        sizes = [p.size_at(self.sizes) for p in pieces]
         total = sum(sizes)
         even = how if "split" in str(node.target) else -(-total // how)
         if sizes == [min(even, total - i * even) for i in range(len(sizes))]:
@@ -275,7 +274,7 @@ class _Resizing:
         for value, dims in zip(values, expected):
             if isinstance(value, torch.Tensor):
                 got: list[Expr] = [expression(s) for s in value.shape]
-                want = [size_at(d, self.sizes) for d in dims]
+                want = [d.size_at(self.sizes) for d in dims]
                 if got != want:
                     self._refuse(node, f"it gives the shape {got}, expected {want}")
 

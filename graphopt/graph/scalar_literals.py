@@ -19,7 +19,7 @@ from torch import fx
 from graphopt.errors import AxisError
 from graphopt.graph.axes import Axes, Axis, Dim
 from graphopt.graph.differentiate import with_backward
-from graphopt.graph.literals.pieces import size_at, times
+from graphopt.graph.literals.pieces import times
 from graphopt.graph.literals.roles import Role, role_of
 from graphopt.graph.op_rules.arguments import operand_names
 from graphopt.graph.resize import resize
@@ -48,7 +48,7 @@ class Scalar:
         """Its value when some axes have other sizes. Raises AxisError where no size explains it."""
         if self.dim is None:
             raise AxisError(f"{self}: its value at other sizes is not known")
-        size = size_at(self.dim, sizes)
+        size = self.dim.size_at(sizes)
         found = self.factor * (size + self.offset) ** self.exponent
         return round(found) if isinstance(self.value, int) else found
 
@@ -189,7 +189,7 @@ def _candidates(axes: Axes, chosen: Sequence[Mapping[Axis, int]]) -> list[_Candi
         for many in range(1, len(changing) + 1):
             for several in combinations(changing, many):
                 dim = times(several)
-                sizes = [size_at(dim, at) for at in ({}, *chosen)]
+                sizes = [dim.size_at(at) for at in ({}, *chosen)]
                 if all(isinstance(s, int) for s in sizes):
                     numbers = tuple(int(s) for s in sizes)
                     found.setdefault(tuple(s / numbers[0] for s in numbers), _Candidate(dim, numbers))

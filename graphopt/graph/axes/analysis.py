@@ -149,7 +149,7 @@ class Axes:
         kinds = {leaf: kind_of(leaf, leaf in residual) for leaf in places}
         names = names_of({leaf: (kinds[leaf], tuple(where)) for leaf, where in places.items()})
         statistics: dict[Factor, dict[str, None]] = {}
-        for factor, what, _ in self._found.statistics_of:
+        for factor, what in self._found.statistics_of:
             for leaf in _leaves(factor):
                 statistics.setdefault(leaf, {})[what] = None
         for leaf, where in places.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple
@@ -85,15 +85,19 @@ class Dim:
 
     form: Form
     parts: tuple[Dim, ...] = ()
-    axis: Axis | None = field(default=None)
+    axis: Axis | None = None
 
     @property
     def size(self) -> Expr:
         """Its number of indices, an expression where it depends on free sizes."""
+        return self.size_at({})
+
+    def size_at(self, sizes: Mapping[Axis, int]) -> Expr:
+        """Its size when some axes have other sizes; free sizes that are not given stay symbols."""
         if self.axis is not None:
-            return self.axis.size
-        sizes = [p.size for p in self.parts]
-        return sum(sizes) if self.form is Form.CONCAT else product(sizes)
+            return sizes.get(self.axis, self.axis.size)
+        parts = [p.size_at(sizes) for p in self.parts]
+        return sum(parts) if self.form is Form.CONCAT else product(parts)
 
     def axes(self) -> Iterator[Axis]:
         """The axes in it, from left to right; one may come several times."""
@@ -103,11 +107,11 @@ class Dim:
             yield from part.axes()
 
     def count(self, sizes: Mapping[Axis, int]) -> int:
-        """Its number of indices when some axes have other sizes. Raises KeyError for a free size that is not given."""
-        if self.axis is not None:
-            return sizes[self.axis] if self.axis in sizes else _number(self.axis)
-        counts = [p.count(sizes) for p in self.parts]
-        return sum(counts) if self.form is Form.CONCAT else int(product(counts))
+        """`size_at` as an int. Raises KeyError for a free size that is not given."""
+        for axis in self.axes():
+            if axis not in sizes and not isinstance(axis.size, int):
+                raise KeyError(f"axis {axis!r} has the free size {axis.size}: give one")
+        return int(self.size_at(sizes))
 
     def indices(self, chosen: Mapping[Axis, torch.Tensor], sizes: Mapping[Axis, int] = _NO_SIZES) -> torch.Tensor:
         """Which of its indices remain, int64, when of each axis in ``chosen`` these indices do, in this order.
@@ -135,9 +139,3 @@ class Dim:
             return "1"
         text = (" + " if self.form is Form.CONCAT else "*").join(map(str, self.parts))
         return f"({text})" if self.form is Form.CONCAT else text
-
-
-def _number(axis: Axis) -> int:
-    if not isinstance(axis.size, int):
-        raise KeyError(f"axis {axis!r} has the free size {axis.size}: give one")
-    return axis.size

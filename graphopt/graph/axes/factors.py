@@ -178,7 +178,7 @@ class Factors:
                 x, y, left, right = y, x, right, left
             halves = self._halves(x, y.size) if x.size % y.size == 0 else None
             if halves is None:
-                self._contradict(a, b, f"{self.shape_of(a)} and {self.shape_of(b)} have no common factors")
+                self._contradict(a, b, f"{a!r} and {b!r} have no common factors")
                 return False
             self.unify(halves[0], y)
             left.extend(self.factors(halves[1])[::-1])
@@ -346,10 +346,6 @@ class Factors:
         return [self.concat(p) for p in pieces]
 
     # -- reports --------------------------------------------------------------------------------------------------
-
-    def shape_of(self, factor: Factor) -> str:
-        """The structure of a factor as sizes, for a report."""
-        return repr(factor)
 
     def _contradict(self, a: Factor, b: Factor, what: str) -> None:
         a, b = find(a), find(b)

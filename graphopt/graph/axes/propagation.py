@@ -62,7 +62,7 @@ class Propagation(Factors):
         self.dims: dict[fx.Node, Any] = {}
         self.activations: set[fx.Node] = set()
         self.unknown_nodes: list[fx.Node] = []
-        self.statistics_of: list[tuple[Factor, str, fx.Node]] = []
+        self.statistics_of: list[tuple[Factor, str]] = []
         self.adds: list[tuple[fx.Node, fx.Node, fx.Node]] = []
         self.expressions: dict[int, Expr] = {}
         self._evaluated: dict[sympy.Expr, int] = {}
@@ -192,7 +192,7 @@ class Propagation(Factors):
     def statistics(self, factor: Factor, what: str, node: fx.Node) -> None:
         """The result depends on all indices of the dimension together: leaving some out is another function."""
         if factor is not ONE and self.binding:
-            self.statistics_of.append((factor, f"{what} at {node.name}", node))
+            self.statistics_of.append((factor, f"{what} at {node.name}"))
             self.tag(factor, Tag.SOFTMAX if what == "softmax" else Tag.STATISTICS)
 
     def feature(self, factor: Factor) -> None:
@@ -286,11 +286,11 @@ class Propagation(Factors):
         if not isinstance(value, (torch.Tensor, list, tuple)):
             return ()
         found = rule(node)
-        axes = (found.axes if found is not None else None) or default_rule(node, found.family if found else "")
+        axes = (found.axes if found is not None else None) or default_rule(found.family if found else "")
         if axes is None:
             return self.unknown(node)
         result = axes(self, node)
-        if found is not None and node.target is _ADD and node.meta.get("phase") == Phase.FORWARD:
+        if node.target is _ADD and node.meta.get("phase") == Phase.FORWARD:
             a, b = node.args[:2]
             if a in self.activations and b in self.activations:
                 self.adds.append((node, a, b))  # type: ignore[arg-type]

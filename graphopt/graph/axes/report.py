@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from graphopt.graph.axes.axis import Axis, Dim, Form
+from graphopt.graph.axes.axis import Dim, Form
 from graphopt.graph.training_graph import InputKind
 
 if TYPE_CHECKING:
@@ -61,8 +61,4 @@ def _reached(dim: Dim) -> int:
         return dim.count({}) if dim.axis.free else 0
     if dim.form is Form.CONCAT:
         return sum(map(_reached, dim.parts))
-    return dim.count({}) if any(_free(a) for p in dim.parts for a in p.axes()) else 0
-
-
-def _free(axis: Axis) -> bool:
-    return axis.free
+    return dim.count({}) if any(axis.free for axis in dim.axes()) else 0

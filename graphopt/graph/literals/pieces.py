@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from graphopt.graph.axes.axis import Axis, Dim, Form
+from graphopt.graph.axes.axis import Dim, Form
 from graphopt.graph.sizes import Expr, product
 
 NOTHING = Dim(Form.CONCAT)
 """The dimension without an index."""
-
-
-def size_at(dim: Dim, sizes: Mapping[Axis, int]) -> Expr:
-    """The size of a dimension when some axes have other sizes; free sizes stay symbols."""
-    if dim.axis is not None:
-        return sizes.get(dim.axis, dim.axis.size)
-    parts = [size_at(p, sizes) for p in dim.parts]
-    return sum(parts) if dim.form is Form.CONCAT else product(parts)
 
 
 def times(parts: Iterable[Dim]) -> Dim:

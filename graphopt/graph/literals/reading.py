@@ -11,7 +11,7 @@ from torch import fx
 
 from graphopt.graph.axes import Axes, Axis, Dim
 from graphopt.graph.literals.dimensions import DIMENSIONS, Reader
-from graphopt.graph.literals.pieces import cut, outer, size_at
+from graphopt.graph.literals.pieces import cut, outer
 from graphopt.graph.literals.roles import Role, role_of
 from graphopt.graph.op_rules.arguments import operand, operand_names
 from graphopt.graph.sizes import Expr, expression
@@ -53,7 +53,8 @@ class Literal:
         """Its value when some axes have other sizes; what no axis decides stays."""
         if self.dim is None or self.axes.isdisjoint(sizes):
             return self.value
-        return -size_at(self.dim, sizes) if self.negative else size_at(self.dim, sizes)
+        size = self.dim.size_at(sizes)
+        return -size if self.negative else size
 
     def __str__(self) -> str:
         place = f"{self.argument}[{self.index}]" if self.index is not None else self.argument

@@ -8,8 +8,6 @@ graphs hold it (``addmm``, backward operators).
 
 from __future__ import annotations
 
-from torch import fx
-
 from graphopt.graph.op_rules.axis_rules import pointwise
 from graphopt.graph.op_rules.axis_rules.pattern import AxisRule
 
@@ -22,6 +20,6 @@ _OF_FAMILIES: dict[str, AxisRule] = {
 }
 
 
-def default_rule(node: fx.Node, family: str) -> AxisRule | None:
+def default_rule(family: str) -> AxisRule | None:
     """The axis rule of an operator whose entry names none: that of its family, None if it has none."""
     return _OF_FAMILIES.get(family)
