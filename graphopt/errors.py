@@ -99,3 +99,11 @@ class GraphoptWarning(UserWarning):
 
 class AxisError(GraphoptError):
     """Axes cannot be found, or a request about them cannot be met."""
+
+
+class CostModelError(GraphoptError):
+    """Raised when a price cannot be given or kept.
+
+    For example, a machine is not known, a measurement is not a positive number of seconds, a profile store was
+    written by a newer version of the library, or a fit was asked for more than its rows can carry.
+    """
