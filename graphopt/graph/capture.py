@@ -48,7 +48,10 @@ def capture(
     """Capture forward, loss, backward and (with an optimizer) update of one training step.
 
     Args:
-        model: any `torch.nn.Module`; it is traced in its present train/eval mode and is not changed.
+        model: any `torch.nn.Module`; it is traced in its present train/eval mode and is not changed. One without data
+            gives the same graph, so that a step can be priced that is too big for this machine: build model, batch
+            and optimizer under ``torch.device("meta")`` (a graph for the CPU), or in a `FakeTensorMode` (for the
+            devices they are on there).
         batch: an example batch: a tensor, a tuple ``(inputs..., target)``, or a dict for models called by keyword.
             Its first dimension is captured symbolically unless it is 1, which is a regime of its own.
         loss: ``loss(model(*inputs), target)``, a scalar. ``"model"``, or None with an optimizer: the model returns

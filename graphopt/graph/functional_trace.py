@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphopt.errors import CaptureError
-from graphopt.graph.torch_internals import FakeTensor, FakeTensorMode, disable_dispatch_modes
+from graphopt.graph.torch_internals import FakeTensor, FakeTensorMode, device_without_data, disable_dispatch_modes
 from graphopt.graph.traced_number import COMPARISONS, Guard, NumberNode, TracedNumber
 from graphopt.graph.training_graph import Input, InputKind, Phase
 
@@ -282,7 +282,8 @@ class Recorder:
 
     def _layout(self, tensor: torch.Tensor) -> tuple[Any, ...]:
         known = self._layouts.get(id(tensor))
-        return known or (tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+        device = device_without_data(tensor) or tensor.device
+        return known or (tuple(tensor.shape), tensor.stride(), tensor.dtype, device)
 
     def _results_like(self, value: Any) -> Any:
         return [self._fake(v) for v in value] if isinstance(value, (list, tuple)) else self._fake(value)

@@ -37,11 +37,13 @@ _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
 class InPlace:
     """Decisions for one graph. ``calls``: operators replaced by their in-place form. ``same``: values that are, after
     such a call, the very tensor of another value. ``void``: lists of such values, which do not exist when it runs.
-    ``copies``: (input, new value) pairs left to copy at the end."""
+    ``homes``: results of such calls and the value whose memory each was written into. ``copies``: (input, new value)
+    pairs left to copy at the end."""
 
     calls: dict[fx.Node, Any] = field(default_factory=dict)
     same: dict[fx.Node, fx.Node] = field(default_factory=dict)
     void: set[fx.Node] = field(default_factory=set)
+    homes: dict[fx.Node, fx.Node] = field(default_factory=dict)
     copies: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
 
     def resolve(self, node: fx.Node) -> fx.Node:
@@ -63,7 +65,7 @@ def decide(graph: TrainingGraph) -> InPlace:
                 last_read[storage_root(operand)] = position[node]
     for value in [*returned, *destination.values()]:
         last_read[storage_root(value)] = len(position)  # read when the step ends
-    homes: dict[fx.Node, fx.Node] = {}  # result of an in-place call -> the value it was written over
+    homes = decisions.homes
 
     def root_of(node: fx.Node) -> fx.Node:
         """The storage root of ``node`` when the graph runs as decided so far."""

@@ -32,15 +32,37 @@ def product(sizes: Iterable[Any]) -> Expr:
     return reduce(mul, (expression(s) for s in sizes), 1)
 
 
-def numel(tensor: torch.Tensor) -> Expr:
+def numel(tensor: torch.Tensor | Shaped) -> Expr:
     """Number of elements of a (fake) tensor."""
     return product(tensor.shape)
 
 
-def nbytes(tensor: torch.Tensor) -> Expr:
+def nbytes(tensor: torch.Tensor | Shaped) -> Expr:
     """Bytes of the elements of a (fake) tensor; a broadcast dimension (stride 0) is stored once."""
     stored = (s for s, stride in zip(tensor.shape, tensor.stride(), strict=True) if expression(stride) != 0)
     return product(stored) * tensor.element_size()
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """Stands in for a fake tensor where one only counts: a shape whose sizes may be any expressions."""
+
+    shape: tuple[Expr, ...]
+    strides: tuple[Any, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def stride(self, dim: int | None = None) -> Any:
+        """As `torch.Tensor.stride`; strides are those of the capture: only which are 0 is meant."""
+        return self.strides if dim is None else self.strides[dim]
+
+    def dim(self) -> int:
+        """The number of dimensions."""
+        return len(self.shape)
+
+    def element_size(self) -> int:
+        """Bytes of one element."""
+        return self.dtype.itemsize
 
 
 @dataclass(frozen=True)

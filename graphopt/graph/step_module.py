@@ -50,6 +50,7 @@ class StepModule(nn.Module):
         self.output_names: list[str] = []
         self.needs_gradient = bool(trainable)
         self._differentiable = False
+        self.counted: dict[str, None] = {}  # Python numbers that the model changed when it was called
         self.autocast = active_autocast(device_types(model, ()) | {d.type for d in layout.devices})
         for index, (name, parameter) in enumerate(model.named_parameters()):
             key = f"p{index}"
@@ -84,9 +85,11 @@ class StepModule(nn.Module):
             stack.enter_context(self.provenance)
             stack.enter_context(autocast(self.autocast))
             state = {f"model.{name}": tensor for name, tensor in given.items()}
+            counted = stack.enter_context(same_attributes(self.model, self.loss))
             result = torch.func.functional_call(ModelWithLoss(self.model, self.loss), state, (batch,))
             for name in self.buffer_names.values():
                 _follow(name, given[name], state[f"model.{name}"])
+        self.counted.update(dict.fromkeys(counted))
         if self.loss is None:
             return self._flat_outputs(result, tensors, given)
         return self._loss_outputs(result)
@@ -177,21 +180,34 @@ _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 @contextmanager
 def unchanged(model: nn.Module, loss: Any = None) -> Iterator[list[str]]:
-    """Undo what tracing the model leaves behind: attributes, buffers and parameters set or replaced on its modules,
-    what was put into lists, dicts and sets among the attributes, and writes into tensors that are no buffers. A loss
-    that is a module counts too, its buffers as plain tensors.
-
-    At its end the list that it yields names the Python numbers that the model itself changed: their next values are not
-    in the graph.
+    """Undo what tracing the model leaves behind: what `same_attributes` does, and writes into tensors that are no
+    buffers. Yields the list that `same_attributes` does.
     """
-    names = {m: name for name, m in model.named_modules()}
-    of_loss = list(loss.modules()) if isinstance(loss, nn.Module) else []
-    names.update((m, "loss") for m in of_loss)
-    before = [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in names]
-    values = [value for _, attributes, *_ in before for key, value in attributes.items() if key not in _REGISTERED]
-    contents = [(v, v.copy()) for v in values if type(v) in (list, dict, set, OrderedDict)]  # hooks are in the last
-    values += [m._buffers for m in of_loss]
+    values = [value for _, attributes, *_ in _attributes(model, loss) for value in _unregistered(attributes)]
+    values += [m._buffers for m in _modules_of(loss)]
     tensors = [(t, t._version, t.detach().clone()) for v in values for t in _loose_tensors(v)]
+    try:
+        with same_attributes(model, loss) as counted:
+            yield counted
+    finally:
+        for tensor, version, copy in tensors:
+            if tensor._version != version:
+                tensor.detach().copy_(copy)
+
+
+@contextmanager
+def same_attributes(model: nn.Module, loss: Any = None) -> Iterator[list[str]]:
+    """Undo what a call of the model leaves behind in Python: attributes, buffers and parameters set or replaced on its
+    modules, and what was put into lists, dicts and sets among the attributes. A loss that is a module counts too.
+
+    A trace calls the model more than once: a tensor of one trace that the model put into a cache must not meet the
+    next. At its end the list that it yields names the Python numbers that the model itself changed: their next values
+    are not in the graph.
+    """
+    before = _attributes(model, loss)
+    values = [value for _, attributes, *_ in before for value in _unregistered(attributes)]
+    contents = [(v, v.copy()) for v in values if type(v) in (list, dict, set, OrderedDict)]  # hooks are in the last
+    names = {m: name for name, m in model.named_modules()}
     counted: list[str] = []
     try:
         yield counted
@@ -200,7 +216,7 @@ def unchanged(model: nn.Module, loss: Any = None) -> Iterator[list[str]]:
             for key, old in attributes.items():
                 new = module.__dict__.get(key)
                 if type(old) in (bool, int, float) and type(new) is type(old) and new != old:
-                    counted.append(f"{names[module]}.{key}".removeprefix("."))
+                    counted.append(f"{names.get(module, 'loss')}.{key}".removeprefix("."))
             _restore(module._parameters, parameters)
             _restore(module._buffers, buffers)
             _restore(module.__dict__, attributes)
@@ -208,9 +224,20 @@ def unchanged(model: nn.Module, loss: Any = None) -> Iterator[list[str]]:
             if len(value) != len(copy) or any(a is not b for a, b in zip(_items(value), _items(copy), strict=True)):
                 value.clear()
                 value.extend(copy) if isinstance(value, list) else value.update(copy)
-        for tensor, version, copy in tensors:
-            if tensor._version != version:
-                tensor.detach().copy_(copy)
+
+
+def _attributes(model: nn.Module, loss: Any) -> list[tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]]:
+    """The modules with copies of their attributes, parameters and buffers."""
+    modules = dict.fromkeys([*model.modules(), *_modules_of(loss)])
+    return [(m, dict(m.__dict__), dict(m._parameters), dict(m._buffers)) for m in modules]
+
+
+def _modules_of(loss: Any) -> list[nn.Module]:
+    return list(loss.modules()) if isinstance(loss, nn.Module) else []
+
+
+def _unregistered(attributes: dict[str, Any]) -> Iterator[Any]:
+    return (value for key, value in attributes.items() if key not in _REGISTERED)
 
 
 def _loose_tensors(value: Any) -> Iterator[torch.Tensor]:

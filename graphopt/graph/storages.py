@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphopt.graph.sizes import Expr, nbytes
+from graphopt.graph.sizes import Expr, Shaped, nbytes
 from graphopt.graph.training_graph import Phase, TrainingGraph
 
 _VIEWS_BY_BEHAVIOUR = {torch.ops.aten._unsafe_view.default, torch.ops.aten._reshape_alias.default}
@@ -59,9 +59,9 @@ def storage_root(node: fx.Node) -> fx.Node:
     return node
 
 
-def tensors(value: Any) -> list[torch.Tensor]:
+def tensors(value: Any) -> list[torch.Tensor | Shaped]:
     """The (fake) tensors in a node's ``meta["val"]``."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, (torch.Tensor, Shaped)):
         return [value]
     if isinstance(value, (tuple, list)):
         return [t for v in value for t in tensors(v)]

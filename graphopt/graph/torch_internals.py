@@ -101,6 +101,7 @@ def export_joint(
     torch/_functorch/aot_autograd.py.
     """
     fakes = _Fakes(tensors, free)
+    fakes.adopt(module)
     with ExitStack() as stack:
         stack.enter_context(_compiling_flag(compiling))
         stack.enter_context(_recurrent_as_in_eager())
@@ -122,6 +123,7 @@ def export_forward(
     `SET_GRAD_ENABLED`, `ENTER_AUTOCAST` and `EXIT_AUTOCAST`. Source: torch/_functorch/aot_autograd.py.
     """
     fakes = _Fakes(tensors, free)
+    fakes.adopt(module)
     with (
         _compiling_flag(compiling),
         _upsampling_as_in_eager(),
@@ -151,6 +153,20 @@ ENTER_AUTOCAST = autocast_mode._enter_autocast
 EXIT_AUTOCAST = autocast_mode._exit_autocast
 
 
+def device_without_data(tensor: torch.Tensor) -> torch.device | None:
+    """Where a tensor that has no data would be: a fake one on its device, one on ``meta`` on the CPU. None for a tensor
+    with data."""
+    device = tensor.device
+    if device.type == "meta":
+        return torch.device("cpu")
+    return device if isinstance(tensor, FakeTensor) else None
+
+
+def fake_mode_is_active() -> bool:
+    """Whether tensors that are made now are fake ones."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 class _Fakes:
     """Fake tensors in place of a batch; dimensions with a name in ``free`` are symbols, equal names the same one."""
 
@@ -162,10 +178,32 @@ class _Fakes:
         for tensor, names in zip(tensors, free, strict=True):
             dims = [DimDynamic.DYNAMIC if d in names else DimDynamic.STATIC for d in range(tensor.dim())]
             context: Any = StatelessSymbolicContext(dynamic_sizes=dims, constraint_sizes=[None] * tensor.dim())
-            self.tensors.append(self.mode.from_tensor(tensor, symbolic_context=context))
+            self.tensors.append(self._fake(tensor, context))
             for d, name in names.items():
                 size = self.tensors[-1].shape[d]
                 torch._check(size == self._sizes.setdefault(name, size))
+
+    def adopt(self, module: nn.Module) -> None:
+        """Put fake tensors in place of parameters and buffers without data: those on ``meta`` have no autograd, those
+        of another fake tensor mode do not meet with ours."""
+        for key, parameter in module._parameters.items():
+            if parameter is not None and device_without_data(parameter) is not None:
+                module._parameters[key] = nn.Parameter(self._fake(parameter, None), parameter.requires_grad)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and device_without_data(buffer) is not None:
+                module._buffers[key] = self._fake(buffer, None)
+
+    def _fake(self, tensor: torch.Tensor, context: Any) -> torch.Tensor:
+        device = device_without_data(tensor)
+        if device is None:
+            return self.mode.from_tensor(tensor, symbolic_context=context)
+        size, stride = tuple(tensor.shape), tensor.stride()
+        like = torch.empty_strided(size, stride, dtype=tensor.dtype, device="meta")
+        if context is not None:
+            sized = self.mode.from_tensor(like, symbolic_context=context)
+            with self._env.suppress_guards():
+                like = torch.empty_strided(sized.shape, sized.stride(), dtype=tensor.dtype, device="meta")
+        return FakeTensor(self.mode, like, device).requires_grad_(tensor.requires_grad)
 
     @property
     def symbols(self) -> dict[str, sympy.Symbol]:

@@ -14,7 +14,7 @@ from graphopt.errors import BatchError, CaptureError, GraphoptError
 from graphopt.graph.batch import BatchLayout, ModelLoss, flatten
 from graphopt.graph.provenance import Provenance
 from graphopt.graph.step_module import StepModule, autocast, unchanged
-from graphopt.graph.torch_internals import Exported, fails_on_fakes
+from graphopt.graph.torch_internals import Exported, fails_on_fakes, fake_mode_is_active
 
 FreeSizes = Mapping[str, Mapping[str, int]]
 """Sizes that stay free in a graph, by name, each with the dimensions of batch tensors (by name) that have it."""
@@ -71,13 +71,13 @@ def trace(
         given = tensors if attempt.batch_gradients else [t.detach() for t in tensors]
         try:
             without = autocast(module.autocast, enabled=False)  # which forward enters by itself
-            with unchanged(model, loss) as counted, provenance.recording(), torch.enable_grad(), without:
+            with unchanged(model, loss), provenance.recording(), torch.enable_grad(), without:
                 dims = [{d: name for d, name in of.items() if name in attempt.free} for of in named]
                 exported = export(module, given, dims, compiling=attempt.compiling)
-            if counted:
+            if module.counted:
                 raise CaptureError(
-                    f"the model's forward changes {', '.join(counted)}: a Python number, which a graph cannot follow; "
-                    "make it a buffer, or count outside of the model"
+                    f"the model's forward changes {', '.join(module.counted)}: a Python number, which a graph cannot "
+                    "follow; make it a buffer, or count outside of the model"
                 )
             return Traced(exported, module, layout, sizes)
         except GraphoptError:
@@ -141,6 +141,8 @@ def check_arguments(model: Any, loss: Any, accumulate: int = 1) -> None:
         raise CaptureError("loss: it has trainable parameters of its own; make it a submodule of the model")
     if not isinstance(accumulate, int) or accumulate < 1:
         raise CaptureError(f"accumulate: expected a positive integer, got {accumulate!r}")
+    if fake_mode_is_active():
+        raise CaptureError("a FakeTensorMode is active: build model, batch and optimizer in it, and capture outside")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise CaptureError(f"model: {name} is not initialized; call the model once on a batch before")

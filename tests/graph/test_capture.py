@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from benchmarks import zoo
 from graphopt import BatchError, CaptureError, TrainingGraph, capture
+from graphopt.graph.forward import capture_forward
 from graphopt.graph.batch import flatten
 from graphopt.graph.lowering import lower
 from graphopt.graph.torch_internals import FakeTensor
@@ -550,3 +551,28 @@ def test_models_of_transformers(name):
     model, batch = case.build(), case.batch(3)
     graph = assert_eagers_bits(model, batch, call=lambda m, b: m(**b).loss)
     assert graph.symbols.admits({"batch": 4})
+
+
+class Caches(nn.Module):
+    """Keeps what it computed at the first call, as relative position biases of many models in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.cache, self.bias = nn.Parameter(torch.randn(4)), {}, None
+
+    def forward(self, x):
+        if "flipped" not in self.cache:
+            self.cache["flipped"] = self.weight.flip(0)
+        if self.bias is None:
+            self.bias = self.weight * 2
+        return x * self.cache["flipped"] + self.bias
+
+
+def test_what_a_model_caches_is_computed_in_the_graph_and_not_left_in_the_model():
+    model, x = Caches(), torch.randn(3, 4)
+    for take in (capture, capture_forward):
+        graph = take(model, (x, x), loss=nn.functional.mse_loss)
+        assert not graph.constants and {"flip", "mul"} <= {
+            n.target._opname for n in graph.nodes if n.op == "call_function"
+        }
+        assert not model.cache and model.bias is None

@@ -103,6 +103,13 @@ class Axes:
             raise AxisError(f"name: no axis {name!r}; there are {', '.join(g.name for g in self.groups())}")
         return found
 
+    def free_group(self, name: str) -> Axis:
+        """The group of this name, which may have another size. Raises AxisError if there is none or it may not."""
+        found = self.group(name)
+        if not found.free:
+            raise AxisError(f"name: the axis {name!r} must keep its size {found.size}: {found.reason}")
+        return found
+
     def carriers(self) -> dict[str, fx.Node]:
         """The nodes of parameters, buffers, batch tensors and constants by name: those that `Axis.places` speak of."""
         found = {}
