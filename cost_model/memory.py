@@ -18,7 +18,7 @@ import numpy as np
 import sympy
 from torch import fx
 
-from graphopt.cost_model.blocks import PERSISTENT, BytesOf, Mode, blocks_of, stored_bytes
+from graphopt.cost_model.blocks import BytesOf, Mode, blocks_of, stored_bytes
 from graphopt.cost_model.size_table import SizeTable
 from graphopt.cost_model.workspace import ShapesOf, Sizes, shapes, workspace
 from graphopt.errors import GraphoptError
@@ -72,9 +72,10 @@ class Memory:
             raise GraphoptError(f"mode: expected 'flat' or 'eager', got {mode!r}")
         self.graph, self.mode = graph, mode
         self._order = [n for n in graph.graph.nodes if n.op not in ("placeholder", "output")]
-        blocks = blocks_of(graph, self._order, mode, bytes_of)
         sizes = Sizes(shapes_of, threads)
-        moments = [(k, m) for k, node in enumerate(self._order) for m in workspace(node, sizes) if m != 0]
+        blocks = blocks_of(graph, self._order, mode, bytes_of, sizes)
+        fused = mode == "flat"
+        moments = [(k, m) for k, node in enumerate(self._order) for m in workspace(node, sizes, fused) if m != 0]
         self._parts = np.array([b.part for b in blocks], dtype=object)
         self._born = np.array([b.born for b in blocks], dtype=np.int64)
         self._dies = np.array([b.dies for b in blocks], dtype=np.int64)

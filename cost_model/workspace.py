@@ -64,9 +64,14 @@ class at_least(sympy.Function):  # type: ignore[misc]  # noqa: N801  # sympy's f
         return sympy.Integer(1 if n >= k else 0) if n.is_number else None
 
 
-def workspace(node: fx.Node, sizes: Sizes) -> Moments:
-    """Bytes beyond its results that the kernel of ``node`` holds, at moments of it; the largest counts."""
+def workspace(node: fx.Node, sizes: Sizes, native_dropout: bool = True) -> Moments:
+    """Bytes beyond its results that the kernel of ``node`` holds, at moments of it; the largest counts.
+
+    ``native_dropout``: whether dropout is that operator; eager on the CPU multiplies by a mask of numbers instead.
+    """
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    if not native_dropout and node.target.overloadpacket in (aten.native_dropout, aten.native_dropout_backward):
         return []
     formula = FORMULAS.get(node.target.overloadpacket)
     if formula is None and is_pointwise(node):
@@ -177,6 +182,42 @@ def _loss(node: fx.Node, sizes: Sizes) -> Moments:
     return [] if _tensor(node).dim() else [2 * sizes.nbytes(source)]  # type: ignore[arg-type]
 
 
+# -- recurrent layers -----------------------------------------------------------------------------------------------
+
+
+_PAGE = 4096
+"""oneDNN aligns the parts of a recurrent layer's buffers to pages."""
+
+
+def _recurrent_sizes(node: fx.Node, sizes: Sizes) -> tuple[Expr, Expr, Expr, Expr]:
+    """Steps, batch, hidden size, and bytes of both weights, in pages."""
+    x, weight, recurrent = node.args[:3]
+    steps, batch, _ = sizes.shape(x)  # type: ignore[arg-type]
+    weights = sizes.nbytes(weight) + sizes.nbytes(recurrent)  # type: ignore[arg-type]
+    return steps, batch, sizes.shape(recurrent)[1], weights + 2 * _PAGE  # type: ignore[arg-type]
+
+
+def _recurrent(node: fx.Node, sizes: Sizes) -> Moments:
+    """oneDNN reorders both weights and computes the gates of all steps in a scratchpad."""
+    steps, batch, hidden, weights = _recurrent_sizes(node, sizes)
+    return [weights + 4 * batch * (steps + 1) * 4 * hidden + 4 * _PAGE]
+
+
+def _recurrent_backward(node: fx.Node, sizes: Sizes) -> Moments:
+    """The same, with the gradient made contiguous and those of the states."""
+    steps, batch, hidden, _ = _recurrent_sizes(node, sizes)
+    return [_recurrent(node, sizes)[0] + 4 * batch * hidden * (steps + 3)]
+
+
+def unseen_results(node: fx.Node, sizes: Sizes) -> dict[tuple[int, ...], Expr]:
+    """Bytes of results whose size only the kernel knows, by their place: what oneDNN's recurrent layer keeps for its
+    backward (gates, states, cell states and the gradients of states of all steps)."""
+    if node.target is not aten.mkldnn_rnn_layer.default:
+        return {}
+    steps, batch, hidden, _ = _recurrent_sizes(node, sizes)
+    return {(3,): 4 * batch * hidden * (4 * steps + 10 * (steps + 1) + steps) + 5 * _PAGE}
+
+
 # -- convolution ----------------------------------------------------------------------------------------------------
 
 _LANES = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
@@ -194,10 +235,11 @@ class _Convolution:
     w_blocked: Expr
     y_blocked: Expr
     columns: Expr  # of im2col, which the kernels without oneDNN use
+    one_column: Expr  # the same of one image
     onednn: Expr  # 1 where oneDNN is used, else 0
     few_channels: bool  # the first layer: its input is read as it is
     strided: bool
-    shrunk: bool  # the kernel is larger than the (padded) image
+    gemm: bool  # the gradient of the weight has no direct kernel: the window is dilated, too large, or out of the image
 
     def moments(self, onednn: Sequence[Expr], plain: Sequence[Expr]) -> Moments:
         """Those of the kernel that is used."""
@@ -226,7 +268,7 @@ class _Convolution:
         if weight:
             x = 0 if self.few_channels else self.x_blocked
             held = self.x if data else 0
-            work = 4 * self.w if self.shrunk else x + self.y_blocked
+            work = 4 * self.w + self.one_column if self.gemm else x + self.y_blocked
             moments += [held + work + self.w_blocked - results, held + self.w_blocked + self.w - results]
         return moments
 
@@ -249,7 +291,9 @@ def _convolution_of(node: fx.Node, sizes: Sizes, x: fx.Node, w: fx.Node, y: Shap
         onednn = onednn * _flag(n, 16)
     if not large:
         onednn = onednn * (_flag(n, 2) if n != 1 else _flag(product(image), 20481))
-    columns = 0 if pointwise and not strided and not padded else product([n, image[1], *window, *y[2:]]) * itemsize
+    unfolded, places = (y[1], image[2:]) if transposed else (image[1], y[2:])
+    one_column = product([unfolded, *window, *places]) * itemsize
+    columns = 0 if pointwise and not strided and not padded else one_column * (1 if transposed else n)
     in_channels, out_channels = (kernel[0], kernel[1] * groups) if transposed else (kernel[1] * groups, kernel[0])
     depthwise = groups > 1 and groups == in_channels
     nhwc = _channels_last(_tensor(x)) or _channels_last(_tensor(w))
@@ -263,9 +307,10 @@ def _convolution_of(node: fx.Node, sizes: Sizes, x: fx.Node, w: fx.Node, y: Shap
         x_blocked=0 if nhwc else blocked(image) if small else blocked(image, 1),
         w_blocked=blocked(kernel, 0) if groups > 1 or small else blocked(kernel, 0, 1),
         y_blocked=0 if nhwc else blocked(y, 1),
-        columns=columns, onednn=onednn, few_channels=small, strided=strided,
-        shrunk=padded and not strided and any(
-            isinstance(s, int) and isinstance(k, int) and s < k for s, k in zip(image[2:], window, strict=True)
+        columns=columns, one_column=one_column, onednn=onednn, few_channels=small, strided=strided,
+        gemm=dilated or any(
+            isinstance(k, int) and (k >= 14 or (isinstance(s, int) and s < k))
+            for s, k in zip(image[2:], window, strict=True)
         ),
     )  # fmt: skip
 
@@ -314,6 +359,8 @@ FORMULAS: Mapping[Any, Callable[[fx.Node, Sizes], Moments]] = {
     aten.embedding: _contiguous_operands(1),
     aten.embedding_dense_backward: _contiguous_operands(0),
     aten._safe_softmax: _safe_softmax,
+    aten.mkldnn_rnn_layer: _recurrent,
+    aten.mkldnn_rnn_layer_backward: _recurrent_backward,
     aten._scaled_dot_product_flash_attention_for_cpu: _flash_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_attention_backward,
     aten.mm: _matrices,
