@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from benchmarks import zoo
 from graphopt import BatchError, CaptureError, TrainingGraph, capture
-from graphopt.graph.forward import capture_forward
 from graphopt.graph.batch import flatten
+from graphopt.graph.forward import capture_forward
 from graphopt.graph.lowering import lower
 from graphopt.graph.torch_internals import FakeTensor
 from graphopt.graph.training_graph import InputKind, OutputKind, Phase
@@ -572,7 +572,5 @@ def test_what_a_model_caches_is_computed_in_the_graph_and_not_left_in_the_model(
     model, x = Caches(), torch.randn(3, 4)
     for take in (capture, capture_forward):
         graph = take(model, (x, x), loss=nn.functional.mse_loss)
-        assert not graph.constants and {"flip", "mul"} <= {
-            n.target._opname for n in graph.nodes if n.op == "call_function"
-        }
+        assert not graph.constants and "aten.flip" in str(graph)
         assert not model.cache and model.bias is None
