@@ -66,6 +66,40 @@ def test_flops_of_products(b: int, m: int, k: int, n: int) -> None:
     assert flops(node_of(aten.linear.default, torch.randn(b, m, k), torch.randn(n, k))) == 2 * b * m * k * n
 
 
+@pytest.mark.parametrize(
+    "equation, shapes",
+    [
+        ("ij,jk->ik", [(2, 3), (3, 4)]), ("bhid,bhjd->bhij", [(2, 3, 5, 4), (2, 3, 6, 4)]), ("ij,jk", [(2, 3), (3, 4)]),
+        ("i,j->ij", [(2,), (3,)]), ("ij,ij->ij", [(2, 3), (2, 3)]), ("ijk,jl->il", [(2, 3, 5), (3, 4)]),
+        ("...ij,...jk->...ik", [(7, 2, 3), (7, 3, 4)]), ("...ij,jk->...ik", [(7, 5, 2, 3), (3, 4)]),
+        ("ij,jk,kl->il", [(2, 3), (3, 4), (4, 5)]), ("bn,anm,bm->ba", [(2, 3), (5, 3, 4), (2, 4)]),
+        ("ab,bc,cd,de->ae", [(2, 3), (3, 4), (4, 5), (5, 6)]), ("ij,jk->ik", [(2, 3), (1, 4)]), ("ii->i", [(3, 3)]),
+    ],
+)  # fmt: skip
+def test_flops_of_einsum(equation: str, shapes: list[tuple[int, ...]]) -> None:
+    tensors = [torch.randn(s) for s in shapes]
+    assert flops(node_of(aten.einsum.default, equation, tensors)) == counted(aten.einsum, equation, tensors)
+
+
+@given(sizes, sizes, sizes, sizes)
+def test_flops_of_bilinear(b: int, m: int, k: int, n: int) -> None:
+    """torch's counter does not see into the kernel; the larger of its two products is that of all sizes."""
+    one, other, weight = torch.randn(b, m), torch.randn(b, k), torch.randn(n, m, k)
+    whole, kernel = aten.bilinear.default, aten._trilinear.default
+    assert flops(node_of(whole, one, other, weight, None)) == 2 * b * m * k * n
+    assert flops(node_of(kernel, one, weight, other, [1, 3], [0], [1, 2], [2, 3])) == 2 * b * m * k * n
+
+
+def test_flops_of_grouped_products() -> None:
+    """The same as if each group had its own product, which torch's counter would count."""
+    offsets, packet = torch.tensor([2, 5, 9], dtype=torch.int32, device="meta"), aten._grouped_mm.default
+    rows, weights = meta(9, 4), meta(3, 4, 6)
+    assert flops(node_of(packet, rows, weights, offsets, result=meta(9, 6))) == 2 * 9 * 4 * 6
+    assert flops(node_of(packet, meta(4, 9), meta(9, 6), offsets, result=meta(3, 4, 6))) == 2 * 9 * 4 * 6
+    assert flops(node_of(packet, meta(3, 6, 4), meta(4, 9), offsets, result=meta(6, 9))) == 2 * 9 * 4 * 6
+    assert flops(node_of(packet, meta(3, 5, 4), weights, None, result=meta(3, 5, 6))) == 2 * 3 * 5 * 4 * 6
+
+
 @given(st.data(), st.integers(1, 3), st.booleans(), masks)
 def test_flops_of_convolution(data: st.DataObject, space: int, transposed: bool, mask: list[bool]) -> None:
     each = lambda low, high: [data.draw(st.integers(low, high)) for _ in range(space)]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from torch import fx
 
 from graphopt.graph.op_rules.arguments import operand, operand_names, operand_nodes, shape
+from graphopt.graph.op_rules.reductions import parse_einsum
 from graphopt.graph.sizes import Expr, expression, product
 
 Formula = Callable[[fx.Node], Expr]
@@ -80,10 +81,10 @@ def attention_backward(node: fx.Node) -> Expr:
 def _attention_sizes(node: fx.Node) -> tuple[Expr, ...]:
     """batch, query heads, queries, query features, keys, value features."""
     q, k, v = (shape(node, name) for name in ("query", "key", "value"))
-    offsets = next((n for n in ("cum_seq_q", "cu_seqlens_q") if n in operand_names(node)), None)
+    offsets = next((n for n in ("cum_seq_q", "cu_seqlens_q", "cu_seq_q") if n in operand_names(node)), None)
     if (offsets and len(q) == 3) or (offsets == "cu_seqlens_q" and operand(node, offsets) is not None):
         # jagged rows are counted as if all were of the greatest length, like flop_counter on fake tensors
-        longest = ("max_q", "max_k") if offsets == "cum_seq_q" else ("max_seqlen_q", "max_seqlen_k")
+        longest = ("max_seqlen_q", "max_seqlen_k") if offsets == "cu_seqlens_q" else ("max_q", "max_k")
         queries, keys = (_size(operand(node, name)) for name in longest)
         return shape(node, offsets)[0] - 1, q[-2], queries, q[-1], keys, v[-1]
     return product(q[:-3]), product(q[-3:-2]), q[-2], q[-1], k[-2], v[-1]
@@ -103,6 +104,55 @@ def linear_backward(node: fx.Node) -> Expr:
     """Input and weight gradient, one product each."""
     wanted = sum(operand(node, "output_mask")[:2])
     return 2 * wanted * product(shape(node, "grad_output")) * shape(node, "weight")[-1]
+
+
+def einsum(node: fx.Node) -> Expr:
+    """The products that torch makes of it: the first two operands, their result and the third, and so on.
+
+    Letters that neither the other operands nor the result have are summed over: before the product where one of the two
+    has them, else by it. A product that sums nothing is pointwise and counts 0. Source: `einsum` in
+    aten/src/ATen/native/Linear.cpp, without the ``path`` of opt_einsum.
+    """
+    terms, result, sources = parse_einsum(node)
+    sizes: dict[str, Expr] = {}
+    labelled: list[set[str]] = []  # a set of labels for each operand; dimensions of size 1 have none
+    for term, source in zip([*terms, result], [*sources, node], strict=True):
+        dims = [expression(size) for size in source.meta["val"].shape]
+        dots = [f".{i}" for i in reversed(range(len(dims) - len(term.replace(".", ""))))]
+        labels = [label for letter in term for label in (dots if letter == "." else [letter])]
+        labelled.append({label for label, size in zip(labels, dims, strict=True) if size != 1})
+        sizes.update((label, size) for label, size in zip(labels, dims, strict=True) if size != 1)
+    *labelled, wanted = labelled
+    count: Expr = 0
+    while len(labelled) > 1:
+        one, other, *rest = labelled
+        kept = (one | other) & wanted.union(*rest)
+        if summed := (one & other) - kept:
+            count += 2 * product(sizes[label] for label in kept | summed)
+        labelled = [kept, *rest]
+    return count
+
+
+def trilinear(node: fx.Node) -> Expr:
+    """The larger of its two products: all sizes of three operands, each with dimensions of size 1 put in."""
+    sizes: list[Expr] = []
+    for i in (1, 2, 3):
+        dims = list(shape(node, f"i{i}"))
+        for d in operand(node, f"expand{i}"):
+            dims.insert(d, 1)
+        sizes = [b if a == 1 else a for a, b in zip(sizes or dims, dims, strict=True)]
+    return 2 * product(sizes)
+
+
+def grouped(products: int) -> Formula:
+    """Rows times the matrix of their group, ``products`` times. All rows count: which group has them, data decides."""
+
+    def formula(node: fx.Node) -> Expr:
+        a, b = (shape(node, name) for name in operand_names(node)[:2])
+        groups = a[0] if len(a) == len(b) == 3 else 1
+        return 2 * products * groups * product(a[-2:]) * b[-1]
+
+    return formula
 
 
 def recurrent(products: int, *weights: str) -> Formula:

@@ -26,6 +26,8 @@ ENTRIES = (
           flops=cost.attention_backward, linear="grad_out", draws=never),
     entry("_efficient_attention_backward", "attention", axes=att.attention_rows_first_backward,
           flops=cost.attention_backward, linear="grad_out_", draws=never),
+    entry("torch_attn::_varlen_attn", "attention", flops=cost.attention),
+    entry("torch_attn::_varlen_attn_backward", "attention", flops=cost.attention_backward, linear="grad_out"),
     entry("_fused_sdp_choice", "number", axes=pw.number, draws=never),
 
     entry("lstm gru rnn_tanh rnn_relu", "recurrent", axes=att.recurrent, flops=cost.recurrent(1, "params"),
