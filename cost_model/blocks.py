@@ -229,7 +229,8 @@ def _autograd_nodes(order: Sequence[fx.Node]) -> Iterator[list[int]]:
     for k, node in enumerate(order):
         if _phase(node) != Phase.BACKWARD or is_view(node) or node.op != "call_function":
             continue
-        roots = [] if _is_sum(node) else [storage_root(o) for o in node.all_input_nodes]
+        alone = _is_sum(node) or "backward" in str(node.target)
+        roots = [] if alone else [storage_root(o) for o in node.all_input_nodes]
         if incoming is None or incoming not in roots:
             if len(group) > 1:
                 yield group

@@ -336,14 +336,21 @@ def _convolution(node: fx.Node, sizes: Sizes) -> Moments:
     x, w = node.args[0], node.args[1]
     found = _convolution_of(node, sizes, x, w, sizes.shape(node))  # type: ignore[arg-type]
     work = found.transposed_forward() if operand(node, "transposed") else found.forward()
-    return found.moments(work, [found.columns])
+    copies = _copies(sizes, x)  # type: ignore[arg-type]
+    return [m + copies for m in found.moments(work, [found.columns])]
+
+
+def _copies(sizes: Sizes, *operands: fx.Node) -> Expr:
+    """Operands in neither of the layouts that convolutions take are copied."""
+    return sum(sizes.nbytes(o) for o in operands if not (_contiguous(_tensor(o)) or _channels_last(_tensor(o))))
 
 
 def _convolution_backward(node: fx.Node, sizes: Sizes) -> Moments:
     gradient, x, w = node.args[:3]
     found = _convolution_of(node, sizes, x, w, sizes.shape(gradient))  # type: ignore[arg-type]
     data, weight, _ = operand(node, "output_mask")
-    return found.moments(found.backward(data, weight), [found.columns])
+    copies = _copies(sizes, gradient, x)  # type: ignore[arg-type]
+    return [m + copies for m in found.moments(found.backward(data, weight), [found.columns])]
 
 
 FORMULAS: Mapping[Any, Callable[[fx.Node, Sizes], Moments]] = {
