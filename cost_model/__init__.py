@@ -9,3 +9,9 @@ if __name__ != "graphopt.cost_model":
         f"this folder was imported as {__name__!r}, which would make a second copy of every class in it; "
         "use `import graphopt.cost_model` (with the repository installed or its root on sys.path)"
     )
+
+from graphopt.cost_model.analytical import estimate
+from graphopt.cost_model.estimate import Estimate
+from graphopt.cost_model.machine import Link, Machine
+
+__all__ = ["Estimate", "Link", "Machine", "estimate"]

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median, quantiles
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -32,6 +32,9 @@ MOST_HALF_WIDTH = 0.15
 MOST_PROBE_SPREAD = 1.25
 """Ratio between the upper quartile and the minimum of the probe above which the machine is noisy. It is about 1.1 on
 an ordinary machine, and 1.3 or more when other processes want its cores."""
+
+
+Name = TypeVar("Name", bound=str)
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,7 @@ def _synchronize() -> None:
 
 
 def measure(
-    candidates: Mapping[str, Callable[[], Any]],
+    candidates: Mapping[Name, Callable[[], Any]],
     *,
     rounds: tuple[int, int] = (7, 50),
     seconds: float = 60.0,
@@ -152,7 +155,7 @@ def measure(
     probe: Callable[[], Any] | None = spin,
     synchronize: Callable[[], None] = _synchronize,
     clock: Callable[[], float] = perf_counter,
-) -> dict[str, Measurement]:
+) -> dict[Name, Measurement]:
     """Time candidates in turn: once a round each, in rotated order, until their times are told apart or known.
 
     A candidate may change state (a training step updates the model): it is called ``warmup`` times, then once a round.
@@ -194,7 +197,7 @@ def measure(
     for name in names:
         for _ in range(warmup):
             candidates[name]()
-    taken: dict[str, list[float]] = {name: [] for name in names}
+    taken: dict[Name, list[float]] = {name: [] for name in names}
     probed: list[float] = []
 
     def sample(call: Callable[[], Any]) -> float:

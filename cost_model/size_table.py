@@ -67,7 +67,7 @@ class SizeTable:
             raise GraphoptError(f"sizes: no size given for {', '.join(sorted(map(str, missing)))}")
         atoms = {atom: _value(atom, sizes) for monomial in self._monomials for atom, _ in monomial}
         exact = [prod(atoms[atom] ** power for atom, power in monomial) for monomial in self._monomials]
-        if max((self._magnitude @ np.array(exact, dtype=np.float64)), default=0) >= _EXACT:
+        if (self._magnitude @ np.array(exact, dtype=np.float64)).max(initial=0) >= _EXACT:
             given = ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())
             raise GraphoptError(f"sizes: {given} give counts of FLOPs or bytes beyond 62 bits; expected real sizes")
         return self._matrix @ np.array(exact, dtype=np.int64)

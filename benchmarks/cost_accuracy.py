@@ -1,0 +1,186 @@
+"""How good prices are on this machine: predicted against measured, over models that no calibration uses.
+
+    python -m benchmarks.cost_accuracy [--only PATTERN ...] [--seconds N]
+
+Claims, each with its bar: step time by the analytical price, eager and flat; step time at unseen batch sizes after
+three bracketing measurements; peak memory; ranking of the ways to run one model; coverage and width of intervals. Nothing
+else should run on the machine meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from rich.progress import Progress
+
+import graphopt
+from benchmarks import zoo
+from benchmarks.measure import eager_step, machine_description, peak_bytes, print_table, write_json
+from graphopt.cost_model import Machine, estimate
+from graphopt.cost_model.interpolation import BatchCurve, bracket
+from graphopt.cost_model.measured import Measurement, measure
+from graphopt.schemes import Task
+from graphopt.schemes.flat import capture_task
+from graphopt.step import PASSES
+
+RESULTS = Path(__file__).parent / "results" / "cost_accuracy.json"
+
+MODELS = (
+    "mlp", "resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "densenet121", "vgg11", "convnext_tiny",
+    "vit_small", "swin_small", "regnet_y_400mf", "gpt2", "bert", "llama", "t5", "lstm_classifier", "unet", "text_cnn", "mixer",
+    "transformer_encoder",
+)  # fmt: skip
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+LONGEST = 2.5
+"""Seconds of a step; larger batches of a model whose step takes longer are left out."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to run one model at one batch size: predicted and measured."""
+
+    model: str
+    batch: int
+    mode: str
+    seconds: float
+    half_width: float
+    predicted: float
+    low: float
+    high: float
+    peak: int
+    predicted_peak: int
+    peak_own: int
+    predicted_own: int
+
+    @property
+    def error(self) -> float:
+        """Of the predicted seconds, relative to the measured ones."""
+        return self.predicted / self.seconds - 1
+
+
+def rows_of(case: zoo.Case, machine: Machine, seconds: float) -> Iterator[Row]:
+    """Step a model in each way at each batch size, next to each other, and price the same."""
+    torch.manual_seed(0)
+    model = case.build()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    eager = eager_step(model, optimizer, case.loss)
+    flat = graphopt.optimize(model, case.batch(2), loss=case.loss, optimizer=optimizer, schemes="flat")
+    task = Task(model, case.loss or "model", (optimizer,))
+    captured: list[Any] = []
+    owned = [*model.parameters(), *model.buffers()]
+    for batch in BATCHES:
+        data = case.batch(batch)
+        arguments = (data,) if isinstance(data, dict) else data
+        steps: dict[str, Callable[[], Any]] = {"eager": partial(eager, *arguments), "flat": partial(flat, *arguments)}
+        times = measure(steps, seconds=seconds, rounds=(7, 30), warmup=2, precision=0.02)
+        step = next((c for c in captured if c.admits(batch)), None)
+        if step is None:
+            captured.append(step := capture_task(task, data, PASSES))
+        there = sum(t.numel() * t.element_size() for t in owned)
+        there += sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values())
+        there += sum(t.numel() * t.element_size() for t in (data.values() if isinstance(data, dict) else data))
+        for mode, graph in (("eager", step.before), ("flat", step.graph)):
+            price = estimate(graph, machine, {"batch": batch}, mode=mode)
+            own = peak_bytes(steps[mode])
+            yield Row(
+                case.name, batch, mode, times[mode].seconds, times[mode].half_width, price.seconds, *price.interval,
+                peak=there + own, predicted_peak=price.peak_bytes, peak_own=own, predicted_own=price.peak.own,
+            )  # fmt: skip
+        if max(t.seconds for t in times.values()) > LONGEST / 2:
+            break
+
+
+def claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The table of claims."""
+    inside = [r.low <= r.seconds <= r.high for r in rows]
+    widths = [(r.high - r.low) / 2 / r.predicted for r in rows]
+    unseen = list(_unseen(rows))
+    made = [
+        ("step time, mean absolute error", 0.15, mean(abs(r.error) for r in rows), len(rows)),
+        ("step time, median absolute error", None, median(abs(r.error) for r in rows), len(rows)),
+        *((f"step time, {m}", 0.15, mean(abs(r.error) for r in rows if r.mode == m), None) for m in ("eager", "flat")),
+        ("unseen batch after 3 measured, mean", 0.04, mean(unseen), len(unseen)),
+        ("unseen batch after 3 measured, median", None, median(unseen), len(unseen)),
+        ("peak memory, mean", 0.05, mean(abs(r.predicted_peak / r.peak - 1) for r in rows), len(rows)),
+        ("own memory, mean", None, mean(abs(r.predicted_own / r.peak_own - 1) for r in rows), len(rows)),
+        ("ranking, Kendall tau", 0.8, _ranking(rows), None),
+        ("inside of the 90 % interval", (0.85, 0.95), mean(inside), len(rows)),
+        ("half-width of the interval, median", 0.25, median(widths), len(rows)),
+    ]
+    return [
+        {"claim": name, "bar": str(bar or "-"), "measured": value, "rows": count} for name, bar, value, count in made
+    ]
+
+
+def _unseen(rows: Sequence[Row]) -> Iterator[float]:
+    """Absolute errors at batch sizes between those that `bracket` chooses to measure."""
+    curves: dict[tuple[str, str], dict[int, Row]] = defaultdict(dict)
+    for row in rows:
+        curves[row.model, row.mode][row.batch] = row
+    for curve in curves.values():
+        if len(curve) < 4:
+            continue
+        predicted = lambda batch, curve=curve: curve[min(curve, key=lambda b: abs(b - batch))].predicted
+        wanted = bracket(min(curve), max(curve), predicted)
+        points = {min(curve, key=lambda b, batch=batch: abs(b - batch)) for batch in wanted}
+        measured = {b: Measurement(curve[b].seconds, curve[b].seconds, curve[b].seconds, 7) for b in points}
+        found = BatchCurve(measured, shape=predicted)
+        for batch in curve.keys() - points:
+            yield abs(found.at(batch)[0] / curve[batch].seconds - 1)
+
+
+def _ranking(rows: Sequence[Row]) -> float:
+    """Kendall's tau over pairs of ways to run a model at a batch size that differ by more than 5 %."""
+    groups: dict[tuple[str, int], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row.model, row.batch].append(row)
+    pairs = [
+        (a, b) for group in groups.values() for a, b in combinations(group, 2)
+        if not 1 / 1.05 < a.seconds / b.seconds < 1.05
+    ]  # fmt: skip
+    agree = [(a.predicted < b.predicted) == (a.seconds < b.seconds) for a, b in pairs]
+    return 2 * mean(agree) - 1 if agree else float("nan")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cost_accuracy", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--only", metavar="PATTERN", nargs="+", default=list(MODELS), help="names of models")
+    parser.add_argument("--seconds", type=float, default=4.0, help="for each model and batch size (%(default)s)")
+    parser.add_argument("--threads", type=int, help="of torch; by default what it takes itself")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    machine = Machine.current()
+    cases = [c for c in zoo.CASES if c.captures and any(fnmatch(c.name, p) for p in options.only)]
+    if not cases:
+        parser.error(f"no model matches {options.only!r}")
+    rows: list[Row] = []
+    with Progress() as bar:
+        for case in bar.track(cases, description="models"):
+            found = list(rows_of(case, machine, options.seconds))
+            rows += found
+            errors = "  ".join(f"{r.batch}{r.mode[0]} {r.error:+.0%}" for r in found)
+            bar.console.print(f"{case.name}: {errors}")
+    table = claims(rows)
+    print_table(table, title="prices")
+    write_json(RESULTS, {"machine": machine_description(), "scales": dict(machine.scales), "spread": machine.spread,
+                         "claims": table, "rows": [asdict(r) for r in rows]})  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""`estimate`: the seconds and bytes of a training step before it is run.
+
+A roofline of each kernel with efficiencies by family and size (`Curve`), the launches of the host, the memory that the
+operating system gives anew in each step, and the update of the optimizer. All counts are compiled to arrays over the
+free sizes once, so that another batch size, sequence length or width is priced without a capture.
+
+Sources of the form: roofline with size-dependent efficiency as in Calculon (Isaev et al., SC'23), host floor as in
+AdaDist-style models; efficiencies are measured (`graphopt.cost_model.calibrate`) or those of data sheets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import get_args
+
+import numpy as np
+
+from graphopt.cost_model.estimate import TERMS, Estimate
+from graphopt.cost_model.kernels import PRODUCTS, Family
+from graphopt.cost_model.machine import Machine
+from graphopt.cost_model.work import Counts, Mode, Work, compiled
+from graphopt.errors import CostModelError
+from graphopt.graph.training_graph import TrainingGraph
+
+GROUPS: dict[str, frozenset[Family]] = {
+    "gemm": frozenset([Family.GEMM]),
+    "convolution": frozenset([Family.CONVOLUTION, Family.CONVOLUTION_INPUT, Family.CONVOLUTION_WEIGHT]),
+    "depthwise": frozenset([Family.DEPTHWISE, Family.DEPTHWISE_INPUT, Family.DEPTHWISE_WEIGHT]),
+    "attention": frozenset([Family.ATTENTION, Family.ATTENTION_BACKWARD, Family.RECURRENT]),
+    "pointwise": frozenset([Family.POINTWISE, Family.TRANSCENDENTAL, Family.FILL, Family.RANDOM]),
+    "normalisation": frozenset(
+        [Family.BATCH_NORM, Family.BATCH_NORM_BACKWARD, Family.NORM, Family.NORM_BACKWARD, Family.SOFTMAX]
+    ),
+    "reduction": frozenset([Family.REDUCTION]),
+    "copy": frozenset([Family.COPY, Family.GATHER, Family.SCATTER, Family.POOLING]),
+    "update": frozenset([Family.UPDATE]),
+}
+"""Families of kernels that share one factor of a machine."""
+
+FACTORS = (*GROUPS, "eager launch", "flat launch", "touch")
+"""The global factors of a machine (`Machine.scales`), at most 12, by which seconds of a step are linear."""
+
+
+def estimate(
+    graph: TrainingGraph,
+    machine: Machine | None = None,
+    sizes: Mapping[str, int] | None = None,
+    *,
+    mode: Mode = "flat",
+    precision: str | None = None,
+) -> Estimate:
+    """Price one step of ``graph`` on ``machine``.
+
+    Args:
+        graph: a captured graph. For ``mode="eager"`` the graph as captured, before passes: what autograd runs.
+        machine: `Machine.current()` by default (measured once, at most a minute); or ``Machine.named("H100")``.
+        sizes: free sizes by name (``{"batch": 64}``); axes of the graph by name besides (``{"0.hidden": 512}``,
+            `Axes.groups`), each of which must be free. What is not given is as at capture.
+        mode: ``flat`` (straight-line code), ``eager`` (autograd) or ``compiled`` (fused kernels).
+        precision: price the products of forward and backward as if in ``bf16``, ``fp16`` or ``tf32``; by default
+            those of the graph's dtypes.
+
+    Raises:
+        CostModelError: no operators, a size that is unknown, no positive integer, or one the graph does not hold for.
+        AxisError: the name of an axis that does not exist or must keep its size.
+
+    Example:
+        >>> import torch, graphopt
+        >>> from graphopt.cost_model import Machine, estimate
+        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+        >>> batch = torch.randn(16, 64), torch.randint(8, (16,))
+        >>> graph = graphopt.capture(net, batch, loss=torch.nn.functional.cross_entropy)
+        >>> at = [estimate(graph, Machine.named("H100"), {"batch": n}) for n in (16, 32)]
+        >>> at[1].flops == 2 * at[0].flops, at[1].seconds >= at[0].seconds
+        (True, True)
+    """
+    if not isinstance(graph, TrainingGraph):
+        raise CostModelError(f"graph: expected a TrainingGraph (see graphopt.capture), got {type(graph).__name__}")
+    if mode not in get_args(Mode):
+        raise CostModelError(f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}")
+    machine = machine if machine is not None else Machine.current()
+    sizes = dict(sizes or {})
+    work = compiled(graph, mode, sizes)
+    values = work.values(sizes)
+    counts, peak = work.at(values), work.memory.at(values)
+    kernel, by_compute = _kernel_seconds(work, counts, machine, precision)
+    launch = _launch_seconds(work, machine)
+    touched = machine.touch * machine.scales.get("touch", 1.0) * fresh_bytes(counts.blocks, peak.own, machine.largest)
+    updating = work.updating
+    if machine.asynchronous:  # the host runs ahead: only what it takes longer than the kernels is seen
+        launch = launch * max(0.0, 1 - kernel.sum() / max(launch.sum(), 1e-30))
+    terms = dict.fromkeys(TERMS, 0.0)
+    terms["optimizer"] = float((kernel + launch)[updating].sum())
+    terms["compute"] = float(kernel[by_compute & ~updating].sum())
+    terms["memory"] = float(kernel[~by_compute & ~updating].sum())
+    terms["launch"] = float(launch[~updating].sum())
+    terms["allocation"] = touched
+    seconds = sum(terms.values())
+    fixed, each = machine.compile_seconds
+    return Estimate(
+        seconds=seconds,
+        interval=(seconds * math.exp(-machine.spread), seconds * math.exp(machine.spread)),
+        terms=terms,
+        compile_seconds=fixed + each * len(work.kernels) if mode == "compiled" else 0.0,
+        flops=int(counts.flops.sum()),
+        bytes_moved=int(counts.bytes.sum()),
+        bytes_kept=counts.bytes_kept,
+        sizes={**graph.symbols.hints, **sizes},
+        machine=machine.name,
+        mode=mode,
+        peak=peak,
+        node_seconds=np.bincount(work.node_of, kernel + launch, len(work.nodes)),
+        work=work,
+        counts=counts,
+    )
+
+
+def factor_seconds(graph: TrainingGraph, machine: Machine, sizes: Mapping[str, int], *, mode: Mode) -> dict[str, float]:
+    """The seconds of a step by factor (`FACTORS`), where all factors are 1: what a fit of them needs."""
+    work = compiled(graph, mode, sizes)
+    values = work.values(sizes)
+    counts, plain = work.at(values), replace(machine, scales={})
+    kernel, _ = _kernel_seconds(work, counts, plain, None)
+    found = dict.fromkeys(FACTORS, 0.0)
+    for family, at in work.of_family.items():
+        if family in _GROUP_OF:
+            found[_GROUP_OF[family]] += float(kernel[at].sum())
+    found["eager launch" if mode == "eager" else "flat launch"] = float(_launch_seconds(work, plain).sum())
+    found["touch"] = machine.touch * fresh_bytes(counts.blocks, work.memory.at(values).own, machine.largest)
+    return found
+
+
+def _kernel_seconds(
+    work: Work, counts: Counts, machine: Machine, precision: str | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds of each kernel, and whether its FLOPs decide them."""
+    seconds = np.zeros(len(work.kernels))
+    by_compute = np.zeros(len(work.kernels), dtype=bool)
+    moved, dims = counts.kernel_bytes.astype(np.float64), counts.dims.astype(np.float64)
+    if precision in ("bf16", "fp16"):
+        moved = np.where(work.updating, moved, moved / 2)
+    rates = work.per_kernel((machine, precision), lambda i: _rate(work, i, machine, precision))
+    for family, at in work.of_family.items():
+        if family in (Family.NONE, Family.COMMUNICATION):
+            continue
+        curve = machine.curves[family]
+        found = curve.memory_seconds(moved[at])
+        if family in PRODUCTS and curve.rates:
+            products = curve.product_seconds(dims[:, at], rates[at])
+            by_compute[at] = products > found
+            found = np.maximum(products, found)
+        seconds[at] = found * machine.scales.get(_GROUP_OF.get(family, ""), 1.0)
+    return seconds, by_compute
+
+
+def _rate(work: Work, kernel: int, machine: Machine, precision: str | None) -> float:
+    """flop/s of one kernel at full efficiency; 0 for one without products."""
+    family = work.kernels[kernel].family
+    rates = machine.curves[family].rates if family in PRODUCTS else {}
+    if not rates:
+        return 0.0
+    name = work.precisions[kernel]
+    if name == "fp32" and not work.updating[kernel]:
+        name = precision or ("tf32" if machine.tf32 else "fp32")
+    if name not in rates:
+        raise CostModelError(f"precision: {machine.name} has no rate for {name}; it has {', '.join(rates)}")
+    return rates[name]
+
+
+def _launch_seconds(work: Work, machine: Machine) -> np.ndarray:
+    """Seconds of the host for each kernel."""
+    each = work.per_kernel(machine, lambda i: machine.launch[launch_kind(work, i)])
+    scale = machine.scales.get("eager launch" if work.mode == "eager" else "flat launch", 1.0)
+    return scale * (each + (work.items - 1) * machine.launch["item"])
+
+
+def launch_kind(work: Work, kernel: int) -> str:
+    """Which of a machine's launches (`LAUNCHES`) a kernel is."""
+    is_view = work.kernels[kernel].family is Family.NONE
+    if work.mode == "eager":
+        return f"eager {work.phase(kernel)}{' view' if is_view else ''}"
+    if work.mode == "compiled":
+        return "compiled"
+    return "view" if is_view else "flat"
+
+
+def fresh_bytes(blocks: np.ndarray, own: int, largest: int) -> float:
+    """Bytes that the operating system gives anew in each step; the first touch of each page of them costs.
+
+    The law of glibc's malloc: a block above the largest threshold is mapped at each request; of the rest, memory at the
+    top of the heap goes back when more than twice the largest block is free there, so that what a step needs beyond
+    that comes anew.
+
+    Args:
+        blocks: bytes of each block that the step asks for.
+        own: bytes that the step holds at its peak.
+        largest: `Machine.largest`; 0 where freed memory is always kept.
+    """
+    if not largest:
+        return 0.0
+    mapped = blocks > largest
+    all_mapped, kept = float(blocks[mapped].sum()), blocks[~mapped]
+    on_heap = own * float(kept.sum()) / max(float(blocks.sum()), 1.0)
+    return all_mapped + max(0.0, on_heap - 2.0 * float(kept.max(initial=0)))
+
+
+_GROUP_OF = {family: group for group, families in GROUPS.items() for family in families}

@@ -1,0 +1,177 @@
+"""`Work`: all that a graph asks of a processor, compiled once to arrays over its free sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, TypeAlias
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import sympy
+import torch
+from torch import fx
+
+from graphopt.cost_model.fusion import fused
+from graphopt.cost_model.kernels import Family, Kernel, kernels
+from graphopt.cost_model.memory import Memory
+from graphopt.cost_model.size_table import SizeTable
+from graphopt.errors import CostModelError
+from graphopt.graph.op_rules import bytes_moved, flops
+from graphopt.graph.sizes import Expr, Symbols, expression, nbytes
+from graphopt.graph.storages import is_view, kept_for_backward, tensors
+from graphopt.graph.training_graph import Phase, TrainingGraph
+from graphopt.graph.widths import counting_graph
+
+Mode: TypeAlias = Literal["eager", "flat", "compiled"]
+"""How a graph is run: by autograd, as straight-line calls, or by a compiler that fuses kernels."""
+
+_PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a graph asks for at certain sizes; arrays by kernel (`Work.kernels`) or by node (`Work.nodes`), int64."""
+
+    flops: np.ndarray  # of each node, in the conventions of torch.utils.flop_counter
+    bytes: np.ndarray  # read and written by each node
+    kernel_flops: np.ndarray
+    kernel_bytes: np.ndarray
+    dims: np.ndarray  # m, n, k and batch of each kernel: (4, kernels)
+    bytes_kept: int
+    blocks: np.ndarray  # of each block of memory that the step asks the allocator for
+
+
+class Work:
+    """The kernels of a graph run in one way, and their counts at any sizes.
+
+    Attributes:
+        nodes: the operators of the graph in order, those that only look at numbers or views too.
+        kernels: what they start; where a compiler fuses, one for each fused group.
+        node_of: index of the node of each kernel.
+        memory: live bytes (`graphopt.cost_model.memory`).
+    """
+
+    def __init__(self, graph: TrainingGraph, mode: Mode, widths: Iterable[str]):
+        self.graph = graph
+        self.mode = mode
+        counting = counting_graph(graph, widths)
+        self._widths = counting.symbols
+        self._figures: dict[Hashable, np.ndarray] = {}
+        copies = {original: counting.node[original] for original in graph.nodes if original.op != "output"}
+        originals = {copy: original for original, copy in copies.items()}
+        self.nodes = tuple(node for node in graph.nodes if node.op == "call_function")
+        found = [kernel for node in self.nodes for kernel in kernels(copies[node])]
+        if mode == "compiled":
+            found = fused(found)
+        position = {node: i for i, node in enumerate(self.nodes)}
+        self.kernels: tuple[Kernel, ...] = tuple(found)
+        self.node_of = np.array([position[originals[k.node]] for k in found], dtype=np.int64)
+        self.families = np.array([_FAMILY_INDEX[k.family] for k in found], dtype=np.int64)
+        self.items = np.array([k.items for k in found], dtype=np.int64)
+        self.precisions = tuple(_precision(k.node) for k in found)
+        phases = [k.node.meta.get("phase", Phase.FORWARD) for k in found]
+        self.phases = np.array([_PHASES.index(p) if p in _PHASES else 0 for p in phases], dtype=np.int64)
+        kept = [sum(nbytes(t) for t in tensors(copies[s.root].meta["val"])) for s in kept_for_backward(graph)]
+        per_node: list[Expr] = [flops(copies[n]) for n in self.nodes] + [bytes_moved(copies[n]) for n in self.nodes]
+        per_kernel: list[Expr] = [
+            value(k)
+            for value in (_flops, _bytes, _rows, _columns, _depth, _batch)
+            for k in found
+        ]  # fmt: skip
+        made = [nbytes(t) for n in self.nodes if self._allocates(n) for t in tensors(copies[n].meta["val"])]
+        self._table = SizeTable([sum(kept), *per_node, *per_kernel, *made])
+        found_tensors = {node: tensors(copies[node].meta.get("val")) for node in copies}
+        self.memory = Memory(
+            graph,
+            "eager" if mode == "eager" else "flat",
+            lambda node: [nbytes(t) for t in found_tensors[node]],
+            shapes_of=lambda node: [list(map(expression, t.shape)) for t in found_tensors[node]],
+            threads=torch.get_num_threads(),
+        )
+
+    def values(self, sizes: Mapping[str, int]) -> dict[sympy.Symbol, int]:
+        """A number for each symbol. Raises CostModelError for a name, a number or a size that does not fit."""
+        symbols = self.graph.symbols
+        for name, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise CostModelError(f"sizes: expected a positive integer for {name!r}, got {size!r}")
+        batch = {name: size for name, size in sizes.items() if name in symbols.hints}
+        _check(symbols, batch)
+        values = {symbol: int(number) for symbol, number in symbols.substitution(batch).items()}
+        return values | {symbol: sizes[name] for name, symbol in self._widths.items()}
+
+    def at(self, values: Mapping[sympy.Symbol, int]) -> Counts:
+        """The counts for numbers that `values` gave."""
+        n, k = len(self.nodes), len(self.kernels)
+        kept, per_node, per_kernel, blocks = np.split(self._table.at(values), np.cumsum([1, 2 * n, 6 * k]))
+        flops, moved = per_node.reshape(2, n)
+        kernel_flops, kernel_bytes, *dims = per_kernel.reshape(6, k)
+        return Counts(flops, moved, kernel_flops, kernel_bytes, np.stack(dims), int(kept[0]), blocks)
+
+    def _allocates(self, node: fx.Node) -> bool:
+        """Whether running the node takes new memory. Straight-line code updates in place."""
+        in_place = self.mode != "eager" and node.meta.get("phase") == Phase.UPDATE
+        return not is_view(node) and not in_place
+
+    @cached_property
+    def of_family(self) -> dict[Family, np.ndarray]:
+        """Indices of the kernels of each family that occurs."""
+        return {family: np.flatnonzero(self.families == i) for family, i in _FAMILY_INDEX.items()
+                if np.any(self.families == i)}  # fmt: skip
+
+    def phase(self, kernel: int) -> Phase:
+        """The phase of a kernel."""
+        return _PHASES[self.phases[kernel]]
+
+    def per_kernel(self, key: Hashable, find: Callable[[int], float]) -> np.ndarray:
+        """A figure of each kernel that does not depend on sizes, found once for each ``key``."""
+        if key not in self._figures:
+            self._figures[key] = np.array([find(i) for i in range(len(self.kernels))], dtype=np.float64)
+        return self._figures[key]
+
+    @cached_property
+    def updating(self) -> np.ndarray:
+        """Which kernels belong to the optimizer's update."""
+        return self.phases == _PHASES.index(Phase.UPDATE)
+
+
+def compiled(graph: TrainingGraph, mode: Mode, sizes: Iterable[str]) -> Work:
+    """The work of a graph with the named sizes free; compiled at the first call for these names."""
+    widths = frozenset(set(sizes) - graph.symbols.hints.keys())
+    known = _COMPILED.setdefault(graph, {})
+    if (mode, widths) not in known:
+        if not any(node.op == "call_function" for node in graph.nodes):
+            raise CostModelError("graph: it has no operators; there is nothing to price")
+        known[mode, widths] = Work(graph, mode, widths)
+    return known[mode, widths]
+
+
+_COMPILED: WeakKeyDictionary[TrainingGraph, dict[tuple[Mode, frozenset[str]], Work]] = WeakKeyDictionary()
+
+_PHASES = (Phase.FORWARD, Phase.BACKWARD, Phase.UPDATE)
+_FAMILY_INDEX = {family: i for i, family in enumerate(Family)}
+
+_flops = lambda k: k.flops
+_bytes = lambda k: k.bytes
+_rows = lambda k: k.rows
+_columns = lambda k: k.columns
+_depth = lambda k: k.depth
+_batch = lambda k: k.batch
+
+
+def _precision(node: fx.Node) -> str:
+    found = tensors(node.meta.get("val"))
+    return _PRECISIONS.get(found[0].dtype, "fp32") if found else "fp32"
+
+
+def _check(symbols: Symbols, sizes: Mapping[str, int]) -> None:
+    """The sizes must be those that the graph holds for."""
+    try:
+        admitted = symbols.admits(sizes)
+    except KeyError as error:
+        raise CostModelError(str(error.args[0])) from None
+    if not admitted:
+        guards = " and ".join(map(symbols.rename, symbols.guards)) or "sizes of at least 2"
+        raise CostModelError(f"sizes: the graph does not hold at {dict(sizes)}; it was captured for {guards}")
