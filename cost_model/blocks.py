@@ -14,7 +14,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import fx
 
-from graphopt.cost_model.workspace import Sizes, unseen_results
+from graphopt.cost_model.kernel_sizes import Sizes, is_tensor
+from graphopt.cost_model.workspace import unseen_results
 from graphopt.graph.in_place import decide, overwritten
 from graphopt.graph.sizes import Expr, nbytes
 from graphopt.graph.storages import is_view, storage_root, tensors, viewed
@@ -168,10 +169,12 @@ class _EagerBlocks(_Blocks):
 
     def _home(self, node: fx.Node) -> fx.Node | None:
         if _is_sum(node):
-            old, _ = node.args
-            block = self.held[old].get(())  # type: ignore[index]
-            ours = block is not None and block.born >= 0 and _phase(self.order[block.born]) == Phase.BACKWARD
-            return old if ours and block.dies <= self.position[node] else None  # type: ignore[return-value, union-attr]
+            old = node.args[0]
+            assert isinstance(old, fx.Node)
+            block = self.held[old].get(())
+            if block is None or storage_root(old) is not old:
+                return None  # a view: the tensor it looks at holds the memory too
+            return old if block.dies <= self.position[node] else None
         if node in self._clipped:
             return self._clipped[node]
         if node.target is aten.div.Tensor and _phase(node) == Phase.UPDATE:
@@ -207,7 +210,7 @@ def _clipped(graph: TrainingGraph) -> Iterator[tuple[fx.Node, fx.Node]]:
             continue
         if result.target is getitem:
             lists, index = result.args
-            yield result, lists.args[0][index]  # type: ignore[union-attr, index]
+            yield result, lists.args[0][index]  # type: ignore[union-attr, index, misc]
         elif result.args and isinstance(result.args[0], fx.Node):
             yield result, result.args[0]
 
@@ -216,10 +219,10 @@ def _is_sum(node: fx.Node) -> bool:
     """Whether this adds two gradients that reached the same value."""
     if node.target is not aten.add.Tensor or _phase(node) != Phase.BACKWARD or node.kwargs:
         return False
-    if not all(isinstance(a, fx.Node) and isinstance(a.meta.get("val"), torch.Tensor) for a in node.args):
-        return False
     old, new = node.args
-    return bool(_phase(old) == _phase(new) == Phase.BACKWARD and old.meta["val"].shape == new.meta["val"].shape)  # type: ignore[union-attr]
+    if not is_tensor(old) or not is_tensor(new):
+        return False
+    return bool(_phase(old) == _phase(new) == Phase.BACKWARD and old.meta["val"].shape == new.meta["val"].shape)
 
 
 def _autograd_nodes(order: Sequence[fx.Node]) -> Iterator[list[int]]:

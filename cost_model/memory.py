@@ -19,8 +19,9 @@ import sympy
 from torch import fx
 
 from graphopt.cost_model.blocks import BytesOf, Mode, blocks_of, stored_bytes
+from graphopt.cost_model.kernel_sizes import ShapesOf, Sizes, shapes
 from graphopt.cost_model.size_table import SizeTable
-from graphopt.cost_model.workspace import ShapesOf, Sizes, shapes, workspace
+from graphopt.cost_model.workspace import workspace
 from graphopt.errors import GraphoptError
 from graphopt.graph.training_graph import TrainingGraph
 
