@@ -104,7 +104,7 @@ def _convolution_of(node: fx.Node, sizes: Sizes, x: fx.Node, w: fx.Node, y: Shap
         columns=columns, group_column=group_column, onednn=onednn, few_channels=small, strided=strided,
         gemm=dilated or any(
             isinstance(k, int) and (k >= 14 or (depthwise and k > 3) or (isinstance(s, int) and s < k))
-            for s, k in zip(image[2:], window, strict=True)
+            for s, k in zip((y if transposed else image)[2:], window, strict=True)
         ),
     )  # fmt: skip
 
