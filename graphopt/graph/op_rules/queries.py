@@ -68,8 +68,8 @@ def flops(node: fx.Node) -> Expr:
     """Floating point operations of the node: 2 for each multiply-add of a contraction, a convolution or attention.
 
     The same numbers as ``torch.utils.flop_counter``, and like there pointwise operators, reductions and normalisations
-    count 0: bytes are their price. Beyond it, CPU flash attention, fused recurrent layers and matrix-vector products
-    are counted. An int, or a sympy expression where sizes are symbolic.
+    count 0: bytes are their price. Beyond it, CPU flash attention, fused recurrent layers, grouped and matrix-vector
+    products are counted (docs/flops.md). An int, or a sympy expression where sizes are symbolic.
     """
     found = rule(node)
     return found.flops(node) if found and found.flops else 0
