@@ -167,7 +167,7 @@ def test_flops_are_those_of_the_counter(packet: Any, args: tuple[Any, ...], resu
 
 
 def test_flops_of_convolutions_that_name_the_input_self() -> None:
-    """The counter takes cudnn_convolution's groups for its `transposed`; one group is read as a transposed one."""
+    """The counter reads cudnn_convolution's `benchmark` as `transposed`, and lacks an argument of the other."""
     cudnn = node_of(
         aten.cudnn_convolution.default, *CONV, [0, 0], [1, 1], [1, 1], 1, False, False, True, result=CONV_OUT
     )
