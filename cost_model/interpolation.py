@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import numpy as np
 
@@ -214,18 +213,15 @@ def bracket(smallest: int, largest: int, predicted: Callable[[int], float] | Non
         raise CostModelError(f"bracket: got smallest={smallest} above largest={largest}")
     if largest - smallest < 2:
         return tuple(sorted({smallest, largest}))
-    center = math.sqrt(smallest * largest)
-    if predicted is None:
-        middle = _round(center)
-    else:
+    middle = min(max(_round(math.sqrt(smallest * largest)), smallest + 1), largest - 1)
+    if predicted is not None:
         grid = _spread(smallest, largest)
         expected = np.array([_positive(predicted, batch) for batch in grid])
-        miss = partial(_miss, grid, expected)
-        errors = {batch: miss(batch) for batch in sorted({_round(batch) for batch in grid[1:-1]})}
-        errors = {batch: error for batch, error in errors.items() if smallest < batch < largest}
+        inside = {n for n in (middle, *map(_round, grid)) if smallest < n < largest}
+        errors = {batch: _miss(grid, expected, batch) for batch in sorted(inside)}
         near = [batch for batch, error in errors.items() if error <= min(errors.values()) + NEAR_BEST]
-        middle = min(near, key=lambda batch: abs(math.log(batch / center))) if near else _round(center)
-    return smallest, min(max(middle, smallest + 1), largest - 1), largest
+        middle = min(near, key=lambda batch: abs(math.log(batch / middle)))
+    return smallest, middle, largest
 
 
 def _miss(grid: Sequence[int], expected: np.ndarray, middle: int) -> float:

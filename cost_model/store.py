@@ -135,8 +135,8 @@ class ProfileStore:
         values = (graph, scheme, _sizes(sizes), machine, _facts(facts or {}))
         if self._too_noisy(f"scheme {scheme!r} at {dict(sizes)}", measurement):
             return False
-        columns = "graph, scheme, sizes, machine, facts"
-        self._file.run(lambda connection: _insert(connection, "steps", columns, [(*values, *_times(measurement))]))
+        columns, rows = "graph, scheme, sizes, machine, facts", [(*values, *_times(measurement))]
+        self._file.run(lambda connection: _insert(connection, "steps", columns, rows), write=True)
         return True
 
     def add_operators(self, machine: str, measurements: Mapping[str, Measurement]) -> int:
@@ -155,7 +155,7 @@ class ProfileStore:
             for signature, measurement in measurements.items()
             if not self._too_noisy(f"operator {signature!r}", measurement)
         ]
-        self._file.run(lambda connection: _insert(connection, "operators", "signature, machine", rows))
+        self._file.run(lambda connection: _insert(connection, "operators", "signature, machine", rows), write=True)
         return len(rows)
 
     def _too_noisy(self, what: str, measurement: Measurement) -> bool:
@@ -210,8 +210,9 @@ class ProfileStore:
         ):
             measured = _measured("steps", times)
             if measured is not None:
-                measurement, *rest = measured
-                rows.append(StepRow(graph, scheme, json.loads(sizes), machine_, measurement, json.loads(facts), *rest))
+                measurement, at, version = measured
+                known = json.loads(sizes), machine_, measurement, json.loads(facts)
+                rows.append(StepRow(graph, scheme, *known, measured_at=at, torch=version))
         return rows
 
 

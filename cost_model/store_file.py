@@ -75,22 +75,23 @@ class StoreFile:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             self._to_memory(error)
-        self.run(_check)
+        self.run(_check, write=True)
 
     @property
     def in_memory(self) -> bool:
         """Whether rows are kept in memory only, and go with the process."""
         return self._memory is not None
 
-    def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    def run(self, work: Callable[[sqlite3.Connection], T], *, write: bool = False) -> T:
         """``work(connection)`` in one transaction: all of it is on file when this returns, or none of it if it raises.
 
-        ``work`` may run a second time, on a new file or in memory, when the first one fails.
+        ``work`` may run a second time, on a new file or in memory, when the first one fails. Without ``write`` it
+        waits for nobody.
         """
         with self._lock:
             for _ in range(2):  # a damaged file may turn out to lie in a read-only folder
                 try:
-                    return self._run(work)
+                    return self._run(work, write)
                 except sqlite3.DatabaseError as error:
                     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
                     if self.in_memory or code not in (*_DAMAGED, *_UNUSABLE):
@@ -99,13 +100,13 @@ class StoreFile:
                         self._set_aside(error)
                     else:
                         self._to_memory(error)
-            return self._run(work)
+            return self._run(work, write)
 
-    def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    def _run(self, work: Callable[[sqlite3.Connection], T], write: bool) -> T:
         if self._memory is not None:
-            return _transaction(self._memory, work)
+            return _transaction(self._memory, work, write)
         with closing(self._open(self.path)) as connection:
-            return _transaction(connection, work)
+            return _transaction(connection, work, write)
 
     # -- opening ----------------------------------------------------------------------------------------------------
 
@@ -209,8 +210,8 @@ class StoreFile:
         return None
 
 
-def _transaction(connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
-    connection.execute("BEGIN IMMEDIATE")
+def _transaction(connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], T], write: bool = True) -> T:
+    connection.execute("BEGIN IMMEDIATE" if write else "BEGIN")
     try:
         result = work(connection)
         connection.execute("COMMIT")

@@ -340,6 +340,24 @@ def test_a_damaged_file_is_moved_aside_and_a_new_one_begun(path, damage):
     assert aside.read_bytes() == content
 
 
+def test_the_log_goes_aside_with_the_file_it_belongs_to(path, tmp_path):
+    """A killed process left a log behind. It must not be taken for the log of the new file, and not be lost."""
+    filled(path)
+    alive = sqlite3.connect(path)
+    alive.execute("SELECT count(*) FROM steps").fetchone()  # while one is open, the log stays
+    assert add(ProfileStore(path), 16)
+    torn_path = tmp_path / "killed" / "profiles.sqlite"
+    torn_path.parent.mkdir()
+    torn_path.write_bytes(no_database(path.read_bytes()))
+    log = Path(f"{path}-wal").read_bytes()
+    assert log
+    Path(f"{torn_path}-wal").write_bytes(log)
+    alive.close()
+    with pytest.warns(GraphoptWarning, match="is damaged"):
+        assert batches(ProfileStore(torn_path)) == []
+    assert [Path(f).read_bytes() for f in torn_path.parent.glob("*damaged*-wal")] == [log]
+
+
 def test_damage_while_a_store_is_in_use(path):
     filled(path)
     store = ProfileStore(path)
@@ -439,6 +457,17 @@ def test_a_stopped_process_that_holds_the_file_stops_nobody(path, monkeypatch):
     with pytest.warns(GraphoptWarning, match="locked"):
         assert add(store, 16)
     assert batches(store) == [8, 16]
+    holder.close()
+
+
+def test_readers_wait_for_nobody(path, no_warnings):
+    store = ProfileStore(path)
+    add(store, 8)
+    store._file._timeout = 0.05
+    holder = sqlite3.connect(path, isolation_level=None)
+    assert holder.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    holder.execute("BEGIN EXCLUSIVE")
+    assert batches(store) == [8] and not store.in_memory
     holder.close()
 
 
