@@ -140,8 +140,7 @@ class BatchCurve:
         s0, s1 = self._at_points[left : left + 2]
         if s1 - s0 <= 1e-3 * s0:  # a flat shape says nothing of a rise that was measured
             return (batch - n0) / (n1 - n0)
-        weight = (self._predicted(batch) - s0) / (s1 - s0)
-        return min(max(weight, 0.0), 1.0) if n0 <= batch <= n1 else weight
+        return (self._predicted(batch) - s0) / (s1 - s0)
 
     def _through_one(self, seconds: float, batch: int) -> tuple[float, float, float]:
         (n0,), (s0,) = self._batches, self._at_points
