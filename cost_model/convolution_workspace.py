@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
-from graphopt.cost_model.kernel_sizes import Moments, Shape, Sizes, channels_last, contiguous, flag, tensor_of
+from graphopt.cost_model.kernel_sizes import (
+    Moments,
+    Shape,
+    Sizes,
+    channels_last,
+    contiguous,
+    flag,
+    suggests_channels_last,
+    tensor_of,
+)
 from graphopt.graph.op_rules.arguments import operand
 from graphopt.graph.sizes import Expr, product
 
@@ -18,7 +28,7 @@ _LANES = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
 
 @dataclass(frozen=True)
 class _Convolution:
-    """Sizes of one convolution in bytes: input, weight and output; with ``_blocked``, in oneDNN's layout."""
+    """One convolution, all sizes in bytes: input ``x``, weight ``w`` and output ``y``, in oneDNN's layout too."""
 
     x: Expr
     w: Expr
@@ -26,23 +36,33 @@ class _Convolution:
     x_blocked: Expr
     w_blocked: Expr
     y_blocked: Expr
+    w_blocked_once: Expr  # only its output channels
     columns: Expr  # of im2col, which the kernels without oneDNN use
     group_column: Expr  # the same of one image and one group
+    copies: Expr  # of operands that are not in the layout chosen
     onednn: Expr  # 1 where oneDNN is used, else 0
-    few_channels: bool  # the first layer: its input is read as it is
+    channels_last: bool  # operands and result are in that layout, which oneDNN takes as it is
+    in_channels: Expr
     strided: bool
-    gemm: bool  # the gradient of the weight has no direct kernel: the window is dilated or too large
+    gemm: bool  # oneDNN has no direct kernel for these groups: a matrix product over columns
+    weight_by_gemm: bool  # the same for the gradient of the weight only, whose window is dilated or too large
 
     def moments(self, onednn: Sequence[Expr], plain: Sequence[Expr]) -> Moments:
         """Those of the kernel that is used."""
         if self.onednn == 1:
-            return list(onednn)
-        return [self.onednn * m for m in onednn] + [(1 - self.onednn) * m for m in plain]
+            return [m + self.copies for m in onednn]
+        chosen = [self.onednn * m for m in onednn] + [(1 - self.onednn) * m for m in plain]
+        return [m + self.copies for m in chosen]
 
     def forward(self) -> Moments:
         """oneDNN reorders input and weight, computes, and copies the result back."""
-        x = 0 if self.few_channels else self.x_blocked
-        return [x + self.w_blocked + self.y_blocked - self.y, self.y_blocked]
+        if self.channels_last:
+            return [self.w_blocked]
+        if self.gemm:
+            return [self.group_column, self.y]
+        if isinstance(self.in_channels, int) and self.in_channels < _LANES:  # the first layer's input is read as it is
+            return [self.w_blocked_once + self.y_blocked - self.y, self.y_blocked]
+        return [self.x_blocked + self.w_blocked + self.y_blocked - self.y, self.y_blocked]
 
     def transposed_forward(self) -> Moments:
         """The same with a copy of the result in its place."""
@@ -50,23 +70,27 @@ class _Convolution:
 
     def backward(self, data: bool, weight: bool) -> Moments:
         """First the gradient of the input, then that of the weight; each is copied out of oneDNN's layout."""
+        if self.channels_last:
+            return [self.w_blocked + self.w]
         results = (self.x if data else 0) + (self.w if weight else 0)
+        held = self.x if data else 0
+        x, w, y = self.x_blocked, self.w_blocked, self.y_blocked
         moments: Moments = []
-        if data:
-            moments += [
-                self.x_blocked + self.w_blocked + self.y_blocked - results,
-                self.x_blocked + self.x * (2 if self.strided else 1) - results,
-            ]
+        if data and self.gemm:
+            moments += [self.x + self.group_column, 2 * self.x]
+        elif data:
+            moments += [x + w + y, x + self.x * (2 if self.strided else 1)]
         if weight:
-            x = 0 if self.few_channels else self.x_blocked
-            held = self.x if data else 0
-            work = 4 * self.w + self.group_column if self.gemm else x + self.y_blocked
-            moments += [held + work + self.w_blocked - results, held + self.w_blocked + self.w - results]
-        return moments
+            if self.in_channels == 3:  # images
+                x, w = self.x, self.w_blocked_once
+            work = 4 * self.w + self.group_column if self.gemm or self.weight_by_gemm else x + y
+            moments += [held + work + w, held + w + self.w]
+        return [m - results for m in moments]
 
 
-def _convolution_of(node: fx.Node, sizes: Sizes, x: fx.Node, w: fx.Node, y: Shape) -> _Convolution:
-    """Sizes of the convolution with input ``x``, weight ``w`` and an output of shape ``y``."""
+def _convolution_of(node: fx.Node, sizes: Sizes, operands: Sequence[Any], y: Shape) -> _Convolution:
+    """Sizes of a convolution of ``operands`` (input, weight, in backward the gradient) with output shape ``y``."""
+    x, w, *_ = operands
     image, kernel = sizes.shape(x), sizes.shape(w)
     itemsize = tensor_of(x).element_size()
     groups, transposed = operand(node, "groups"), operand(node, "transposed")
@@ -90,19 +114,22 @@ def _convolution_of(node: fx.Node, sizes: Sizes, x: fx.Node, w: fx.Node, y: Shap
     columns = 0 if pointwise and not strided and not padded else one_column * (1 if transposed else n)
     in_channels = kernel[0] if transposed else kernel[1] * groups
     depthwise = groups > 1 and groups == in_channels
-    nhwc = channels_last(tensor_of(x)) or channels_last(tensor_of(w))
+    nhwc = any(suggests_channels_last(tensor_of(o)) for o in (x, w))
+    fits = channels_last if nhwc else contiguous
 
     def blocked(shape: Shape, *dims: int) -> Expr:
         return product(_padded(s) if i in dims else s for i, s in enumerate(shape)) * itemsize
 
-    small = isinstance(in_channels, int) and in_channels < 4 and not depthwise
+    per_group = (kernel[0] // groups, kernel[1])
+    few = isinstance(in_channels, int) and in_channels < 4
     return _Convolution(
         x=product(image) * itemsize, w=product(kernel) * itemsize, y=product(y) * itemsize,
-        x_blocked=0 if nhwc else blocked(image) if small else blocked(image, 1),
-        w_blocked=blocked(kernel, 0) if groups > 1 or small else blocked(kernel, 0, 1),
-        y_blocked=0 if nhwc else blocked(y, 1),
-        columns=columns, group_column=group_column, onednn=onednn, few_channels=small, strided=strided,
-        gemm=dilated or any(
+        x_blocked=blocked(image) if few and strided else blocked(image, 1), y_blocked=blocked(y, 1),
+        w_blocked=blocked(kernel, 0) if groups > 1 else blocked(kernel, 0, 1), w_blocked_once=blocked(kernel, 0),
+        columns=columns, group_column=group_column, onednn=onednn, in_channels=image[1], strided=strided,
+        channels_last=nhwc, copies=sum((sizes.nbytes(o) for o in operands if not fits(tensor_of(o))), 0),
+        gemm=groups > 1 and not depthwise and any(isinstance(c, int) and c % _LANES for c in per_group),
+        weight_by_gemm=dilated or any(
             isinstance(k, int) and (k >= 14 or (depthwise and k > 3) or (isinstance(s, int) and s < k))
             for s, k in zip((y if transposed else image)[2:], window, strict=True)
         ),
@@ -115,22 +142,14 @@ def _padded(channels: Expr) -> Expr:
 
 def convolution(node: fx.Node, sizes: Sizes) -> Moments:
     """Of ``aten.convolution``."""
-    x, w = node.args[0], node.args[1]
-    found = _convolution_of(node, sizes, x, w, sizes.shape(node))  # type: ignore[arg-type]
+    found = _convolution_of(node, sizes, node.args[:2], sizes.shape(node))
     work = found.transposed_forward() if operand(node, "transposed") else found.forward()
-    copies = _copies(sizes, x)  # type: ignore[arg-type]
-    return [m + copies for m in found.moments(work, [found.columns])]
-
-
-def _copies(sizes: Sizes, *operands: fx.Node) -> Expr:
-    """Operands in neither of the layouts that convolutions take are copied."""
-    return sum(sizes.nbytes(o) for o in operands if not (contiguous(tensor_of(o)) or channels_last(tensor_of(o))))
+    return found.moments(work, [found.columns])
 
 
 def convolution_backward(node: fx.Node, sizes: Sizes) -> Moments:
     """Of ``aten.convolution_backward``."""
     gradient, x, w = node.args[:3]
-    found = _convolution_of(node, sizes, x, w, sizes.shape(gradient))  # type: ignore[arg-type]
+    found = _convolution_of(node, sizes, (x, w, gradient), sizes.shape(gradient))  # type: ignore[arg-type]
     data, weight, _ = operand(node, "output_mask")
-    copies = _copies(sizes, gradient, x)  # type: ignore[arg-type]
-    return [m + copies for m in found.moments(found.backward(data, weight), [found.columns])]
+    return found.moments(found.backward(data, weight), [found.columns])
