@@ -226,20 +226,25 @@ def _is_sum(node: fx.Node) -> bool:
 
 
 def _autograd_nodes(order: Sequence[fx.Node]) -> Iterator[list[int]]:
-    """Runs of operators that one autograd node makes: neighbours in backward that read the same incoming gradient."""
+    """Runs of operators that one autograd node makes: neighbours in backward that read the same incoming gradient, and
+    those before them that prepare a factor from saved values only."""
     group: list[int] = []
     incoming: fx.Node | None = None
     for k, node in enumerate(order):
         if _phase(node) != Phase.BACKWARD or is_view(node) or node.op != "call_function":
             continue
-        alone = _is_sum(node) or "backward" in str(node.target)
-        roots = [] if alone else [storage_root(o) for o in node.all_input_nodes]
-        if incoming is None or incoming not in roots:
+        whole = _is_sum(node) or "backward" in str(node.target)  # an autograd node of its own
+        made = {order[i] for i in group} if incoming is None else set()
+        roots = [storage_root(operand) for operand in node.all_input_nodes]
+        outside = [r for r in roots if _phase(r) == Phase.BACKWARD and r not in made]
+        joins = incoming in roots if incoming is not None else bool(made)
+        if whole or not joins:
             if len(group) > 1:
                 yield group
-            group = []
-            incoming = next((r for r in roots if _phase(r) == Phase.BACKWARD), None)
-        group.append(k)
+            group, incoming = [], None
+        if not whole:
+            group.append(k)
+            incoming = incoming or next(iter(outside), None)
     if len(group) > 1:
         yield group
 

@@ -81,10 +81,11 @@ class _Convolution:
         elif data:
             moments += [x + w + y, x + self.x * (2 if self.strided else 1)]
         if weight:
-            if self.in_channels == 3:  # images
-                x, w = self.x, self.w_blocked_once
-            work = 4 * self.w + self.group_column if self.gemm or self.weight_by_gemm else x + y
-            moments += [held + work + w, held + w + self.w]
+            if self.in_channels == 3:  # images are read as they are
+                x, w = 0, self.w_blocked_once
+            if self.gemm or self.weight_by_gemm:
+                x, w, y = self.group_column, self.w, 4 * self.w
+            moments += [held + x + w + y, held + w + self.w]
         return [m - results for m in moments]
 
 

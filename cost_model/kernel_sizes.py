@@ -93,5 +93,11 @@ def contiguous(tensor: torch.Tensor) -> bool:
 
 
 def channels_last(tensor: torch.Tensor) -> bool:
-    """Whether an image or volume is stored with its channels innermost (and not also contiguous)."""
-    return tensor.dim() in (4, 5) and not contiguous(tensor) and contiguous(tensor.movedim(1, -1))
+    """Whether an image or volume is stored with its channels innermost."""
+    return tensor.dim() in (4, 5) and contiguous(tensor.movedim(1, -1))
+
+
+def suggests_channels_last(tensor: torch.Tensor) -> bool:
+    """Whether kernels choose that layout for it: it is not also contiguous, and so are strides of dimensions of one."""
+    whole = tensor.dim() > 0 and expression(tensor.stride(0)) == product(tensor.shape[1:])
+    return whole and channels_last(tensor) and not contiguous(tensor)
