@@ -18,15 +18,17 @@ from typing import get_args
 import numpy as np
 
 from graphopt.cost_model.estimate import TERMS, Estimate
-from graphopt.cost_model.kernels import PRODUCTS, Family
+from graphopt.cost_model.kernels import LOOPS, Family
 from graphopt.cost_model.machine import Machine
 from graphopt.cost_model.work import Counts, Mode, Work, compiled
 from graphopt.errors import CostModelError
 from graphopt.graph.training_graph import TrainingGraph
 
+IMAGEWISE = (Family.IMAGEWISE, Family.IMAGEWISE_INPUT, Family.IMAGEWISE_WEIGHT)
+
 GROUPS: dict[str, frozenset[Family]] = {
     "gemm": frozenset([Family.GEMM]),
-    "convolution": frozenset([Family.CONVOLUTION, Family.CONVOLUTION_INPUT, Family.CONVOLUTION_WEIGHT]),
+    "convolution": frozenset([Family.CONVOLUTION, Family.CONVOLUTION_INPUT, Family.CONVOLUTION_WEIGHT, *IMAGEWISE]),
     "depthwise": frozenset([Family.DEPTHWISE, Family.DEPTHWISE_INPUT, Family.DEPTHWISE_WEIGHT]),
     "attention": frozenset([Family.ATTENTION, Family.ATTENTION_BACKWARD, Family.RECURRENT]),
     "pointwise": frozenset([Family.POINTWISE, Family.TRANSCENDENTAL, Family.FILL, Family.RANDOM]),
@@ -34,7 +36,7 @@ GROUPS: dict[str, frozenset[Family]] = {
         [Family.BATCH_NORM, Family.BATCH_NORM_BACKWARD, Family.NORM, Family.NORM_BACKWARD, Family.SOFTMAX]
     ),
     "reduction": frozenset([Family.REDUCTION]),
-    "copy": frozenset([Family.COPY, Family.GATHER, Family.SCATTER, Family.POOLING]),
+    "copy": frozenset([Family.COPY, Family.GATHER, Family.SCATTER, Family.POOLING, Family.POOLING_BACKWARD]),
     "update": frozenset([Family.UPDATE]),
 }
 """Families of kernels that share one factor of a machine."""
@@ -87,7 +89,7 @@ def estimate(
     counts, peak = work.at(values), work.memory.at(values)
     kernel, by_compute = _kernel_seconds(work, counts, machine, precision)
     launch = _launch_seconds(work, machine)
-    touched = machine.touch * machine.scales.get("touch", 1.0) * fresh_bytes(counts.blocks, peak.own, machine.largest)
+    touched = machine.touch * machine.scales.get("touch", 1.0) * fresh_bytes(peak.blocks, machine.largest)
     updating = work.updating
     if machine.asynchronous:  # the host runs ahead: only what it takes longer than the kernels is seen
         launch = launch * max(0.0, 1 - kernel.sum() / max(launch.sum(), 1e-30))
@@ -128,7 +130,7 @@ def factor_seconds(graph: TrainingGraph, machine: Machine, sizes: Mapping[str, i
         if family in _GROUP_OF:
             found[_GROUP_OF[family]] += float(kernel[at].sum())
     found["eager launch" if mode == "eager" else "flat launch"] = float(_launch_seconds(work, plain).sum())
-    found["touch"] = machine.touch * fresh_bytes(counts.blocks, work.memory.at(values).own, machine.largest)
+    found["touch"] = machine.touch * fresh_bytes(work.memory.at(values).blocks, machine.largest)
     return found
 
 
@@ -147,10 +149,10 @@ def _kernel_seconds(
             continue
         curve = machine.curves[family]
         found = curve.memory_seconds(moved[at])
-        if family in PRODUCTS and curve.rates:
+        if family in LOOPS and curve.rates:
             products = curve.product_seconds(dims[:, at], rates[at])
-            by_compute[at] = products > found
-            found = np.maximum(products, found)
+            by_compute[at] = (products > found) & (counts.kernel_flops[at] > 0)
+            found = np.maximum(products, found) + curve.passes * found
         seconds[at] = found * machine.scales.get(_GROUP_OF.get(family, ""), 1.0)
     return seconds, by_compute
 
@@ -158,7 +160,7 @@ def _kernel_seconds(
 def _rate(work: Work, kernel: int, machine: Machine, precision: str | None) -> float:
     """flop/s of one kernel at full efficiency; 0 for one without products."""
     family = work.kernels[kernel].family
-    rates = machine.curves[family].rates if family in PRODUCTS else {}
+    rates = machine.curves[family].rates if family in LOOPS else {}
     if not rates:
         return 0.0
     name = work.precisions[kernel]
@@ -173,7 +175,7 @@ def _launch_seconds(work: Work, machine: Machine) -> np.ndarray:
     """Seconds of the host for each kernel."""
     each = work.per_kernel(machine, lambda i: machine.launch[launch_kind(work, i)])
     scale = machine.scales.get("eager launch" if work.mode == "eager" else "flat launch", 1.0)
-    return scale * (each + (work.items - 1) * machine.launch["item"])
+    return scale * (each * (work.items > 0) + np.maximum(work.items - 1, 0) * machine.launch["item"])
 
 
 def launch_kind(work: Work, kernel: int) -> str:
@@ -186,24 +188,17 @@ def launch_kind(work: Work, kernel: int) -> str:
     return "view" if is_view else "flat"
 
 
-def fresh_bytes(blocks: np.ndarray, own: int, largest: int) -> float:
+def fresh_bytes(blocks: np.ndarray, largest: int) -> float:
     """Bytes that the operating system gives anew in each step; the first touch of each page of them costs.
 
-    The law of glibc's malloc: a block above the largest threshold is mapped at each request; of the rest, memory at the
-    top of the heap goes back when more than twice the largest block is free there, so that what a step needs beyond
-    that comes anew.
+    The law of glibc's malloc in a process that has freed a block of 32 MiB before: larger blocks are mapped at each
+    request, smaller ones live on a heap that is kept.
 
     Args:
         blocks: bytes of each block that the step asks for.
-        own: bytes that the step holds at its peak.
         largest: `Machine.largest`; 0 where freed memory is always kept.
     """
-    if not largest:
-        return 0.0
-    mapped = blocks > largest
-    all_mapped, kept = float(blocks[mapped].sum()), blocks[~mapped]
-    on_heap = own * float(kept.sum()) / max(float(blocks.sum()), 1.0)
-    return all_mapped + max(0.0, on_heap - 2.0 * float(kept.max(initial=0)))
+    return float(blocks[blocks >= largest].sum()) if largest else 0.0
 
 
 _GROUP_OF = {family: group for group, families in GROUPS.items() for family in families}

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
+from itertools import cycle
 from time import perf_counter
 from typing import Any
 
@@ -29,9 +29,9 @@ from graphopt.cost_model.analytical import FACTORS
 from graphopt.cost_model.calibration_steps import Row, rows
 from graphopt.cost_model.curves import Curve, increasing
 from graphopt.cost_model.fit import fit
-from graphopt.cost_model.kernels import PRODUCTS, Family, Kernel
+from graphopt.cost_model.kernels import LOOPS, Family, Kernel
 from graphopt.cost_model.machine import LAUNCHES, Link, Machine, fingerprint, processor_name
-from graphopt.cost_model.probes import features, probes
+from graphopt.cost_model.probes import Probe, probes
 
 SECONDS = 60.0
 """What a calibration may take; stages that would take longer measure less."""
@@ -50,12 +50,12 @@ def calibrate(*, progress: bool = True, seconds: float = SECONDS) -> Machine:
     began = perf_counter()
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("calibrating this machine", total=100)
-        _settle_allocator()
+        settle_allocator()
         launch = _launches()
         bar.update(task, completed=5)
         samples = []
-        for i, (function, tensors) in enumerate(probes()):
-            samples.append((features(function, tensors), time_of(partial(function, *tensors))))
+        for i, probe in enumerate(probes()):
+            samples.append((probe.kernel(), time_of(_cold(probe))))
             bar.update(task, completed=5 + min(45, i / 5))
         machine = Machine(
             name=processor_name(),
@@ -97,6 +97,18 @@ def time_of(call: Callable[[], Any], budget: float = 0.03) -> float:
     return float(np.quantile(taken, 0.25))
 
 
+def _cold(probe: Probe) -> Callable[[], Any]:
+    """A call that takes other copies of the tensors each time: in a step, operands were made some operators ago."""
+    tensors, run = probe.tensors, probe.run or probe.function
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    copies = cycle([tensors, *(tuple(t.clone() for t in tensors) for _ in range(min(_ELSEWHERE // size, 63)))])
+    return lambda: run(*next(copies))
+
+
+_ELSEWHERE = 2**24
+"""Bytes of operands that a probe goes through: more than a core's own cache holds."""
+
+
 def curves(samples: Sequence[tuple[Kernel, float]], launch: float) -> dict[Family, Curve]:
     """Curves of all families from timed kernels; a family without a sample takes that of the nearest that has."""
     by_family: dict[Family, list[tuple[Kernel, float]]] = defaultdict(list)
@@ -107,12 +119,20 @@ def curves(samples: Sequence[tuple[Kernel, float]], launch: float) -> dict[Famil
     for family in Family:
         if family in (Family.NONE, Family.COMMUNICATION) or family not in by_family:
             continue
-        if family in PRODUCTS:
+        if family in LOOPS:
             found[family] = _product_curve(by_family[family], stream)
         else:
             found[family] = Curve(points=_points(by_family[family]))
-    found[Family.RECURRENT] = Curve(found[Family.GEMM].rates, (1e5, 0.0, 0.0), stream)
+    for family, like in _ALIKE.items():
+        found.setdefault(family, found[like])
+    found[Family.RECURRENT] = Curve(found[Family.GEMM].rates, (1e5, 0.0, 0.0), stream, 1.0)
     return found
+
+
+_ALIKE = {
+    Family.IMAGEWISE: Family.GEMM, Family.IMAGEWISE_INPUT: Family.GEMM, Family.IMAGEWISE_WEIGHT: Family.GEMM,
+}  # fmt: skip
+"""Where no probe ran a family: with several threads hardly any convolution goes image by image."""
 
 
 def _points(samples: Sequence[tuple[Kernel, float]]) -> tuple[tuple[float, float], ...]:
@@ -125,33 +145,42 @@ def _points(samples: Sequence[tuple[Kernel, float]]) -> tuple[tuple[float, float
 
 
 def _product_curve(samples: Sequence[tuple[Kernel, float]], stream: tuple[tuple[float, float], ...]) -> Curve:
-    """Rate, half sizes and, where kernels of several depths were timed, factors of depth: least log error."""
+    """Rate, half sizes, passes over memory and factors of certain sizes: least log error, with weak priors."""
     dims = np.array([[k.rows, k.columns, k.depth, k.batch] for k, _ in samples], dtype=np.float64).T
-    seconds = np.array([s for _, s in samples])
-    depthwise = samples[0][0].family in (Family.DEPTHWISE, Family.DEPTHWISE_INPUT, Family.DEPTHWISE_WEIGHT)
-    deep = sorted(set(dims[2])) if depthwise else []
-    free = [bool(np.ptp(row)) for row in dims[:3]]
-    if deep:
-        free[2] = False
+    seconds, family = np.array([s for _, s in samples]), samples[0][0].family
+    memory = Curve(points=stream).memory_seconds(np.array([float(k.bytes) for k, _ in samples]))
+    along = _STEPS.get(family)
+    sizes = sorted(set(dims[along])) if along is not None else []
+    free = [bool(np.ptp(row)) and along != i for i, row in enumerate(dims[:3])]
 
     def curve(x: np.ndarray) -> Curve:
         halves = [math.exp(h) if on else 0.0 for h, on in zip(x[1:4], free)]
-        factors = np.exp(np.concatenate([[0.0], x[4:]])) if deep else []
-        return Curve({"fp32": math.exp(x[0])}, tuple(halves), (), tuple(zip(deep, factors)))  # type: ignore[arg-type]
+        factors = np.exp(x[5:] - x[5:].max(initial=0.0)).tolist()
+        steps = tuple(zip(map(float, sizes), factors))
+        return Curve({"fp32": math.exp(x[0])}, tuple(halves), stream, math.exp(x[4]), steps, along or 0)  # type: ignore[arg-type]
 
     def error(x: np.ndarray) -> np.ndarray:
         found = curve(x)
-        predicted = found.product_seconds(dims, np.full(len(seconds), found.rates["fp32"]))
-        return np.concatenate([np.log(predicted / seconds), 0.02 * (x[1:4] - math.log(8.0))])
+        product = found.product_seconds(dims, np.full(len(seconds), found.rates["fp32"]))
+        predicted = np.maximum(product, memory) + found.passes * memory
+        return np.concatenate([np.log(predicted / seconds), 0.02 * (x - start)[1:]])
 
     rate = float(np.max(2 * dims.prod(axis=0) / seconds))
-    start = np.concatenate([[math.log(rate)], np.full(3, math.log(8.0)), np.zeros(max(len(deep) - 1, 0))])
-    top = math.log(1e9) if samples[0][0].family in (Family.ATTENTION, Family.ATTENTION_BACKWARD) else math.log(4096)
+    start = np.array([math.log(rate), *np.full(3, math.log(8.0)), math.log(0.5), *np.zeros(len(sizes))])
+    largest = math.log(1e9) if family in (Family.ATTENTION, Family.ATTENTION_BACKWARD) else math.log(4096)
     low, high = np.full(len(start), -np.inf), np.full(len(start), np.inf)
-    low[1:4], high[1:4] = math.log(1e-2), top
+    low[1:4], high[1:4] = math.log(1e-2), largest
+    low[4], high[4] = math.log(1e-3), math.log(64.0)
     best = curve(least_squares(error, start, bounds=(low, high), loss="soft_l1", f_scale=0.2).x)
     fp32 = best.rates["fp32"]
-    return Curve({"fp32": fp32, "fp64": fp32 / 2, **_low_precision(fp32)}, best.halves, stream, best.depths)
+    return replace(best, rates={"fp32": fp32, "fp64": fp32 / 2, **_low_precision(fp32)})
+
+
+_STEPS = {
+    **dict.fromkeys((Family.DEPTHWISE, Family.DEPTHWISE_INPUT, Family.DEPTHWISE_WEIGHT), 2),  # by kernel size
+    **dict.fromkeys((Family.IMAGEWISE, Family.IMAGEWISE_INPUT, Family.IMAGEWISE_WEIGHT), 0),  # by places of an image
+}
+"""Families whose rate jumps between sizes of one dimension of their loops."""
 
 
 def _low_precision(fp32: float) -> dict[str, float]:
@@ -169,7 +198,7 @@ def _low_precision(fp32: float) -> dict[str, float]:
     }
 
 
-def _settle_allocator() -> None:
+def settle_allocator() -> None:
     """glibc's malloc learns from the first large block that is freed to keep blocks of its size. In a training process
     it has; before, each probe would pay for fresh memory."""
     torch.empty(_LARGEST_KEPT - 2**20, dtype=torch.uint8).fill_(1)

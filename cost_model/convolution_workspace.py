@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.cost_model.convolution_backends import uses_onednn
 from graphopt.cost_model.kernel_sizes import (
     Moments,
     Shape,
     Sizes,
     channels_last,
     contiguous,
-    flag,
     suggests_channels_last,
     tensor_of,
 )
@@ -101,14 +101,7 @@ def _convolution_of(node: fx.Node, sizes: Sizes, operands: Sequence[Any], y: Sha
     window = list(kernel[2:])
     n = image[0]
     pointwise = all(k == 1 for k in window)
-    # aten/src/ATen/native/Convolution.cpp, use_mkldnn
-    always = strided or dilated or not pointwise or sizes.threads > 1
-    large = groups > 1 or (len(window) > 1 and all(isinstance(k, int) and k > 3 for k in window[-2:]))
-    onednn: Expr = int(tensor_of(x).dtype is torch.float32)
-    if not always:
-        onednn = onednn * flag(n, 16)
-    if not large:
-        onednn = onednn * (flag(n, 2) if n != 1 else flag(product(image), 20481))
+    onednn = uses_onednn(node, tensor_of(x), image, kernel, sizes.threads)
     unfolded, places = (y[1], image[2:]) if transposed else (image[1], y[2:])
     one_column = product([unfolded, *window, *places]) * itemsize
     group_column = product([unfolded // groups, *window, *places]) * itemsize

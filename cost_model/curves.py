@@ -10,9 +10,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds of the kernels of one family, without their launch: the larger of product time and memory time.
+    """Seconds of the kernels of one family, without their launch: the larger of product time and memory time, and
+    ``passes`` times the memory time besides.
 
-    The product time is ``2 batch (m + m0)(n + n0)(k + k0) / (rate * factor(k))``: the rate is reached where all three
+    The product time is ``2 batch (m + m0)(n + n0)(k + k0) / (rate * factor)``: the rate is reached where all three
     dimensions of the product are large, half of it where one of them is at its half size. The memory time is linear
     between measured points. Both never fall when a dimension or a number of bytes grows, so neither does the price.
 
@@ -20,23 +21,27 @@ class Curve:
         rates: flop/s by precision (``fp32``, ``tf32``, ``bf16``, ``fp16``, ``fp64``); empty without products.
         halves: m0, n0, k0, the half sizes.
         points: (bytes, seconds), both increasing; from the last one on at its own bytes per second.
-        depths: (k, factor of the rate), k increasing; between them linear in log k. For families whose kernels are
-            written for some kernel sizes only (depthwise convolution).
+        passes: over the operands that no product hides, such as reordering them into blocks.
+        steps: (size, factor of the rate), sizes increasing; between them linear in logs. For kernels that are written
+            for some sizes only.
+        along: the dimension that ``steps`` are of: 0 for m, 2 for k.
     """
 
     rates: Mapping[str, float] = field(default_factory=dict)
     halves: tuple[float, float, float] = (0.0, 0.0, 0.0)
     points: tuple[tuple[float, float], ...] = ()
-    depths: tuple[tuple[float, float], ...] = ()
+    passes: float = 0.0
+    steps: tuple[tuple[float, float], ...] = ()
+    along: int = 2
 
     def product_seconds(self, dims: np.ndarray, rates: np.ndarray) -> np.ndarray:
         """Args: dims: m, n, k, batch by row, of shape (4, kernels); rates: flop/s of each."""
         rows, columns, depth, batch = dims
         m0, n0, k0 = self.halves
         seconds = 2.0 * batch * (rows + m0) * (columns + n0) * (depth + k0) / rates
-        if self.depths:
-            at, factors = np.array(self.depths).T
-            seconds = seconds / np.exp(np.interp(np.log(depth), np.log(at), np.log(factors)))
+        if self.steps:
+            at, factors = np.log(np.array(self.steps)).T
+            seconds = seconds / np.exp(np.interp(np.log(dims[self.along]), at, factors))
         return seconds
 
     def memory_seconds(self, moved: np.ndarray) -> np.ndarray:

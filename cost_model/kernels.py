@@ -14,10 +14,12 @@ from operator import getitem
 import torch
 from torch import fx
 
-from graphopt.graph.op_rules import bytes_moved, flops, rule
+from graphopt.cost_model.convolution_backends import uses_onednn
+from graphopt.graph.op_rules import bytes_moved, flops, nodes_read, rule
 from graphopt.graph.op_rules.arguments import operand, operand_names, operand_nodes, shape
-from graphopt.graph.sizes import Expr, expression, numel, product
+from graphopt.graph.sizes import Expr, expression, nbytes, numel, product
 from graphopt.graph.storages import is_view, tensors
+from graphopt.graph.training_graph import Phase
 
 
 class Family(StrEnum):
@@ -27,16 +29,19 @@ class Family(StrEnum):
     CONVOLUTION = "convolution"
     CONVOLUTION_INPUT = "convolution input gradient"
     CONVOLUTION_WEIGHT = "convolution weight gradient"
+    IMAGEWISE = "convolution by image"
+    IMAGEWISE_INPUT = "input gradient by image"
+    IMAGEWISE_WEIGHT = "weight gradient by image"
     DEPTHWISE = "depthwise convolution"
     DEPTHWISE_INPUT = "depthwise input gradient"
     DEPTHWISE_WEIGHT = "depthwise weight gradient"
     ATTENTION = "attention"
     ATTENTION_BACKWARD = "attention backward"
     RECURRENT = "recurrent layer"
-    POINTWISE = "pointwise"
-    TRANSCENDENTAL = "transcendental"
     BATCH_NORM = "batch normalisation"
     BATCH_NORM_BACKWARD = "batch normalisation backward"
+    POINTWISE = "pointwise"
+    TRANSCENDENTAL = "transcendental"
     NORM = "normalisation"
     NORM_BACKWARD = "normalisation backward"
     SOFTMAX = "softmax"
@@ -47,13 +52,14 @@ class Family(StrEnum):
     GATHER = "gather"
     SCATTER = "scatter"
     POOLING = "pooling"
+    POOLING_BACKWARD = "pooling backward"
     UPDATE = "update"
     COMMUNICATION = "communication"
     NONE = "none"  # views and numbers: nothing runs on the processor
 
 
-PRODUCTS = frozenset(list(Family)[: list(Family).index(Family.POINTWISE)])
-"""Families whose time follows FLOPs where they are large; that of the others follows bytes."""
+LOOPS = frozenset(list(Family)[: list(Family).index(Family.POINTWISE)])
+"""Families whose time follows the dimensions of their loops; that of the others follows bytes alone."""
 
 _BY_RULE = {
     "contraction": Family.GEMM, "transform": Family.GEMM, "attention": Family.ATTENTION, "recurrent": Family.RECURRENT,
@@ -79,9 +85,9 @@ _TRANSCENDENTAL = frozenset(
 class Kernel:
     """One kernel that a node starts.
 
-    ``flops``: multiply-adds count two. ``bytes``: least bytes read and written. ``rows``, ``columns``, ``depth``: the
-    dimensions m, n, k of the product it is, ``batch`` of them (1 each for other kernels). ``elements``: of its results.
-    ``items``: tensors that it goes through one by one (``_foreach`` lists).
+    ``flops``: of the work it does, multiply-adds count two. ``bytes``: least bytes read and written. ``rows``,
+    ``columns``, ``depth``: of the loops that it runs ``batch`` times; for a product its m, n and k. ``items``: tensors
+    that it goes through one by one (``_foreach`` lists); 0 for one that starts with another kernel of the node.
     """
 
     node: fx.Node
@@ -95,20 +101,32 @@ class Kernel:
     items: int = 1
 
 
-def kernels(node: fx.Node) -> Iterator[Kernel]:
+def kernels(node: fx.Node, threads: int = 1) -> Iterator[Kernel]:
     """The kernels of a node; a view or a number is one of family ``NONE``, ``getitem`` and inputs are none."""
     if node.op != "call_function" or node.target is getitem:
         return
     found = family(node)
     if found is Family.NONE:
         yield Kernel(node, found)
-    elif _name(node) in ("convolution_backward", "mkldnn_convolution_backward"):
-        yield from _convolution_backward(node)
+    elif found in (Family.CONVOLUTION, Family.DEPTHWISE):
+        yield from _convolution(node, found, threads)
     else:
-        dims = _dimensions(node, found)
         items = max((len(operand_nodes(node, name)) for name in operand_names(node)), default=1)
-        is_list = found is Family.UPDATE
-        yield Kernel(node, found, flops(node), bytes_moved(node), *dims, items=max(items, 1) if is_list else 1)
+        listed = _name(node).startswith(("_foreach", "_fused_"))
+        yield Kernel(
+            node, found, flops(node), bytes_moved(node), *_dimensions(node, found), items=max(items, 1) if listed else 1
+        )
+        if found in _NEED_ROWS:
+            for strided in {source for source in nodes_read(node) if not _in_rows(source)}:
+                yield Kernel(node, Family.COPY, 0, 2 * sum(nbytes(t) for t in tensors(strided.meta["val"])), items=0)
+
+
+_NEED_ROWS = frozenset([Family.NORM, Family.NORM_BACKWARD, Family.SOFTMAX])
+"""Kernels that copy operands whose last dimension does not lie together."""
+
+
+def _in_rows(node: fx.Node) -> bool:
+    return all(t.dim() < 2 or expression(t.stride(-1)) == 1 for t in tensors(node.meta["val"]))
 
 
 def family(node: fx.Node) -> Family:
@@ -123,11 +141,15 @@ def family(node: fx.Node) -> Family:
         return Family.DEPTHWISE if _is_depthwise(node) else Family.CONVOLUTION
     kind = Family.COPY if name == "clone" else _BY_RULE.get(found.family)
     if kind is None:  # pointwise, activation
+        if node.meta.get("phase") == Phase.UPDATE:
+            return Family.UPDATE  # mostly in place
         return Family.TRANSCENDENTAL if name in _TRANSCENDENTAL else Family.POINTWISE
     if kind is Family.NORM and "batch_norm" in name:
         return Family.BATCH_NORM_BACKWARD if "backward" in name else Family.BATCH_NORM
     if kind is Family.NORM and "backward" in name:
         return Family.NORM_BACKWARD
+    if kind is Family.POOLING and "backward" in name:
+        return Family.POOLING_BACKWARD
     if kind is Family.ATTENTION and "backward" in name:
         return Family.ATTENTION_BACKWARD
     return kind
@@ -146,11 +168,10 @@ def _is_depthwise(node: fx.Node) -> bool:
 
 
 def _dimensions(node: fx.Node, kind: Family) -> tuple[Expr, Expr, Expr, Expr]:
-    """m, n, k and the number of products."""
-    if kind in (Family.CONVOLUTION, Family.DEPTHWISE):
-        transposed = "transposed" in operand_names(node) and operand(node, "transposed")
-        places = shape(node, "input" if "input" in operand_names(node) else "self") if transposed else _result(node)
-        return _convolution(product([places[0], *places[2:]]), shape(node, "weight"), _groups(node))
+    """m, n, k and how often."""
+    if kind in (Family.BATCH_NORM, Family.BATCH_NORM_BACKWARD):
+        images = shape(node, "input" if "input" in operand_names(node) else "self")
+        return product(images[2:]), 1, 1, product(images[:2])  # channel by channel, image by image
     if kind in (Family.ATTENTION, Family.ATTENTION_BACKWARD, Family.RECURRENT):
         return flops(node) // 2 if isinstance(flops(node), int) else flops(node) / 2, 1, 1, 1
     if kind is not Family.GEMM:
@@ -167,35 +188,53 @@ def _dimensions(node: fx.Node, kind: Family) -> tuple[Expr, Expr, Expr, Expr]:
     return sum(numel(t) for t in tensors(node.meta["val"])), 1, 1, 1
 
 
-def _result(node: fx.Node) -> tuple[Expr, ...]:
-    return tuple(map(expression, tensors(node.meta["val"])[0].shape))
-
-
-def _convolution(rows: Expr, weight: tuple[Expr, ...], groups: int) -> tuple[Expr, Expr, Expr, Expr]:
-    """As a product of positions x (input channels x kernel) x output channels, one a group."""
+def _convolution(node: fx.Node, kind: Family, threads: int) -> Iterator[Kernel]:
+    """Forward: one kernel. Backward: one for each gradient that is wanted."""
+    backward = "backward" in _name(node)
+    names = operand_names(node)
+    x = operand(node, "input" if "input" in names else "self")
+    image, weight = tuple(map(expression, x.meta["val"].shape)), shape(node, "weight")
+    outer = shape(node, "grad_output") if backward else tuple(map(expression, tensors(node.meta["val"])[0].shape))
+    small = image if "transposed" in names and operand(node, "transposed") else outer  # the places of the products
+    groups = operand(node, "groups") if "groups" in names else 1
     columns = weight[0] // groups if isinstance(weight[0], int) else weight[0] / groups
-    return rows, columns, product(weight[1:]), groups
+    depth, element = product(weight[1:]), tensors(x.meta["val"])[0].element_size()
+    each = 2 * product([small[0], *small[2:]]) * product(weight)
+    moved = sum(product(s) for s in (image, weight, outer)) * element
+    wanted = [False, False, False] if not backward else list(operand(node, "output_mask"))
+    kinds = _KINDS[kind]
+    chosen = [k for k, on in zip(kinds[1:], wanted) if on] if backward else kinds[:1]
+    if kind is Family.DEPTHWISE:  # bound by what it reads as much as by what it computes
+        channels = weight[0]
+        rows, often = (
+            image[-1] + outer[-1],
+            image[0] * channels * product(a + b for a, b in zip(image[2:-1], outer[2:-1])),
+        )
+        for found in chosen:
+            yield Kernel(node, found, each, moved, rows, 1, depth, often)
+    else:
+        on_cpu = x.meta["val"].device.type == "cpu" and "stride" in names
+        onednn = uses_onednn(node, x.meta["val"], image, weight, threads) if on_cpu else 1
+        often = product(small[2:-1]) * small[0] * groups
+        for found in chosen:
+            if onednn != 0:
+                yield Kernel(node, found, each * onednn, moved * onednn, small[-1], columns, depth, often * onednn)
+            if onednn != 1:
+                other, off = _BY_IMAGE[found], 1 - onednn
+                yield Kernel(
+                    node, other, each * off, moved * off, product(small[2:]), columns, depth, small[0] * groups * off,
+                    items=int(onednn == 0),
+                )  # fmt: skip
+    if backward and wanted == [False, False, True]:
+        yield Kernel(node, Family.REDUCTION, 0, product(outer) * element)
 
 
-def _groups(node: fx.Node) -> int:
-    return operand(node, "groups") if "groups" in operand_names(node) else 1
-
-
-def _convolution_backward(node: fx.Node) -> Iterator[Kernel]:
-    depthwise, mask = _is_depthwise(node), operand(node, "output_mask")
-    gradient, inputs, weight = (shape(node, name) for name in ("grad_output", "input", "weight"))
-    positions = inputs if operand(node, "transposed") else gradient
-    dims = _convolution(product([gradient[0], *positions[2:]]), weight, _groups(node))
-    each = 2 * product(dims)
-    element = tensors(node.args[0].meta["val"])[0].element_size()  # type: ignore[union-attr]
-    sizes = [product(s) * element for s in (gradient, inputs, weight)]
-    families = (
-        (Family.DEPTHWISE_INPUT, Family.DEPTHWISE_WEIGHT)
-        if depthwise
-        else (Family.CONVOLUTION_INPUT, Family.CONVOLUTION_WEIGHT)
-    )
-    for wanted, kind in zip(mask, families):
-        if wanted:
-            yield Kernel(node, kind, each, sum(sizes), *dims)
-    if mask[2] and not (mask[0] or mask[1]):
-        yield Kernel(node, Family.REDUCTION, 0, sizes[0])
+_KINDS = {
+    Family.CONVOLUTION: (Family.CONVOLUTION, Family.CONVOLUTION_INPUT, Family.CONVOLUTION_WEIGHT),
+    Family.DEPTHWISE: (Family.DEPTHWISE, Family.DEPTHWISE_INPUT, Family.DEPTHWISE_WEIGHT),
+}
+_BY_IMAGE = {
+    Family.CONVOLUTION: Family.IMAGEWISE,
+    Family.CONVOLUTION_INPUT: Family.IMAGEWISE_INPUT,
+    Family.CONVOLUTION_WEIGHT: Family.IMAGEWISE_WEIGHT,
+}

@@ -19,7 +19,7 @@ import torch
 from graphopt.cost_model.cache import cache_dir
 from graphopt.cost_model.curves import Curve
 from graphopt.cost_model.datasheets import DataSheet, lookup
-from graphopt.cost_model.kernels import PRODUCTS, Family
+from graphopt.cost_model.kernels import LOOPS, Family
 from graphopt.errors import GraphoptWarning
 
 VERSION = 1
@@ -53,7 +53,7 @@ class Machine:
         launch: seconds of the host for each operator, by way of running, phase and kind (`LAUNCHES`).
         asynchronous: launches overlap with kernels (a GPU); on a CPU they add up.
         touch: seconds for each byte of memory that the operating system gives anew in each step.
-        largest: bytes of the largest block that the allocator keeps when it is freed (`fresh_bytes`).
+        largest: bytes from which on a block is not kept by the allocator when it is freed; 0: all are kept.
         memory_bytes: how much there is.
         scales: corrections of groups of terms, fitted to whole steps (`graphopt.cost_model.fit`).
         spread: half-width of the 90 % interval of a step's seconds, in log; 0.3 means from 0.74 to 1.35 times.
@@ -197,7 +197,9 @@ def load(path: str | os.PathLike[str]) -> Machine | None:
                 curve["rates"],
                 tuple(curve["halves"]),
                 tuple(map(tuple, curve["points"])),
-                tuple(map(tuple, curve["depths"])),
+                curve["passes"],
+                tuple(map(tuple, curve["steps"])),
+                curve["along"],
             )
             for name, curve in data.pop("curves").items()
         }  # fmt: skip
@@ -228,12 +230,13 @@ def _from_sheet(sheet: DataSheet, tf32: bool) -> Machine:
     bandwidth = _OF_BANDWIDTH * sheet.bandwidth
     points = ((bandwidth * _KERNEL, _KERNEL), (1e9, max(1e9 / bandwidth, _KERNEL)))
     curves: dict[Family, Curve] = {
-        family: Curve(rates, (half, half, 32.0), points) if family in PRODUCTS else Curve(points=points)
+        family: Curve(rates, (half, half, 32.0), points) if family in LOOPS else Curve(points=points)
         for family in Family
         if family not in (Family.NONE, Family.COMMUNICATION)
     }  # fmt: skip
-    for family in (Family.DEPTHWISE, Family.DEPTHWISE_INPUT, Family.DEPTHWISE_WEIGHT):
-        curves[family] = Curve({}, points=points)  # bound by memory
+    for family in LOOPS:
+        if "depthwise" in family or "normalisation" in family:  # bound by memory
+            curves[family] = Curve(points=points)
     return Machine(
         name=sheet.name,
         device="cuda",

@@ -43,6 +43,7 @@ class Peak:
     parts: Mapping[str, int]
     node: fx.Node | None
     timeline: np.ndarray
+    blocks: np.ndarray
 
 
 class Memory:
@@ -115,7 +116,7 @@ class Memory:
         if steps and work[at]:
             parts["workspace"] = int(work[at])
         node = self._order[at] if steps and own else None
-        return Peak(before + own, own, MappingProxyType(parts), node, after)
+        return Peak(before + own, own, MappingProxyType(parts), node, after, blocks[self._born >= 0])
 
 
 def peak(graph: TrainingGraph, sizes: Mapping[str, int] | None = None, mode: Mode = "flat") -> Peak:

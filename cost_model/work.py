@@ -20,7 +20,7 @@ from graphopt.cost_model.size_table import SizeTable
 from graphopt.errors import CostModelError
 from graphopt.graph.op_rules import bytes_moved, flops
 from graphopt.graph.sizes import Expr, Symbols, expression, nbytes
-from graphopt.graph.storages import is_view, kept_for_backward, tensors
+from graphopt.graph.storages import kept_for_backward, tensors
 from graphopt.graph.training_graph import Phase, TrainingGraph
 from graphopt.graph.widths import counting_graph
 
@@ -40,7 +40,6 @@ class Counts:
     kernel_bytes: np.ndarray
     dims: np.ndarray  # m, n, k and batch of each kernel: (4, kernels)
     bytes_kept: int
-    blocks: np.ndarray  # of each block of memory that the step asks the allocator for
 
 
 class Work:
@@ -62,7 +61,7 @@ class Work:
         copies = {original: counting.node[original] for original in graph.nodes if original.op != "output"}
         originals = {copy: original for original, copy in copies.items()}
         self.nodes = tuple(node for node in graph.nodes if node.op == "call_function")
-        found = [kernel for node in self.nodes for kernel in kernels(copies[node])]
+        found = [kernel for node in self.nodes for kernel in kernels(copies[node], torch.get_num_threads())]
         if mode == "compiled":
             found = fused(found)
         position = {node: i for i, node in enumerate(self.nodes)}
@@ -80,8 +79,7 @@ class Work:
             for value in (_flops, _bytes, _rows, _columns, _depth, _batch)
             for k in found
         ]  # fmt: skip
-        made = [nbytes(t) for n in self.nodes if self._allocates(n) for t in tensors(copies[n].meta["val"])]
-        self._table = SizeTable([sum(kept), *per_node, *per_kernel, *made])
+        self._table = SizeTable([sum(kept), *per_node, *per_kernel])
         found_tensors = {node: tensors(copies[node].meta.get("val")) for node in copies}
         self.memory = Memory(
             graph,
@@ -105,15 +103,10 @@ class Work:
     def at(self, values: Mapping[sympy.Symbol, int]) -> Counts:
         """The counts for numbers that `values` gave."""
         n, k = len(self.nodes), len(self.kernels)
-        kept, per_node, per_kernel, blocks = np.split(self._table.at(values), np.cumsum([1, 2 * n, 6 * k]))
+        kept, per_node, per_kernel = np.split(self._table.at(values), np.cumsum([1, 2 * n]))
         flops, moved = per_node.reshape(2, n)
         kernel_flops, kernel_bytes, *dims = per_kernel.reshape(6, k)
-        return Counts(flops, moved, kernel_flops, kernel_bytes, np.stack(dims), int(kept[0]), blocks)
-
-    def _allocates(self, node: fx.Node) -> bool:
-        """Whether running the node takes new memory. Straight-line code updates in place."""
-        in_place = self.mode != "eager" and node.meta.get("phase") == Phase.UPDATE
-        return not is_view(node) and not in_place
+        return Counts(flops, moved, kernel_flops, kernel_bytes, np.stack(dims), int(kept[0]))
 
     @cached_property
     def of_family(self) -> dict[Family, np.ndarray]:
