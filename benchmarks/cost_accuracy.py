@@ -3,8 +3,8 @@
     python -m benchmarks.cost_accuracy [--only PATTERN ...] [--seconds N]
 
 Claims, each with its bar: step time by the analytical price, eager and flat; step time at unseen batch sizes after
-three bracketing measurements; peak memory; ranking of the ways to run one model; coverage and width of intervals. Nothing
-else should run on the machine meanwhile.
+three bracketing measurements; peak memory; ranking of the ways to run one model; coverage and width of intervals.
+Nothing else should run on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import Progress
 
@@ -28,6 +29,7 @@ import graphopt
 from benchmarks import zoo
 from benchmarks.measure import eager_step, machine_description, peak_bytes, print_table, write_json
 from graphopt.cost_model import Machine, estimate
+from graphopt.cost_model.calibrate import settle_allocator
 from graphopt.cost_model.interpolation import BatchCurve, bracket
 from graphopt.cost_model.measured import Measurement, measure
 from graphopt.schemes import Task
@@ -38,8 +40,8 @@ RESULTS = Path(__file__).parent / "results" / "cost_accuracy.json"
 
 MODELS = (
     "mlp", "resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "densenet121", "vgg11", "convnext_tiny",
-    "vit_small", "swin_small", "regnet_y_400mf", "gpt2", "bert", "llama", "t5", "lstm_classifier", "unet", "text_cnn", "mixer",
-    "transformer_encoder",
+    "vit_small", "swin_small", "regnet_y_400mf", "gpt2", "bert", "llama", "t5", "lstm_classifier", "unet", "text_cnn",
+    "mixer", "transformer_encoder",
 )  # fmt: skip
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 LONGEST = 2.5
@@ -79,11 +81,16 @@ def rows_of(case: zoo.Case, machine: Machine, seconds: float) -> Iterator[Row]:
     task = Task(model, case.loss or "model", (optimizer,))
     captured: list[Any] = []
     owned = [*model.parameters(), *model.buffers()]
-    for batch in BATCHES:
+    times: dict[tuple[int, str], Measurement] = {}
+    for _ in range(2):  # apart in time: a machine that others share is slower for some seconds now and then
+        for batch, steps in _steps(case, eager, flat, {b for b, _ in times}):
+            for mode, found in measure(steps, seconds=seconds, rounds=(7, 30), warmup=2, precision=0.02).items():
+                known = times.get((batch, mode))
+                times[batch, mode] = found if known is None or found.seconds < known.seconds else known
+            if max(times[batch, mode].seconds for mode in steps) > LONGEST / 2:
+                break
+    for batch, steps in _steps(case, eager, flat, {b for b, _ in times}):
         data = case.batch(batch)
-        arguments = (data,) if isinstance(data, dict) else data
-        steps: dict[str, Callable[[], Any]] = {"eager": partial(eager, *arguments), "flat": partial(flat, *arguments)}
-        times = measure(steps, seconds=seconds, rounds=(7, 30), warmup=2, precision=0.02)
         step = next((c for c in captured if c.admits(batch)), None)
         if step is None:
             captured.append(step := capture_task(task, data, PASSES))
@@ -92,13 +99,21 @@ def rows_of(case: zoo.Case, machine: Machine, seconds: float) -> Iterator[Row]:
         there += sum(t.numel() * t.element_size() for t in (data.values() if isinstance(data, dict) else data))
         for mode, graph in (("eager", step.before), ("flat", step.graph)):
             price = estimate(graph, machine, {"batch": batch}, mode=mode)
-            own = peak_bytes(steps[mode])
+            own, taken = peak_bytes(steps[mode]), times[batch, mode]
             yield Row(
-                case.name, batch, mode, times[mode].seconds, times[mode].half_width, price.seconds, *price.interval,
+                case.name, batch, mode, taken.seconds, taken.half_width, price.seconds, *price.interval,
                 peak=there + own, predicted_peak=price.peak_bytes, peak_own=own, predicted_own=price.peak.own,
             )  # fmt: skip
-        if max(t.seconds for t in times.values()) > LONGEST / 2:
-            break
+
+
+def _steps(
+    case: zoo.Case, eager: Callable[..., Any], flat: Callable[..., Any], known: set[int]
+) -> Iterator[tuple[int, dict[str, Callable[[], Any]]]]:
+    """The ways to step a model, for each batch size; for those in ``known`` only, where there are any."""
+    for batch in sorted(known) or BATCHES:
+        data = case.batch(batch)
+        arguments = (data,) if isinstance(data, dict) else data
+        yield batch, {"eager": partial(eager, *arguments), "flat": partial(flat, *arguments)}
 
 
 def claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -131,13 +146,21 @@ def _unseen(rows: Sequence[Row]) -> Iterator[float]:
     for curve in curves.values():
         if len(curve) < 4:
             continue
-        predicted = lambda batch, curve=curve: curve[min(curve, key=lambda b: abs(b - batch))].predicted
-        wanted = bracket(min(curve), max(curve), predicted)
-        points = {min(curve, key=lambda b, batch=batch: abs(b - batch)) for batch in wanted}
+        predicted = partial(_predicted, curve)
+        points = {_nearest(curve, batch) for batch in bracket(min(curve), max(curve), predicted)}
         measured = {b: Measurement(curve[b].seconds, curve[b].seconds, curve[b].seconds, 7) for b in points}
         found = BatchCurve(measured, shape=predicted)
         for batch in curve.keys() - points:
             yield abs(found.at(batch)[0] / curve[batch].seconds - 1)
+
+
+def _nearest(curve: Mapping[int, Row], batch: int) -> int:
+    return min(curve, key=lambda b: abs(b - batch))
+
+
+def _predicted(curve: Mapping[int, Row], batch: int) -> float:
+    """What was predicted, linear between the batch sizes that were measured."""
+    return float(np.interp(batch, list(curve), [row.predicted for row in curve.values()]))
 
 
 def _ranking(rows: Sequence[Row]) -> float:
@@ -165,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     machine = Machine.current()
+    settle_allocator()
     cases = [c for c in zoo.CASES if c.captures and any(fnmatch(c.name, p) for p in options.only)]
     if not cases:
         parser.error(f"no model matches {options.only!r}")

@@ -37,7 +37,7 @@ GROUPS: dict[str, frozenset[Family]] = {
     ),
     "reduction": frozenset([Family.REDUCTION]),
     "copy": frozenset([Family.COPY, Family.GATHER, Family.SCATTER, Family.POOLING, Family.POOLING_BACKWARD]),
-    "update": frozenset([Family.UPDATE]),
+    "update": frozenset([Family.UPDATE, Family.UPDATE_STREAM]),
 }
 """Families of kernels that share one factor of a machine."""
 
@@ -97,7 +97,8 @@ def estimate(
     terms["optimizer"] = float((kernel + launch)[updating].sum())
     terms["compute"] = float(kernel[by_compute & ~updating].sum())
     terms["memory"] = float(kernel[~by_compute & ~updating].sum())
-    terms["launch"] = float(launch[~updating].sum())
+    binding = _binding_seconds(work, machine)
+    terms["launch"] = float(launch[~updating].sum()) + binding
     terms["allocation"] = touched
     seconds = sum(terms.values())
     fixed, each = machine.compile_seconds
@@ -134,6 +135,11 @@ def factor_seconds(graph: TrainingGraph, machine: Machine, sizes: Mapping[str, i
     return found
 
 
+def kernel_seconds(work: Work, machine: Machine) -> np.ndarray:
+    """Seconds of each kernel at the sizes of the capture."""
+    return _kernel_seconds(work, work.at(work.values({})), machine, None)[0]
+
+
 def _kernel_seconds(
     work: Work, counts: Counts, machine: Machine, precision: str | None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -144,17 +150,36 @@ def _kernel_seconds(
     if precision in ("bf16", "fp16"):
         moved = np.where(work.updating, moved, moved / 2)
     rates = work.per_kernel((machine, precision), lambda i: _rate(work, i, machine, precision))
+    streams = _streams(float(moved[work.updating].sum()), machine)
     for family, at in work.of_family.items():
         if family in (Family.NONE, Family.COMMUNICATION):
             continue
         curve = machine.curves[family]
         found = curve.memory_seconds(moved[at])
+        if family is Family.UPDATE:
+            found = (1 - streams) * found + streams * machine.curves[Family.UPDATE_STREAM].memory_seconds(moved[at])
         if family in LOOPS and curve.rates:
             products = curve.product_seconds(dims[:, at], rates[at])
             by_compute[at] = (products > found) & (counts.kernel_flops[at] > 0)
             found = np.maximum(products, found) + curve.passes * found
         seconds[at] = found * machine.scales.get(_GROUP_OF.get(family, ""), 1.0)
     return seconds, by_compute
+
+
+def _streams(moved: float, machine: Machine) -> float:
+    """How much of an update comes from memory, 0 to 1, where it moves ``moved`` bytes: each tensor some times."""
+    if not machine.cache_bytes:
+        return 0.0
+    tensors = moved / _TIMES_MOVED
+    return min(max(math.log(max(tensors, 1.0) / machine.cache_bytes) / math.log(16.0) + 0.5, 0.0), 1.0)
+
+
+_TIMES_MOVED = 5.0
+"""Bytes that an update of AdamW moves for each byte of parameter, gradient and state: 20 for 4."""
+
+_BINDING = 2.0
+"""What a step of straight-line code spends on each of its inputs before it runs, in launches: it looks whether the
+model is still the same, and binds the input."""
 
 
 def _rate(work: Work, kernel: int, machine: Machine, precision: str | None) -> float:
@@ -176,6 +201,13 @@ def _launch_seconds(work: Work, machine: Machine) -> np.ndarray:
     each = work.per_kernel(machine, lambda i: machine.launch[launch_kind(work, i)])
     scale = machine.scales.get("eager launch" if work.mode == "eager" else "flat launch", 1.0)
     return scale * (each * (work.items > 0) + np.maximum(work.items - 1, 0) * machine.launch["item"])
+
+
+def _binding_seconds(work: Work, machine: Machine) -> float:
+    """Seconds of the host at the beginning of a step of straight-line or compiled code."""
+    if work.mode == "eager" or machine.asynchronous:
+        return 0.0
+    return machine.scales.get("flat launch", 1.0) * machine.launch["flat"] * _BINDING * len(work.graph.inputs)
 
 
 def launch_kind(work: Work, kernel: int) -> str:

@@ -23,15 +23,18 @@ import numpy as np
 import torch
 from rich.progress import Progress
 from scipy.optimize import least_squares
-from torch import nn
 
 from graphopt.cost_model.analytical import FACTORS
 from graphopt.cost_model.calibration_steps import Row, rows
 from graphopt.cost_model.curves import Curve, increasing
 from graphopt.cost_model.fit import fit
 from graphopt.cost_model.kernels import LOOPS, Family, Kernel
-from graphopt.cost_model.machine import LAUNCHES, Link, Machine, fingerprint, processor_name
+from graphopt.cost_model.launches import chains, in_steps, time_of
+from graphopt.cost_model.machine import Link, Machine, fingerprint, processor_name
 from graphopt.cost_model.probes import Probe, probes
+
+_CACHE = 2**23
+"""Bytes that an update may find in caches when its next step comes: a part of the last level, which others share."""
 
 SECONDS = 60.0
 """What a calibration may take; stages that would take longer measure less."""
@@ -51,25 +54,29 @@ def calibrate(*, progress: bool = True, seconds: float = SECONDS) -> Machine:
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("calibrating this machine", total=100)
         settle_allocator()
-        launch = _launches()
+        launch = chains()
         bar.update(task, completed=5)
-        samples = []
-        for i, probe in enumerate(probes()):
-            samples.append((probe.kernel(), time_of(_cold(probe))))
-            bar.update(task, completed=5 + min(45, i / 5))
+        samples: dict[Kernel, float] = {}
+        for sweep in range(2):  # apart in time: a machine that others share is slower for some seconds now and then
+            for i, probe in enumerate(probes()):
+                for kernel, taken in _timed(probe):
+                    samples[kernel] = min(taken, samples.get(kernel, taken))
+                bar.update(task, completed=5 + 22 * sweep + min(22, i / 10))
         machine = Machine(
             name=processor_name(),
             device="cpu",
-            curves=curves(samples, launch["flat"]),
+            curves=curves(list(samples.items()), launch["flat"]),
             launch=launch,
             memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             touch=_touch_seconds(),
+            cache_bytes=_CACHE,
             largest=_LARGEST_KEPT if _maps_large_blocks() else 0,
             link=Link(latency=1e-4, bandwidth=1e9),
             fingerprint=dict(fingerprint()),
             measured=datetime.now(UTC).isoformat(timespec="seconds"),
             source="measured on this machine",
         )
+        machine = replace(machine, launch=in_steps(machine))
         left = seconds - (perf_counter() - began)
         return fitted(machine, rows(machine, left, lambda share: bar.update(task, completed=50 + 50 * share)))
 
@@ -84,29 +91,26 @@ def fitted(machine: Machine, steps: Sequence[Row]) -> Machine:
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def time_of(call: Callable[[], Any], budget: float = 0.03) -> float:
-    """Seconds of a call: the lower quartile of what fits into ``budget`` seconds, at least three, after two."""
-    call()
-    call()
-    taken: list[float] = []
-    end = perf_counter() + budget
-    while len(taken) < 3 or (perf_counter() < end and len(taken) < 200):
-        start = perf_counter()
-        call()
-        taken.append(perf_counter() - start)
-    return float(np.quantile(taken, 0.25))
+def _timed(probe: Probe) -> list[tuple[Kernel, float]]:
+    """The kernel with its seconds. In a step operands were made some operators ago, so each call takes other copies.
+    Operators of updates are timed in cache and out of it."""
+    kernel = replace(probe.kernel(), node=_NOWHERE)
+    if kernel.family is not Family.UPDATE:
+        return [(kernel, time_of(_elsewhere(probe, 2**24)))]
+    streamed = replace(kernel, family=Family.UPDATE_STREAM)
+    return [(kernel, time_of(_elsewhere(probe, 0))), (streamed, time_of(_elsewhere(probe, 2**26)))]
 
 
-def _cold(probe: Probe) -> Callable[[], Any]:
-    """A call that takes other copies of the tensors each time: in a step, operands were made some operators ago."""
+_NOWHERE: Any = None
+"""The node of a probe's kernel: equal kernels are one sample."""
+
+
+def _elsewhere(probe: Probe, nbytes: int) -> Callable[[], Any]:
+    """A call that goes through copies of its tensors, of so many bytes together."""
     tensors, run = probe.tensors, probe.run or probe.function
     size = sum(t.numel() * t.element_size() for t in tensors)
-    copies = cycle([tensors, *(tuple(t.clone() for t in tensors) for _ in range(min(_ELSEWHERE // size, 63)))])
+    copies = cycle([tensors, *(tuple(t.clone() for t in tensors) for _ in range(min(nbytes // size, 999)))])
     return lambda: run(*next(copies))
-
-
-_ELSEWHERE = 2**24
-"""Bytes of operands that a probe goes through: more than a core's own cache holds."""
 
 
 def curves(samples: Sequence[tuple[Kernel, float]], launch: float) -> dict[Family, Curve]:
@@ -125,7 +129,8 @@ def curves(samples: Sequence[tuple[Kernel, float]], launch: float) -> dict[Famil
             found[family] = Curve(points=_points(by_family[family]))
     for family, like in _ALIKE.items():
         found.setdefault(family, found[like])
-    found[Family.RECURRENT] = Curve(found[Family.GEMM].rates, (1e5, 0.0, 0.0), stream, 1.0)
+    gemm = found[Family.GEMM]
+    found[Family.RECURRENT] = Curve(gemm.rates, (gemm.halves[0], 0.0, 0.0), stream, 1.0)
     return found
 
 
@@ -204,44 +209,7 @@ def settle_allocator() -> None:
     torch.empty(_LARGEST_KEPT - 2**20, dtype=torch.uint8).fill_(1)
 
 
-# -- launches and memory ----------------------------------------------------------------------------------------------
-
-
-def _launches() -> dict[str, float]:
-    """Seconds of the host by kind of launch (`LAUNCHES`), from chains of tiny operators."""
-    n, x = 64, torch.randn(4, 4)
-    leaf = torch.randn(4, 4, requires_grad=True)
-
-    def chain(step: Callable[[torch.Tensor], torch.Tensor]) -> tuple[float, float]:
-        """Forward and backward seconds of one of ``n`` operators under autograd."""
-
-        def forward() -> torch.Tensor:
-            y = leaf
-            for _ in range(n):
-                y = step(y)
-            return y
-
-        def both() -> None:
-            leaf.grad = None
-            forward().backward(x)
-
-        first = time_of(forward)
-        return first / n, max(time_of(both) - first, 0.0) / n
-
-    forward, backward = chain(nn.ReLU())
-    view, view_backward = chain(lambda t: t.transpose(0, 1))
-    parameters = [nn.Parameter(torch.randn(4, 4)) for _ in range(16)]
-    for parameter in parameters:
-        parameter.grad = torch.randn(4, 4)
-    adam = torch.optim.AdamW(parameters, foreach=False)
-    update = time_of(adam.step) / (16 * 11)  # 11 operators a parameter
-    with torch.no_grad():
-        flat = time_of(lambda: [torch.mul(x, x) for _ in range(n)]) / n
-        looked = time_of(lambda: [torch.reshape(x, (16,)) for _ in range(n)]) / n
-        lists = [torch.randn(4) for _ in range(n)]
-        item = time_of(lambda: torch._foreach_add(lists, 1.0)) / n
-    seconds = (forward, view, backward, view_backward, update, looked, flat, looked, flat, item)
-    return dict(zip(LAUNCHES, seconds, strict=True))
+# -- memory ----------------------------------------------------------------------------------------------
 
 
 def _touch_seconds(nbytes: int = 2**26) -> float:

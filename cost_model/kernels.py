@@ -40,6 +40,8 @@ class Family(StrEnum):
     RECURRENT = "recurrent layer"
     BATCH_NORM = "batch normalisation"
     BATCH_NORM_BACKWARD = "batch normalisation backward"
+    POOLING = "pooling"
+    POOLING_BACKWARD = "pooling backward"
     POINTWISE = "pointwise"
     TRANSCENDENTAL = "transcendental"
     NORM = "normalisation"
@@ -51,9 +53,8 @@ class Family(StrEnum):
     RANDOM = "random numbers"
     GATHER = "gather"
     SCATTER = "scatter"
-    POOLING = "pooling"
-    POOLING_BACKWARD = "pooling backward"
     UPDATE = "update"
+    UPDATE_STREAM = "update out of memory"  # where parameters and state are more than caches hold
     COMMUNICATION = "communication"
     NONE = "none"  # views and numbers: nothing runs on the processor
 
@@ -172,6 +173,13 @@ def _dimensions(node: fx.Node, kind: Family) -> tuple[Expr, Expr, Expr, Expr]:
     if kind in (Family.BATCH_NORM, Family.BATCH_NORM_BACKWARD):
         images = shape(node, "input" if "input" in operand_names(node) else "self")
         return product(images[2:]), 1, 1, product(images[:2])  # channel by channel, image by image
+    if kind in (Family.POOLING, Family.POOLING_BACKWARD):
+        pooled = shape(node, "grad_output") if kind is Family.POOLING_BACKWARD else _result(node)
+        window = operand(node, "kernel_size") if "kernel_size" in operand_names(node) else ()
+        return product(pooled), 1, product(window), 1
+    if kind is Family.RECURRENT and "input" in operand_names(node) and len(shape(node, "input")) == 3:
+        steps, rows, _ = shape(node, "input")  # one product after the other
+        return rows, flops(node) / (2 * steps * rows) if flops(node) else 1, 1, steps
     if kind in (Family.ATTENTION, Family.ATTENTION_BACKWARD, Family.RECURRENT):
         return flops(node) // 2 if isinstance(flops(node), int) else flops(node) / 2, 1, 1, 1
     if kind is not Family.GEMM:
@@ -188,13 +196,17 @@ def _dimensions(node: fx.Node, kind: Family) -> tuple[Expr, Expr, Expr, Expr]:
     return sum(numel(t) for t in tensors(node.meta["val"])), 1, 1, 1
 
 
+def _result(node: fx.Node) -> tuple[Expr, ...]:
+    return tuple(map(expression, tensors(node.meta["val"])[0].shape))
+
+
 def _convolution(node: fx.Node, kind: Family, threads: int) -> Iterator[Kernel]:
     """Forward: one kernel. Backward: one for each gradient that is wanted."""
     backward = "backward" in _name(node)
     names = operand_names(node)
     x = operand(node, "input" if "input" in names else "self")
     image, weight = tuple(map(expression, x.meta["val"].shape)), shape(node, "weight")
-    outer = shape(node, "grad_output") if backward else tuple(map(expression, tensors(node.meta["val"])[0].shape))
+    outer = shape(node, "grad_output") if backward else _result(node)
     small = image if "transposed" in names and operand(node, "transposed") else outer  # the places of the products
     groups = operand(node, "groups") if "groups" in names else 1
     columns = weight[0] // groups if isinstance(weight[0], int) else weight[0] / groups

@@ -54,6 +54,7 @@ class Machine:
         asynchronous: launches overlap with kernels (a GPU); on a CPU they add up.
         touch: seconds for each byte of memory that the operating system gives anew in each step.
         largest: bytes from which on a block is not kept by the allocator when it is freed; 0: all are kept.
+        cache_bytes: of the caches that an update may stay in from one step to the next; 0 where it makes no difference.
         memory_bytes: how much there is.
         scales: corrections of groups of terms, fitted to whole steps (`graphopt.cost_model.fit`).
         spread: half-width of the 90 % interval of a step's seconds, in log; 0.3 means from 0.74 to 1.35 times.
@@ -73,6 +74,7 @@ class Machine:
     asynchronous: bool = False
     touch: float = 0.0
     largest: int = 0
+    cache_bytes: int = 0
     scales: Mapping[str, float] = field(default_factory=dict)
     spread: float = 0.5
     compile_seconds: tuple[float, float] = (5.0, 0.05)

@@ -49,7 +49,8 @@ _CONVOLUTIONS = (
     (4, 128, 128, 28, 3, 1, 1), (2, 256, 256, 14, 3, 1, 1), (4, 512, 512, 7, 3, 1, 1), (8, 256, 256, 4, 3, 1, 1),
     (8, 512, 512, 2, 3, 1, 1), (2, 256, 512, 14, 3, 2, 1), (16, 64, 256, 28, 1, 1, 1), (16, 256, 64, 14, 1, 1, 1),
     (16, 24, 144, 28, 1, 1, 1), (16, 512, 1024, 7, 1, 1, 1), (32, 960, 160, 2, 1, 1, 1), (8, 3, 192, 64, 16, 16, 1),
-    (2, 16, 32, 16, 3, 1, 1), (4, 64, 64, 28, 3, 1, 16),
+    (2, 16, 32, 16, 3, 1, 1), (8, 16, 16, 32, 3, 1, 1), (8, 32, 16, 32, 3, 1, 1), (4, 32, 64, 16, 3, 1, 1),
+    (4, 64, 64, 28, 3, 1, 16),
     # where one image goes after the other (at one thread)
     (2, 512, 512, 1, 1, 1, 1), (4, 960, 160, 2, 1, 1, 1), (2, 512, 1024, 2, 1, 1, 1), (4, 160, 960, 3, 1, 1, 1),
     (2, 1024, 256, 3, 1, 1, 1), (4, 256, 1024, 4, 1, 1, 1), (2, 96, 576, 4, 1, 1, 1), (4, 512, 256, 7, 1, 1, 1),
@@ -108,15 +109,11 @@ def _memory_bound() -> Iterator[Probe]:
         )
         yield Probe(lambda t: aten.sum.dim_IntList(t, [0, 2, 3]), (x,))
         yield Probe(lambda t: aten.mean.dim(t, [2, 3], True), (x,))
-        if shape[-1] >= 14:
-            yield Probe(lambda t: aten.max_pool2d_with_indices.default(t, [3, 3], [2, 2], [1, 1]), (x,))
-            pooled, where = aten.max_pool2d_with_indices.default(x, [3, 3], [2, 2], [1, 1])
-            yield Probe(
-                lambda g, t, i: aten.max_pool2d_with_indices_backward.default(
-                    g, t, [3, 3], [2, 2], [1, 1], [1, 1], False, i
-                ),
-                (pooled, x, where),
-            )
+        for window in [2, 3] * (shape[-1] >= 14):
+            settings = [window, window], [2, 2], [1, 1]
+            pooled, where = aten.max_pool2d_with_indices.default(x, *settings)
+            yield Probe(partial(_pool, settings), (x,))
+            yield Probe(partial(_pool_backward, settings), (pooled, x, where))
     for rows, width in _ROWS:
         x, weight = torch.randn(rows, width), torch.ones(width)
         _, mean, rstd = aten.native_layer_norm.default(x, [width], weight, weight, 1e-5)
@@ -136,6 +133,14 @@ def _memory_bound() -> Iterator[Probe]:
         places = torch.randint(1000, (rows,))
         yield Probe(lambda w, i: aten.embedding.default(w, i), (torch.randn(1000, width), places))
         yield Probe(lambda g, i: aten.embedding_dense_backward.default(g, i, 1000, -1, False), (x, places))
+
+
+def _pool(settings: tuple[list[int], ...], x: torch.Tensor) -> Any:
+    return aten.max_pool2d_with_indices.default(x, *settings)
+
+
+def _pool_backward(settings: tuple[list[int], ...], g: torch.Tensor, x: torch.Tensor, i: torch.Tensor) -> Any:
+    return aten.max_pool2d_with_indices_backward.default(g, x, *settings, [1, 1], False, i)
 
 
 def _products() -> Iterator[Probe]:
