@@ -44,7 +44,7 @@ MODELS = (
     "mixer", "transformer_encoder",
 )  # fmt: skip
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
-LONGEST = 2.5
+LONGEST = 1.0
 """Seconds of a step; larger batches of a model whose step takes longer are left out."""
 
 
@@ -176,6 +176,17 @@ def _ranking(rows: Sequence[Row]) -> float:
     return 2 * mean(agree) - 1 if agree else float("nan")
 
 
+def report(rows: Sequence[Row], machine: Machine) -> list[dict[str, Any]]:
+    """Write what is known, with the table of claims."""
+    table = claims(rows)
+    known = {"scales": dict(machine.scales), "spread": machine.spread, "threads": torch.get_num_threads()}
+    write_json(
+        RESULTS,
+        {"machine": machine_description(), **known, "claims": table, "rows": [asdict(r) for r in rows]},
+    )
+    return table
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -197,12 +208,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case in bar.track(cases, description="models"):
             found = list(rows_of(case, machine, options.seconds))
             rows += found
+            report(rows, machine)  # an interrupted run loses nothing
             errors = "  ".join(f"{r.batch}{r.mode[0]} {r.error:+.0%}" for r in found)
             bar.console.print(f"{case.name}: {errors}")
-    table = claims(rows)
-    print_table(table, title="prices")
-    write_json(RESULTS, {"machine": machine_description(), "scales": dict(machine.scales), "spread": machine.spread,
-                         "claims": table, "rows": [asdict(r) for r in rows]})  # fmt: skip
+    print_table(report(rows, machine), title="prices")
     return 0
 
 

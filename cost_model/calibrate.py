@@ -33,6 +33,9 @@ from graphopt.cost_model.launches import chains, in_steps, time_of
 from graphopt.cost_model.machine import Link, Machine, fingerprint, processor_name
 from graphopt.cost_model.probes import Probe, probes
 
+_PRIOR_WEIGHT = 0.3
+"""Of factors 1: curves and launches were measured just before, so that a factor has a reason to be near."""
+
 _CACHE = 2**23
 """Bytes that an update may find in caches when its next step comes: a part of the last level, which others share."""
 
@@ -84,7 +87,8 @@ def calibrate(*, progress: bool = True, seconds: float = SECONDS) -> Machine:
 def fitted(machine: Machine, steps: Sequence[Row]) -> Machine:
     """The machine with its factors and its interval fitted to measured steps; seconds are linear in the factors."""
     predict = lambda factors, row: sum(factors[name] * s for name, s in row.by_factor.items())
-    found = fit([(row, row.seconds) for row in steps], FACTORS, predict, dict.fromkeys(FACTORS, 1.0))
+    measured = [(row, row.seconds) for row in steps]
+    found = fit(measured, FACTORS, predict, dict.fromkeys(FACTORS, 1.0), prior_weight=_PRIOR_WEIGHT)
     return replace(machine, scales=found.parameters, spread=found.half_width)
 
 
@@ -114,7 +118,8 @@ def _elsewhere(probe: Probe, nbytes: int) -> Callable[[], Any]:
 
 
 def curves(samples: Sequence[tuple[Kernel, float]], launch: float) -> dict[Family, Curve]:
-    """Curves of all families from timed kernels; a family without a sample takes that of the nearest that has."""
+    """Curves of all families from timed kernels; a family without a sample takes that of products or of pointwise
+    operators, of which there must be some."""
     by_family: dict[Family, list[tuple[Kernel, float]]] = defaultdict(list)
     for kernel, seconds in samples:
         by_family[kernel.family].append((kernel, max(seconds - launch, seconds * 0.02)))
@@ -127,17 +132,11 @@ def curves(samples: Sequence[tuple[Kernel, float]], launch: float) -> dict[Famil
             found[family] = _product_curve(by_family[family], stream)
         else:
             found[family] = Curve(points=_points(by_family[family]))
-    for family, like in _ALIKE.items():
-        found.setdefault(family, found[like])
     gemm = found[Family.GEMM]
+    for family in Family:  # with several threads, for example, hardly any convolution goes image by image
+        found.setdefault(family, gemm if family in LOOPS else found[Family.POINTWISE])
     found[Family.RECURRENT] = Curve(gemm.rates, (gemm.halves[0], 0.0, 0.0), stream, 1.0)
     return found
-
-
-_ALIKE = {
-    Family.IMAGEWISE: Family.GEMM, Family.IMAGEWISE_INPUT: Family.GEMM, Family.IMAGEWISE_WEIGHT: Family.GEMM,
-}  # fmt: skip
-"""Where no probe ran a family: with several threads hardly any convolution goes image by image."""
 
 
 def _points(samples: Sequence[tuple[Kernel, float]]) -> tuple[tuple[float, float], ...]:

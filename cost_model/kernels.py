@@ -179,9 +179,9 @@ def _dimensions(node: fx.Node, kind: Family) -> tuple[Expr, Expr, Expr, Expr]:
         return product(pooled), 1, product(window), 1
     if kind is Family.RECURRENT and "input" in operand_names(node) and len(shape(node, "input")) == 3:
         steps, rows, _ = shape(node, "input")  # one product after the other
-        return rows, flops(node) / (2 * steps * rows) if flops(node) else 1, 1, steps
+        return rows, _quotient(flops(node), 2 * steps * rows), 1, steps
     if kind in (Family.ATTENTION, Family.ATTENTION_BACKWARD, Family.RECURRENT):
-        return flops(node) // 2 if isinstance(flops(node), int) else flops(node) / 2, 1, 1, 1
+        return _quotient(flops(node), 2), 1, 1, 1
     if kind is not Family.GEMM:
         return 1, 1, 1, 1
     for left, right in (("self", "mat2"), ("mat1", "mat2"), ("batch1", "batch2"), ("self", "other")):
@@ -194,6 +194,11 @@ def _dimensions(node: fx.Node, kind: Family) -> tuple[Expr, Expr, Expr, Expr]:
         rows = product(shape(node, "input" if "input" in operand_names(node) else "self")[:-1])
         return rows, weight[0], weight[-1], 1
     return sum(numel(t) for t in tensors(node.meta["val"])), 1, 1, 1
+
+
+def _quotient(whole: Expr, part: Expr) -> Expr:
+    """``whole / part`` where it is a whole number."""
+    return whole // part if isinstance(whole, int) and isinstance(part, int) else whole / part
 
 
 def _result(node: fx.Node) -> tuple[Expr, ...]:
@@ -209,7 +214,7 @@ def _convolution(node: fx.Node, kind: Family, threads: int) -> Iterator[Kernel]:
     outer = shape(node, "grad_output") if backward else _result(node)
     small = image if "transposed" in names and operand(node, "transposed") else outer  # the places of the products
     groups = operand(node, "groups") if "groups" in names else 1
-    columns = weight[0] // groups if isinstance(weight[0], int) else weight[0] / groups
+    columns = _quotient(weight[0], groups)
     depth, element = product(weight[1:]), tensors(x.meta["val"])[0].element_size()
     each = 2 * product([small[0], *small[2:]]) * product(weight)
     moved = sum(product(s) for s in (image, weight, outer)) * element
