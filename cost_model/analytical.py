@@ -84,7 +84,7 @@ def estimate(
         raise CostModelError(f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}")
     machine = machine if machine is not None else Machine.current()
     sizes = dict(sizes or {})
-    work = compiled(graph, mode, sizes)
+    work = compiled(graph, mode, sizes, machine.threads)
     values = work.values(sizes)
     counts, peak = work.at(values), work.memory.at(values)
     kernel, by_compute = _kernel_seconds(work, counts, machine, precision)
@@ -122,7 +122,7 @@ def estimate(
 
 def factor_seconds(graph: TrainingGraph, machine: Machine, sizes: Mapping[str, int], *, mode: Mode) -> dict[str, float]:
     """The seconds of a step by factor (`FACTORS`), where all factors are 1: what a fit of them needs."""
-    work = compiled(graph, mode, sizes)
+    work = compiled(graph, mode, sizes, machine.threads)
     values = work.values(sizes)
     counts, plain = work.at(values), replace(machine, scales={})
     kernel, _ = _kernel_seconds(work, counts, plain, None)

@@ -30,7 +30,7 @@ from graphopt.cost_model.curves import Curve, increasing
 from graphopt.cost_model.fit import fit
 from graphopt.cost_model.kernels import LOOPS, Family, Kernel
 from graphopt.cost_model.launches import chains, in_steps, time_of
-from graphopt.cost_model.machine import Link, Machine, fingerprint, processor_name
+from graphopt.cost_model.machine import Machine, fingerprint, processor_name
 from graphopt.cost_model.probes import Probe, probes
 
 _PRIOR_WEIGHT = 0.3
@@ -59,22 +59,21 @@ def calibrate(*, progress: bool = True, seconds: float = SECONDS) -> Machine:
         settle_allocator()
         launch = chains()
         bar.update(task, completed=5)
-        samples: dict[Kernel, float] = {}
+        samples: dict[tuple[int, Kernel], float] = {}
         for sweep in range(2):  # apart in time: a machine that others share is slower for some seconds now and then
             for i, probe in enumerate(probes()):
                 for kernel, taken in _timed(probe):
-                    samples[kernel] = min(taken, samples.get(kernel, taken))
+                    samples[i, kernel] = min(taken, samples.get((i, kernel), taken))
                 bar.update(task, completed=5 + 22 * sweep + min(22, i / 10))
         machine = Machine(
             name=processor_name(),
             device="cpu",
-            curves=curves(list(samples.items()), launch["flat"]),
+            curves=curves([(kernel, taken) for (_, kernel), taken in samples.items()], launch["flat"]),
             launch=launch,
             memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             touch=_touch_seconds(),
             cache_bytes=_CACHE,
             largest=_LARGEST_KEPT if _maps_large_blocks() else 0,
-            link=Link(latency=1e-4, bandwidth=1e9),
             fingerprint=dict(fingerprint()),
             measured=datetime.now(UTC).isoformat(timespec="seconds"),
             source="measured on this machine",
@@ -135,7 +134,6 @@ def curves(samples: Sequence[tuple[Kernel, float]], launch: float) -> dict[Famil
     gemm = found[Family.GEMM]
     for family in Family:  # with several threads, for example, hardly any convolution goes image by image
         found.setdefault(family, gemm if family in LOOPS else found[Family.POINTWISE])
-    found[Family.RECURRENT] = Curve(gemm.rates, (gemm.halves[0], 0.0, 0.0), stream, 1.0)
     return found
 
 

@@ -122,8 +122,9 @@ def _phases(case: Case) -> Iterator[tuple[Work, Phase | None, float]]:
             start = perf_counter()
             part()
             turn[i] = perf_counter() - start
+    threads = torch.get_num_threads()
     medians = np.quantile(taken, 0.25, axis=0).tolist()
-    eager, straight = compiled(graph, "eager", ()), compiled(graph, "flat", ())
+    eager, straight = compiled(graph, "eager", (), threads), compiled(graph, "flat", (), threads)
     for phase, seconds in zip((Phase.FORWARD, Phase.BACKWARD, Phase.UPDATE), medians):
         yield eager, phase, seconds
     yield straight, None, medians[-1]

@@ -84,6 +84,11 @@ class Machine:
     measured: str = ""
     source: str = ""
 
+    @property
+    def threads(self) -> int:
+        """Of torch on the host: some kernels depend on it."""
+        return int(self.fingerprint.get("threads", 1))
+
     @staticmethod
     def named(name: str, *, tf32: bool = False) -> Machine:
         """A processor that is not here, from its data sheet: ``Machine.named("H100")``.

@@ -79,6 +79,8 @@ def probes() -> Iterator[Probe]:
     for case in (*_CONVOLUTIONS, *_DEPTHWISE):
         yield from _convolution(*case)
     yield from _attention()
+    if torch.backends.mkldnn.is_available():
+        yield from _recurrent()
 
 
 def _memory_bound() -> Iterator[Probe]:
@@ -176,3 +178,15 @@ def _attention() -> Iterator[Probe]:
         yield Probe(lambda g, q, k, v, o, s: backward(g, q, k, v, o, s, 0.0, False), (
             torch.randn_like(out), q, k, v, out, logsumexp,
         ))  # fmt: skip
+
+
+def _recurrent() -> Iterator[Probe]:
+    for steps, batch, width in ((16, 2, 64), (16, 2, 128), (32, 8, 128), (16, 32, 128), (16, 16, 256)):
+        x, w = torch.randn(steps, batch, width), torch.randn(4 * width, width) / 16
+        bias, state = torch.zeros(4 * width), torch.zeros(batch, width)
+        yield Probe(
+            lambda x, w, b, h: aten.mkldnn_rnn_layer.default(
+                x, w, w, b, b, h, h, False, [], 2, h.shape[-1], 1, True, False, False, False
+            ),
+            (x, w, bias, state),
+        )

@@ -52,7 +52,7 @@ class Work:
         memory: live bytes (`graphopt.cost_model.memory`).
     """
 
-    def __init__(self, graph: TrainingGraph, mode: Mode, widths: Iterable[str]):
+    def __init__(self, graph: TrainingGraph, mode: Mode, widths: Iterable[str], threads: int):
         self.graph = graph
         self.mode = mode
         counting = counting_graph(graph, widths)
@@ -61,7 +61,7 @@ class Work:
         copies = {original: counting.node[original] for original in graph.nodes if original.op != "output"}
         originals = {copy: original for original, copy in copies.items()}
         self.nodes = tuple(node for node in graph.nodes if node.op == "call_function")
-        found = [kernel for node in self.nodes for kernel in kernels(copies[node], torch.get_num_threads())]
+        found = [kernel for node in self.nodes for kernel in kernels(copies[node], threads)]
         if mode == "compiled":
             found = fused(found)
         position = {node: i for i, node in enumerate(self.nodes)}
@@ -74,11 +74,7 @@ class Work:
         self.phases = np.array([_PHASES.index(p) if p in _PHASES else 0 for p in phases], dtype=np.int64)
         kept = [sum(nbytes(t) for t in tensors(copies[s.root].meta["val"])) for s in kept_for_backward(graph)]
         per_node: list[Expr] = [flops(copies[n]) for n in self.nodes] + [bytes_moved(copies[n]) for n in self.nodes]
-        per_kernel: list[Expr] = [
-            value(k)
-            for value in (_flops, _bytes, _rows, _columns, _depth, _batch)
-            for k in found
-        ]  # fmt: skip
+        per_kernel: list[Expr] = [getattr(kernel, figure) for figure in _FIGURES for kernel in found]
         self._table = SizeTable([sum(kept), *per_node, *per_kernel])
         found_tensors = {node: tensors(copies[node].meta.get("val")) for node in copies}
         self.memory = Memory(
@@ -86,7 +82,7 @@ class Work:
             "eager" if mode == "eager" else "flat",
             lambda node: [nbytes(t) for t in found_tensors[node]],
             shapes_of=lambda node: [list(map(expression, t.shape)) for t in found_tensors[node]],
-            threads=torch.get_num_threads(),
+            threads=threads,
         )
 
     def values(self, sizes: Mapping[str, int]) -> dict[sympy.Symbol, int]:
@@ -130,28 +126,25 @@ class Work:
         return self.phases == _PHASES.index(Phase.UPDATE)
 
 
-def compiled(graph: TrainingGraph, mode: Mode, sizes: Iterable[str]) -> Work:
-    """The work of a graph with the named sizes free; compiled at the first call for these names."""
+def compiled(graph: TrainingGraph, mode: Mode, sizes: Iterable[str], threads: int = 1) -> Work:
+    """The work of a graph with the named sizes free; compiled at the first call for these names. Some kernels depend
+    on the number of threads."""
     widths = frozenset(set(sizes) - graph.symbols.hints.keys())
     known = _COMPILED.setdefault(graph, {})
-    if (mode, widths) not in known:
+    key = (mode, widths, threads)
+    if key not in known:
         if not any(node.op == "call_function" for node in graph.nodes):
             raise CostModelError("graph: it has no operators; there is nothing to price")
-        known[mode, widths] = Work(graph, mode, widths)
-    return known[mode, widths]
+        known[key] = Work(graph, mode, widths, threads)
+    return known[key]
 
 
-_COMPILED: WeakKeyDictionary[TrainingGraph, dict[tuple[Mode, frozenset[str]], Work]] = WeakKeyDictionary()
+_COMPILED: WeakKeyDictionary[TrainingGraph, dict[tuple[Mode, frozenset[str], int], Work]] = WeakKeyDictionary()
 
 _PHASES = (Phase.FORWARD, Phase.BACKWARD, Phase.UPDATE)
 _FAMILY_INDEX = {family: i for i, family in enumerate(Family)}
 
-_flops = lambda k: k.flops
-_bytes = lambda k: k.bytes
-_rows = lambda k: k.rows
-_columns = lambda k: k.columns
-_depth = lambda k: k.depth
-_batch = lambda k: k.batch
+_FIGURES = ("flops", "bytes", "rows", "columns", "depth", "batch")
 
 
 def _precision(node: fx.Node) -> str:
