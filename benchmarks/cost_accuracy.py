@@ -10,6 +10,7 @@ Nothing else should run on the machine meanwhile.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,6 +38,7 @@ from graphopt.schemes.flat import capture_task
 from graphopt.step import PASSES
 
 RESULTS = Path(__file__).parent / "results" / "cost_accuracy.json"
+PAGE = Path(__file__).parents[1] / "docs" / "prices.md"
 
 MODELS = (
     "mlp", "resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "densenet121", "vgg11", "convnext_tiny",
@@ -133,9 +135,7 @@ def claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
         ("inside of the 90 % interval", (0.85, 0.95), mean(inside), len(rows)),
         ("half-width of the interval, median", 0.25, median(widths), len(rows)),
     ]
-    return [
-        {"claim": name, "bar": str(bar or "-"), "measured": value, "rows": count} for name, bar, value, count in made
-    ]
+    return [{"claim": name, "bar": bar, "measured": value, "rows": count} for name, bar, value, count in made]
 
 
 def _unseen(rows: Sequence[Row]) -> Iterator[float]:
@@ -187,6 +187,36 @@ def report(rows: Sequence[Row], machine: Machine) -> list[dict[str, Any]]:
     return table
 
 
+def write_page() -> None:
+    """Put the table of the last run into docs/prices.md."""
+    data = json.loads(RESULTS.read_text())
+    models = sorted({row["model"] for row in data["rows"]})
+    lines = [
+        f"{data['machine']['cpu']}, {data['threads']} thread{'s' * (data['threads'] > 1)}, torch "
+        f"{data['machine']['torch']}; {len(models)} models: {', '.join(models)}; batch sizes 1 to 128, up to steps "
+        "of about a second.",
+        "",
+        "| claim | bar | measured |",
+        "|---|---|---:|",
+        *(f"| {c['claim']} | {_bar(c)} | {_shown(c, c['measured'])} |" for c in data["claims"]),
+    ]
+    before, rest = PAGE.read_text().split("<!-- cost_accuracy -->\n")
+    _, after = rest.split("<!-- /cost_accuracy -->")
+    text = "\n".join(lines)
+    PAGE.write_text(f"{before}<!-- cost_accuracy -->\n{text}\n<!-- /cost_accuracy -->{after}")
+
+
+def _bar(claim: Mapping[str, Any]) -> str:
+    bar = claim["bar"]
+    if isinstance(bar, list):
+        return " to ".join(_shown(claim, b) for b in bar)
+    return "" if bar is None else _shown(claim, bar)
+
+
+def _shown(claim: Mapping[str, Any], value: float) -> str:
+    return f"{value:.2f}" if "tau" in claim["claim"] else f"{value:.1%}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -212,6 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             errors = "  ".join(f"{r.batch}{r.mode[0]} {r.error:+.0%}" for r in found)
             bar.console.print(f"{case.name}: {errors}")
     print_table(report(rows, machine), title="prices")
+    write_page()
     return 0
 
 

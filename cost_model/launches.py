@@ -25,8 +25,7 @@ _HOLD = 0.1
 
 
 def time_of(call: Callable[[], Any], budget: float = 0.015) -> float:
-    """Seconds of a call: the lower quartile of what fits into ``budget`` seconds, at least three, after two."""
-    call()
+    """Seconds of a call: the lower quartile of what fits into ``budget`` seconds, at least three, after one."""
     call()
     taken: list[float] = []
     end = perf_counter() + budget

@@ -1,7 +1,7 @@
 """A small made-up machine whose prices can be counted by hand."""
 
 from graphopt.cost_model.curves import Curve
-from graphopt.cost_model.kernels import PRODUCTS, Family
+from graphopt.cost_model.kernels import LOOPS, Family
 from graphopt.cost_model.machine import LAUNCHES, Machine
 
 RATE, BANDWIDTH, LAUNCH = 1e9, 1e8, 1e-6
@@ -13,7 +13,7 @@ def simple(**changes) -> Machine:
     points = ((1.0, 1.0 / BANDWIDTH), (1e9, 1e9 / BANDWIDTH))
     rates = dict.fromkeys(("fp64", "fp32", "tf32"), RATE) | {"bf16": 4 * RATE, "fp16": 4 * RATE}
     curves = {
-        family: Curve(rates if family in PRODUCTS else {}, points=points)
+        family: Curve(rates if family in LOOPS else {}, points=points)
         for family in Family
         if family not in (Family.NONE, Family.COMMUNICATION)
     }
