@@ -87,8 +87,15 @@ def fitted(machine: Machine, steps: Sequence[Row]) -> Machine:
     """The machine with its factors and its interval fitted to measured steps; seconds are linear in the factors."""
     predict = lambda factors, row: sum(factors[name] * s for name, s in row.by_factor.items())
     measured = [(row, row.seconds) for row in steps]
-    found = fit(measured, FACTORS, predict, dict.fromkeys(FACTORS, 1.0), prior_weight=_PRIOR_WEIGHT)
-    return replace(machine, scales=found.parameters, spread=found.half_width)
+    fit_to = lambda rows: fit(rows, FACTORS, predict, dict.fromkeys(FACTORS, 1.0), prior_weight=_PRIOR_WEIGHT)
+    found = fit_to(measured)
+    errors: list[float] = []  # of each network where the others were fitted: what a network not seen will have
+    for name in {row.name for row in steps}:
+        others = fit_to([(row, s) for row, s in measured if row.name != name])
+        errors += [abs(math.log(predict(others.parameters, row) / s)) for row, s in measured if row.name == name]
+    share = min(0.9 * (1 + 1 / len(errors)), 1.0)
+    spread = float(np.quantile(errors, share)) if len({row.name for row in steps}) > 1 else found.half_width
+    return replace(machine, scales=found.parameters, spread=spread)
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
@@ -157,9 +164,9 @@ def _product_curve(samples: Sequence[tuple[Kernel, float]], stream: tuple[tuple[
 
     def curve(x: np.ndarray) -> Curve:
         halves = [math.exp(h) if on else 0.0 for h, on in zip(x[1:4], free)]
-        factors = np.exp(x[5:] - x[5:].max(initial=0.0)).tolist()
-        steps = tuple(zip(map(float, sizes), factors))
-        return Curve({"fp32": math.exp(x[0])}, tuple(halves), stream, math.exp(x[4]), steps, along or 0)  # type: ignore[arg-type]
+        factors = np.exp(x[6:] - x[6:].max(initial=0.0)).tolist()
+        steps, rates = tuple(zip(map(float, sizes), factors)), {"fp32": math.exp(x[0])}
+        return Curve(rates, tuple(halves), stream, math.exp(x[5]), math.exp(x[4]), steps, along or 0)  # type: ignore[arg-type]
 
     def error(x: np.ndarray) -> np.ndarray:
         found = curve(x)
@@ -168,11 +175,11 @@ def _product_curve(samples: Sequence[tuple[Kernel, float]], stream: tuple[tuple[
         return np.concatenate([np.log(predicted / seconds), 0.02 * (x - start)[1:]])
 
     rate = float(np.max(2 * dims.prod(axis=0) / seconds))
-    start = np.array([math.log(rate), *np.full(3, math.log(8.0)), math.log(0.5), *np.zeros(len(sizes))])
+    start = np.array([math.log(rate), *np.full(3, math.log(8.0)), math.log(0.5), math.log(1e-6), *np.zeros(len(sizes))])
     largest = math.log(1e9) if family in (Family.ATTENTION, Family.ATTENTION_BACKWARD) else math.log(4096)
     low, high = np.full(len(start), -np.inf), np.full(len(start), np.inf)
     low[1:4], high[1:4] = math.log(1e-2), largest
-    low[4], high[4] = math.log(1e-3), math.log(64.0)
+    low[4:6], high[4:6] = (math.log(1e-3), math.log(1e-8)), (math.log(64.0), math.log(1e-3))
     best = curve(least_squares(error, start, bounds=(low, high), loss="soft_l1", f_scale=0.2).x)
     fp32 = best.rates["fp32"]
     return replace(best, rates={"fp32": fp32, "fp64": fp32 / 2, **_low_precision(fp32)})

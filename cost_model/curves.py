@@ -21,6 +21,7 @@ class Curve:
         rates: flop/s by precision (``fp32``, ``tf32``, ``bf16``, ``fp16``, ``fp64``); empty without products.
         halves: m0, n0, k0, the half sizes.
         points: (bytes, seconds), both increasing; from the last one on at its own bytes per second.
+        fixed: seconds of each call beyond its launch.
         passes: over the operands that no product hides, such as reordering them into blocks.
         steps: (size, factor of the rate), sizes increasing; between them linear in logs. For kernels that are written
             for some sizes only.
@@ -30,6 +31,7 @@ class Curve:
     rates: Mapping[str, float] = field(default_factory=dict)
     halves: tuple[float, float, float] = (0.0, 0.0, 0.0)
     points: tuple[tuple[float, float], ...] = ()
+    fixed: float = 0.0
     passes: float = 0.0
     steps: tuple[tuple[float, float], ...] = ()
     along: int = 2
@@ -42,6 +44,7 @@ class Curve:
         if self.steps:
             at, factors = np.log(np.array(self.steps)).T
             seconds = seconds / np.exp(np.interp(np.log(dims[self.along]), at, factors))
+        seconds = seconds + self.fixed * (batch > 0)
         return seconds
 
     def memory_seconds(self, moved: np.ndarray) -> np.ndarray:

@@ -6,9 +6,9 @@ import json
 import math
 import os
 import platform
-import tempfile
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from graphopt.cost_model.datasheets import DataSheet, lookup
 from graphopt.cost_model.kernels import LOOPS, Family
 from graphopt.errors import GraphoptWarning
 
-VERSION = 1
+VERSION = 2
 """Of the calibration file; another one is measured anew."""
 
 
@@ -133,17 +133,19 @@ class Machine:
         """Write the figures as JSON, whole or not at all; by default where `current` looks. Returns where, or None
         (with a warning) where the folder cannot be written."""
         target = Path(path) if path is not None else path_of(tuple(self.fingerprint.items()))
+        part = target.with_suffix(f".{os.getpid()}.tmp")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".tmp", delete=False) as file:
-                json.dump({"version": VERSION, **asdict(self)}, file, indent=1)
-            os.replace(file.name, target)
+            part.write_text(json.dumps({"version": VERSION, **asdict(self)}, indent=1))
+            os.replace(part, target)
         except OSError as error:
             warnings.warn(
                 f"the calibration of this machine cannot be kept in {target.parent} ({error}); set GRAPHOPT_CACHE_DIR "
                 "to a folder that can be written",
                 GraphoptWarning,
             )
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
             return None
         return target
 
@@ -204,6 +206,7 @@ def load(path: str | os.PathLike[str]) -> Machine | None:
                 curve["rates"],
                 tuple(curve["halves"]),
                 tuple(map(tuple, curve["points"])),
+                curve["fixed"],
                 curve["passes"],
                 tuple(map(tuple, curve["steps"])),
                 curve["along"],
