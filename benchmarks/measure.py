@@ -24,6 +24,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from graphopt.cost_model.machine import processor_name
+
 __all__ = [
     "Timing",
     "bytes_kept_by_compile",
@@ -294,7 +296,7 @@ def machine_description() -> dict[str, Any]:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "cores": cores,
         "memory_bytes": pages,
         "system": f"{platform.system()} {platform.machine()}",
@@ -304,15 +306,6 @@ def machine_description() -> dict[str, Any]:
         "gpu": gpu,
         "cuda": torch.version.cuda if gpu else None,
     }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def print_table(rows: Sequence[Any], *, title: str | None = None, console: Console | None = None) -> None:

@@ -4,8 +4,8 @@ A roofline of each kernel with efficiencies by family and size (`Curve`), the la
 operating system gives anew in each step, and the update of the optimizer. All counts are compiled to arrays over the
 free sizes once, so that another batch size, sequence length or width is priced without a capture.
 
-Sources of the form: roofline with size-dependent efficiency as in Calculon (Isaev et al., SC'23), host floor as in
-AdaDist-style models; efficiencies are measured (`graphopt.cost_model.calibrate`) or those of data sheets.
+The form is that of Calculon (Isaev et al., SC'23): a roofline with efficiencies that depend on size. The efficiencies
+are measured (`graphopt.cost_model.calibrate`) or those that public measurements of data-sheet machines show.
 """
 
 from __future__ import annotations
