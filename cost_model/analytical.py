@@ -97,7 +97,7 @@ def estimate(
     terms["optimizer"] = float((kernel + launch)[updating].sum())
     terms["compute"] = float(kernel[by_compute & ~updating].sum())
     terms["memory"] = float(kernel[~by_compute & ~updating].sum())
-    binding = _binding_seconds(work, machine)
+    binding = binding_seconds(work, machine)
     terms["launch"] = float(launch[~updating].sum()) + binding
     terms["allocation"] = touched
     seconds = sum(terms.values())
@@ -203,7 +203,7 @@ def _launch_seconds(work: Work, machine: Machine) -> np.ndarray:
     return scale * (each * (work.items > 0) + np.maximum(work.items - 1, 0) * machine.launch["item"])
 
 
-def _binding_seconds(work: Work, machine: Machine) -> float:
+def binding_seconds(work: Work, machine: Machine) -> float:
     """Seconds of the host at the beginning of a step of straight-line or compiled code."""
     if work.mode == "eager" or machine.asynchronous:
         return 0.0

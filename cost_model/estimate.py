@@ -40,7 +40,7 @@ class Estimate:
         sizes: the free sizes it was made for.
         machine: name of the processor.
         mode: how the graph is run.
-        node_seconds: of each operator in ``work.nodes``, without ``allocation``; float64.
+        node_seconds: of each operator in ``work.nodes``, float64; without ``allocation`` and the binding of inputs.
     """
 
     seconds: float
