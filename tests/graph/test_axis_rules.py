@@ -35,7 +35,7 @@ def test_rules_are_true(subject: str) -> None:
 def test_every_entry_has_an_example() -> None:
     seen = {entry_of(example.operator) for subject in SUBJECTS for example in calls(subject)}
     assert not {str(key) for key in RULES if key not in seen and key not in EXCEPTED}
-    assert {name.partition("::")[0] for name in NAMED} == {"_c10d_functional", "transformers"}
+    assert {name.partition("::")[0] for name in NAMED} == {"_c10d_functional", "torch_attn", "transformers"}
 
 
 # -- drawn sizes and arguments ---------------------------------------------------------------------------------------
