@@ -25,6 +25,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from graphopt.cost_model.machine import processor_name
+from graphopt.graph.collector import no_garbage_collection
 
 __all__ = [
     "Timing",
@@ -117,7 +118,8 @@ def interleaved(
         seconds = [sample(name, 1) for _ in range(max(warmup, 1))]
         calls[name] = max(1, round(sample_seconds / max(min(seconds), 1e-9)))
     taken: dict[str, list[float]] = {name: [] for name in names}
-    with _no_garbage_collection():
+    gc.collect()
+    with no_garbage_collection():
         for turn in range(rounds):
             first = turn % len(names)
             for name in names[first:] + names[:first]:
@@ -137,18 +139,6 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, _, high = quantiles(values, n=4, method="inclusive")
     return median(values), low, high
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 # -- memory ---------------------------------------------------------------------------------------------------------

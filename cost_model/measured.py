@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 from time import perf_counter
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from graphopt.errors import CostModelError
+from graphopt.graph.collector import no_garbage_collection
 
 __all__ = ["Measurement", "measure", "median_interval", "spin"]
 
@@ -207,7 +207,8 @@ def measure(
         synchronize()
         return clock() - start
 
-    with _no_garbage_collection():
+    gc.collect()
+    with no_garbage_collection():
         for turn in range(most):
             if turn and clock() - begun >= seconds:
                 break
@@ -233,15 +234,3 @@ def _settled(taken: Sequence[Sequence[float]], precision: float) -> bool:
     return all(
         high - low <= 2 * precision * median(samples) for samples, (low, high) in zip(taken, intervals, strict=True)
     )
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -7,7 +7,6 @@ state, hyper-parameters as traced numbers) makes one step, by the implementation
 
 from __future__ import annotations
 
-import gc
 import inspect
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
@@ -22,6 +21,7 @@ from torch import fx
 from torch.optim import SGD, Adagrad, Adam, AdamW, Optimizer, RMSprop
 
 from graphopt.errors import OptimizerError
+from graphopt.graph.collector import no_garbage_collection
 from graphopt.graph.functional_trace import Recorder
 from graphopt.graph.hyper_parameters import Clip, ClipNorm, group_names, is_input, lags, options
 from graphopt.graph.torch_internals import (
@@ -125,18 +125,6 @@ def initialize_state(optimizer: Optimizer, trainable: Collection[torch.Tensor]) 
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """A trace makes tens of thousands of objects that all stay: collections amid it only cost time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-@contextmanager
 def _zero_gradients(parameters: Sequence[torch.Tensor], chosen: Collection[int]) -> Iterator[None]:
     """Zero gradients (of one element's memory) for the chosen parameters, none for the others."""
     before = [p.grad for p in parameters]
@@ -150,7 +138,7 @@ def _zero_gradients(parameters: Sequence[torch.Tensor], chosen: Collection[int])
             p.grad = gradient
 
 
-@_no_garbage_collection()
+@no_garbage_collection()
 def trace_update(
     optimizers: Sequence[Optimizer], names: Mapping[int, str], fake_mode: FakeTensorMode, *,
     trainable: Collection[str], gradients: Mapping[str, torch.Tensor] | None = None,
