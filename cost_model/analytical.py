@@ -18,18 +18,16 @@ from typing import get_args
 import numpy as np
 
 from graphopt.cost_model.estimate import TERMS, Estimate
-from graphopt.cost_model.kernels import LOOPS, Family
+from graphopt.cost_model.kernels import CONVOLUTIONS, DEPTHWISE, IMAGEWISE, LOOPS, Family
 from graphopt.cost_model.machine import Machine
 from graphopt.cost_model.work import Counts, Mode, Work, compiled
 from graphopt.errors import CostModelError
 from graphopt.graph.training_graph import TrainingGraph
 
-IMAGEWISE = (Family.IMAGEWISE, Family.IMAGEWISE_INPUT, Family.IMAGEWISE_WEIGHT)
-
 GROUPS: dict[str, frozenset[Family]] = {
     "gemm": frozenset([Family.GEMM]),
-    "convolution": frozenset([Family.CONVOLUTION, Family.CONVOLUTION_INPUT, Family.CONVOLUTION_WEIGHT, *IMAGEWISE]),
-    "depthwise": frozenset([Family.DEPTHWISE, Family.DEPTHWISE_INPUT, Family.DEPTHWISE_WEIGHT]),
+    "convolution": frozenset([*CONVOLUTIONS, *IMAGEWISE]),
+    "depthwise": frozenset(DEPTHWISE),
     "attention": frozenset([Family.ATTENTION, Family.ATTENTION_BACKWARD, Family.RECURRENT]),
     "pointwise": frozenset([Family.POINTWISE, Family.TRANSCENDENTAL, Family.FILL, Family.RANDOM]),
     "normalisation": frozenset(
@@ -130,7 +128,7 @@ def factor_seconds(graph: TrainingGraph, machine: Machine, sizes: Mapping[str, i
     for family, at in work.of_family.items():
         if family in _GROUP_OF:
             found[_GROUP_OF[family]] += float(kernel[at].sum())
-    found["eager launch" if mode == "eager" else "flat launch"] = float(_launch_seconds(work, plain).sum())
+    found[_launch_factor(mode)] = float(_launch_seconds(work, plain).sum())
     found["touch"] = machine.touch * fresh_bytes(work.memory.at(values).blocks, machine.largest)
     return found
 
@@ -149,7 +147,7 @@ def _kernel_seconds(
     moved, dims = counts.kernel_bytes.astype(np.float64), counts.dims.astype(np.float64)
     if precision in ("bf16", "fp16"):
         moved = np.where(work.updating, moved, moved / 2)
-    rates = work.per_kernel((machine, precision), lambda i: _rate(work, i, machine, precision))
+    rates = work.per_kernel(machine, precision or "rate", lambda i: _rate(work, i, machine, precision))
     streams = _streams(float(moved[work.updating].sum()), machine)
     for family, at in work.of_family.items():
         if family in (Family.NONE, Family.COMMUNICATION):
@@ -198,8 +196,8 @@ def _rate(work: Work, kernel: int, machine: Machine, precision: str | None) -> f
 
 def _launch_seconds(work: Work, machine: Machine) -> np.ndarray:
     """Seconds of the host for each kernel."""
-    each = work.per_kernel(machine, lambda i: machine.launch[launch_kind(work, i)])
-    scale = machine.scales.get("eager launch" if work.mode == "eager" else "flat launch", 1.0)
+    each = work.per_kernel(machine, "launch", lambda i: machine.launch[launch_kind(work, i)])
+    scale = machine.scales.get(_launch_factor(work.mode), 1.0)
     return scale * (each * (work.items > 0) + np.maximum(work.items - 1, 0) * machine.launch["item"])
 
 
@@ -207,7 +205,13 @@ def binding_seconds(work: Work, machine: Machine) -> float:
     """Seconds of the host at the beginning of a step of straight-line or compiled code."""
     if work.mode == "eager" or machine.asynchronous:
         return 0.0
-    return machine.scales.get("flat launch", 1.0) * machine.launch["flat"] * _BINDING * len(work.graph.inputs)
+    return (
+        machine.scales.get(_launch_factor(work.mode), 1.0) * machine.launch["flat"] * _BINDING * len(work.graph.inputs)
+    )
+
+
+def _launch_factor(mode: Mode) -> str:
+    return "eager launch" if mode == "eager" else "flat launch"
 
 
 def launch_kind(work: Work, kernel: int) -> str:

@@ -28,7 +28,7 @@ from graphopt.cost_model.analytical import FACTORS
 from graphopt.cost_model.calibration_steps import Row, rows
 from graphopt.cost_model.curves import Curve, increasing
 from graphopt.cost_model.fit import fit
-from graphopt.cost_model.kernels import LOOPS, Family, Kernel
+from graphopt.cost_model.kernels import DEPTHWISE, IMAGEWISE, LOOPS, Family, Kernel
 from graphopt.cost_model.launches import chains, in_steps, time_of
 from graphopt.cost_model.machine import Machine, fingerprint, processor_name
 from graphopt.cost_model.probes import Probe, probes
@@ -186,8 +186,8 @@ def _product_curve(samples: Sequence[tuple[Kernel, float]], stream: tuple[tuple[
 
 
 _STEPS = {
-    **dict.fromkeys((Family.DEPTHWISE, Family.DEPTHWISE_INPUT, Family.DEPTHWISE_WEIGHT), 2),  # by kernel size
-    **dict.fromkeys((Family.IMAGEWISE, Family.IMAGEWISE_INPUT, Family.IMAGEWISE_WEIGHT), 0),  # by places of an image
+    **dict.fromkeys(DEPTHWISE, 2),  # by kernel size
+    **dict.fromkeys(IMAGEWISE, 0),  # by places of an image
 }
 """Families whose rate jumps between sizes of one dimension of their loops."""
 

@@ -62,6 +62,11 @@ class Family(StrEnum):
 LOOPS = frozenset(list(Family)[: list(Family).index(Family.POINTWISE)])
 """Families whose time follows the dimensions of their loops; that of the others follows bytes alone."""
 
+CONVOLUTIONS = (Family.CONVOLUTION, Family.CONVOLUTION_INPUT, Family.CONVOLUTION_WEIGHT)
+IMAGEWISE = (Family.IMAGEWISE, Family.IMAGEWISE_INPUT, Family.IMAGEWISE_WEIGHT)
+DEPTHWISE = (Family.DEPTHWISE, Family.DEPTHWISE_INPUT, Family.DEPTHWISE_WEIGHT)
+"""Forward, gradient of the input, gradient of the weight."""
+
 _BY_RULE = {
     "contraction": Family.GEMM, "transform": Family.GEMM, "attention": Family.ATTENTION, "recurrent": Family.RECURRENT,
     "normalisation": Family.NORM, "softmax": Family.SOFTMAX, "reduction": Family.REDUCTION, "loss": Family.REDUCTION,
@@ -102,8 +107,9 @@ class Kernel:
     items: int = 1
 
 
-def kernels(node: fx.Node, threads: int = 1) -> Iterator[Kernel]:
-    """The kernels of a node; a view or a number is one of family ``NONE``, ``getitem`` and inputs are none."""
+def kernels(node: fx.Node, threads: int | None) -> Iterator[Kernel]:
+    """The kernels of a node on a CPU with so many threads of torch, or on a GPU (None). A view or a number is one of
+    family ``NONE``, ``getitem`` and inputs are none."""
     if node.op != "call_function" or node.target is getitem:
         return
     found = family(node)
@@ -205,7 +211,7 @@ def _result(node: fx.Node) -> tuple[Expr, ...]:
     return tuple(map(expression, tensors(node.meta["val"])[0].shape))
 
 
-def _convolution(node: fx.Node, kind: Family, threads: int) -> Iterator[Kernel]:
+def _convolution(node: fx.Node, kind: Family, threads: int | None) -> Iterator[Kernel]:
     """Forward: one kernel. Backward: one for each gradient that is wanted."""
     backward = "backward" in _name(node)
     names = operand_names(node)
@@ -219,7 +225,7 @@ def _convolution(node: fx.Node, kind: Family, threads: int) -> Iterator[Kernel]:
     each = 2 * product([small[0], *small[2:]]) * product(weight)
     moved = sum(product(s) for s in (image, weight, outer)) * element
     wanted = [False, False, False] if not backward else list(operand(node, "output_mask"))
-    kinds = _KINDS[kind]
+    kinds = DEPTHWISE if kind is Family.DEPTHWISE else CONVOLUTIONS
     chosen = [k for k, on in zip(kinds[1:], wanted) if on] if backward else kinds[:1]
     if kind is Family.DEPTHWISE:  # bound by what it reads as much as by what it computes
         channels = weight[0]
@@ -229,29 +235,21 @@ def _convolution(node: fx.Node, kind: Family, threads: int) -> Iterator[Kernel]:
         )
         for found in chosen:
             yield Kernel(node, found, each, moved, rows, 1, depth, often)
+    elif threads is None:
+        places = product([small[0], *small[2:]])
+        for found in chosen:
+            yield Kernel(node, found, each, moved, places, columns, depth, groups)
     else:
-        on_cpu = x.meta["val"].device.type == "cpu" and "stride" in names
-        onednn = uses_onednn(node, x.meta["val"], image, weight, threads) if on_cpu else 1
+        onednn = uses_onednn(node, x.meta["val"], image, weight, threads) if "stride" in names else 1
         often = product(small[2:-1]) * small[0] * groups
         for found in chosen:
             if onednn != 0:
                 yield Kernel(node, found, each * onednn, moved * onednn, small[-1], columns, depth, often * onednn)
             if onednn != 1:
-                other, off = _BY_IMAGE[found], 1 - onednn
+                other, off = IMAGEWISE[CONVOLUTIONS.index(found)], 1 - onednn
                 yield Kernel(
                     node, other, each * off, moved * off, product(small[2:]), columns, depth, small[0] * groups * off,
                     items=int(onednn == 0),
                 )  # fmt: skip
     if backward and wanted == [False, False, True]:
         yield Kernel(node, Family.REDUCTION, 0, product(outer) * element)
-
-
-_KINDS = {
-    Family.CONVOLUTION: (Family.CONVOLUTION, Family.CONVOLUTION_INPUT, Family.CONVOLUTION_WEIGHT),
-    Family.DEPTHWISE: (Family.DEPTHWISE, Family.DEPTHWISE_INPUT, Family.DEPTHWISE_WEIGHT),
-}
-_BY_IMAGE = {
-    Family.CONVOLUTION: Family.IMAGEWISE,
-    Family.CONVOLUTION_INPUT: Family.IMAGEWISE_INPUT,
-    Family.CONVOLUTION_WEIGHT: Family.IMAGEWISE_WEIGHT,
-}

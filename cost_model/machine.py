@@ -19,7 +19,7 @@ import torch
 from graphopt.cost_model.cache import cache_dir
 from graphopt.cost_model.curves import Curve
 from graphopt.cost_model.datasheets import DataSheet, lookup
-from graphopt.cost_model.kernels import LOOPS, Family
+from graphopt.cost_model.kernels import CONVOLUTIONS, Family
 from graphopt.errors import GraphoptWarning
 
 VERSION = 2
@@ -85,9 +85,9 @@ class Machine:
     source: str = ""
 
     @property
-    def threads(self) -> int:
-        """Of torch on the host: some kernels depend on it."""
-        return int(self.fingerprint.get("threads", 1))
+    def threads(self) -> int | None:
+        """Of torch, on which some kernels of a CPU depend; None for a GPU."""
+        return int(self.fingerprint.get("threads", 1)) if self.device == "cpu" else None
 
     @staticmethod
     def named(name: str, *, tf32: bool = False) -> Machine:
@@ -240,13 +240,11 @@ def _from_sheet(sheet: DataSheet, tf32: bool) -> Machine:
     bandwidth = _OF_BANDWIDTH * sheet.bandwidth
     points = ((bandwidth * _KERNEL, _KERNEL), (1e9, max(1e9 / bandwidth, _KERNEL)))
     curves: dict[Family, Curve] = {
-        family: Curve(rates, (half, half, 32.0), points) if family in LOOPS else Curve(points=points)
-        for family in Family
-        if family not in (Family.NONE, Family.COMMUNICATION)
-    }  # fmt: skip
-    for family in LOOPS:
-        if "depthwise" in family or "normalisation" in family:  # bound by memory
-            curves[family] = Curve(points=points)
+        family: Curve(points=points) for family in Family if family not in (Family.NONE, Family.COMMUNICATION)
+    }
+    curves |= dict.fromkeys((Family.GEMM, *CONVOLUTIONS), Curve(rates, (half, half, 32.0), points))
+    curves[Family.RECURRENT] = Curve(rates, (half, 0.0, 0.0), points)
+    curves |= dict.fromkeys((Family.ATTENTION, Family.ATTENTION_BACKWARD), Curve(rates, points=points))
     return Machine(
         name=sheet.name,
         device="cuda",

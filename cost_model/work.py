@@ -52,12 +52,12 @@ class Work:
         memory: live bytes (`graphopt.cost_model.memory`).
     """
 
-    def __init__(self, graph: TrainingGraph, mode: Mode, widths: Iterable[str], threads: int):
+    def __init__(self, graph: TrainingGraph, mode: Mode, widths: Iterable[str], threads: int | None):
         self.graph = graph
         self.mode = mode
         counting = counting_graph(graph, widths)
         self._widths = counting.symbols
-        self._figures: dict[Hashable, np.ndarray] = {}
+        self._figures: WeakKeyDictionary[Hashable, dict[Hashable, np.ndarray]] = WeakKeyDictionary()
         copies = {original: counting.node[original] for original in graph.nodes if original.op != "output"}
         originals = {copy: original for original, copy in copies.items()}
         self.nodes = tuple(node for node in graph.nodes if node.op == "call_function")
@@ -82,7 +82,7 @@ class Work:
             "eager" if mode == "eager" else "flat",
             lambda node: [nbytes(t) for t in found_tensors[node]],
             shapes_of=lambda node: [list(map(expression, t.shape)) for t in found_tensors[node]],
-            threads=threads,
+            threads=threads or 1,
         )
 
     def values(self, sizes: Mapping[str, int]) -> dict[sympy.Symbol, int]:
@@ -114,11 +114,12 @@ class Work:
         """The phase of a kernel."""
         return _PHASES[self.phases[kernel]]
 
-    def per_kernel(self, key: Hashable, find: Callable[[int], float]) -> np.ndarray:
-        """A figure of each kernel that does not depend on sizes, found once for each ``key``."""
-        if key not in self._figures:
-            self._figures[key] = np.array([find(i) for i in range(len(self.kernels))], dtype=np.float64)
-        return self._figures[key]
+    def per_kernel(self, machine: Hashable, key: Hashable, find: Callable[[int], float]) -> np.ndarray:
+        """A figure of each kernel on a machine that does not depend on sizes, found once."""
+        figures = self._figures.setdefault(machine, {})
+        if key not in figures:
+            figures[key] = np.array([find(i) for i in range(len(self.kernels))], dtype=np.float64)
+        return figures[key]
 
     @cached_property
     def updating(self) -> np.ndarray:
@@ -126,20 +127,17 @@ class Work:
         return self.phases == _PHASES.index(Phase.UPDATE)
 
 
-def compiled(graph: TrainingGraph, mode: Mode, sizes: Iterable[str], threads: int = 1) -> Work:
-    """The work of a graph with the named sizes free; compiled at the first call for these names. Some kernels depend
-    on the number of threads."""
+def compiled(graph: TrainingGraph, mode: Mode, sizes: Iterable[str], threads: int | None = 1) -> Work:
+    """The work of a graph with the named sizes free; compiled at the first call for these names. ``threads``: see
+    `kernels`."""
     widths = frozenset(set(sizes) - graph.symbols.hints.keys())
-    known = _COMPILED.setdefault(graph, {})
-    key = (mode, widths, threads)
-    if key not in known:
+    key = (Work, mode, widths, threads)
+    if key not in graph.derived:
         if not any(node.op == "call_function" for node in graph.nodes):
             raise CostModelError("graph: it has no operators; there is nothing to price")
-        known[key] = Work(graph, mode, widths, threads)
-    return known[key]
+        graph.derived[key] = Work(graph, mode, widths, threads)
+    return graph.derived[key]
 
-
-_COMPILED: WeakKeyDictionary[TrainingGraph, dict[tuple[Mode, frozenset[str], int], Work]] = WeakKeyDictionary()
 
 _PHASES = (Phase.FORWARD, Phase.BACKWARD, Phase.UPDATE)
 _FAMILY_INDEX = {family: i for i, family in enumerate(Family)}

@@ -7,7 +7,7 @@ users: a rewrite works on a `Draft` and ends in a new `TrainingGraph`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
@@ -115,6 +115,7 @@ class TrainingGraph:
         self._graph = graph
         self._signature = signature
         self._constants = dict(constants or {})
+        self.derived: dict[Hashable, Any] = {}  # what floors above compute of the graph once; it dies with the graph
         placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         if len(placeholders) != len(signature.inputs):
             raise PassError(f"graph has {len(placeholders)} placeholders, its signature {len(signature.inputs)} inputs")

@@ -1,6 +1,8 @@
 """The analytical price: its laws, its counts, and that another size needs no other capture."""
 
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 from graphopt import AxisError, capture
 from graphopt.cost_model import Machine, estimate
 from graphopt.cost_model.analytical import FACTORS, binding_seconds, factor_seconds, fresh_bytes
+from graphopt.cost_model.datasheets import lookup
 from graphopt.cost_model.estimate import TERMS
 from graphopt.cost_model.work import compiled
 from graphopt.errors import CostModelError, GraphoptError
@@ -164,6 +167,46 @@ def test_on_a_gpu_kernels_hide_launches_and_low_precision_is_faster():
     full, tf32, bf16 = (estimate(graph, h100, {"batch": 2**17}, precision=p) for p in (None, "tf32", "bf16"))
     assert full.seconds > tf32.seconds > bf16.seconds and full.flops == bf16.flops
     assert estimate(graph, Machine.named("H100", tf32=True), {"batch": 2**17}).seconds == tf32.seconds
+
+
+class SelfAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(64))
+
+    def forward(self, x):
+        x = x * self.scale
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+HEAVY = {
+    "gemm": (lambda: nn.Linear(4096, 4096), (4096, 4096)),
+    "convolution": (lambda: nn.Conv2d(256, 256, 3, padding=1), (64, 256, 28, 28)),
+    "grouped convolution": (lambda: nn.Conv2d(512, 512, 3, groups=4), (64, 512, 28, 28)),
+    "depthwise": (lambda: nn.Conv2d(256, 256, 3, groups=256), (64, 256, 56, 56)),
+    "norm and pooling": (lambda: nn.Sequential(nn.BatchNorm2d(256), nn.MaxPool2d(2)), (64, 256, 56, 56)),
+    "attention": (SelfAttention, (16, 16, 1024, 64)),
+}
+
+
+@pytest.mark.parametrize("kind", HEAVY)
+def test_large_kernels_of_every_kind_are_near_the_roofline_of_a_data_sheet(kind):
+    make, shape = HEAVY[kind]
+    with torch.device("meta"):
+        graph = capture(make(), (torch.empty(shape),))
+    price, sheet = estimate(graph, Machine.named("A100")), lookup("A100")
+    counts = price.counts
+    roofline = np.maximum(counts.kernel_flops / sheet.flops["fp32"], counts.kernel_bytes / sheet.bandwidth).sum()
+    assert roofline < price.terms["compute"] + price.terms["memory"] < 3 * roofline
+
+
+def test_what_a_price_compiled_dies_with_its_graph():
+    graph = capture(mlp(), (torch.randn(4, 8), torch.randint(5, (4,))), loss=F.cross_entropy)
+    estimate(graph, simple())
+    kept = weakref.ref(graph)
+    del graph
+    gc.collect()
+    assert kept() is None
 
 
 def test_seconds_are_linear_in_the_factors_of_a_machine():
