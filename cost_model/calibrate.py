@@ -12,7 +12,7 @@ import math
 import os
 import resource
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import cycle
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 from scipy.optimize import least_squares
+from scipy.stats import t as student
 
 from graphopt.cost_model.analytical import FACTORS
 from graphopt.cost_model.calibration_steps import Row, rows
@@ -59,16 +60,17 @@ def calibrate(*, progress: bool = True, seconds: float = SECONDS) -> Machine:
         settle_allocator()
         launch = chains()
         bar.update(task, completed=5)
+        timed = [(replace(probe.kernel(), node=_NOWHERE), probe) for probe in probes()]
         samples: dict[tuple[int, Kernel], float] = {}
         for sweep in range(2):  # apart in time: a machine that others share is slower for some seconds now and then
-            for i, probe in enumerate(probes()):
-                for kernel, taken in _timed(probe):
-                    samples[i, kernel] = min(taken, samples.get((i, kernel), taken))
-                bar.update(task, completed=5 + 22 * sweep + min(22, i / 10))
+            for i, (kernel, probe) in enumerate(timed):
+                for found, taken in _timed(kernel, probe):
+                    samples[i, found] = min(taken, samples.get((i, found), taken))
+                bar.update(task, completed=5 + 22 * (sweep + i / len(timed)))
         machine = Machine(
             name=processor_name(),
             device="cpu",
-            curves=curves([(kernel, taken) for (_, kernel), taken in samples.items()], launch["flat"]),
+            curves=curves([(k, taken) for (_, k), taken in samples.items()], launch["flat"], _precision_rates()),
             launch=launch,
             memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             touch=_touch_seconds(),
@@ -84,27 +86,34 @@ def calibrate(*, progress: bool = True, seconds: float = SECONDS) -> Machine:
 
 
 def fitted(machine: Machine, steps: Sequence[Row]) -> Machine:
-    """The machine with its factors and its interval fitted to measured steps; seconds are linear in the factors."""
+    """The machine with its factors and its interval fitted to measured steps; seconds are linear in the factors.
+
+    The interval is Student's for one more network, where a network's log error is normal with mean 0: few networks say
+    little about the next one.
+    """
     predict = lambda factors, row: sum(factors[name] * s for name, s in row.by_factor.items())
     measured = [(row, row.seconds) for row in steps]
     fit_to = lambda rows: fit(rows, FACTORS, predict, dict.fromkeys(FACTORS, 1.0), prior_weight=_PRIOR_WEIGHT)
     found = fit_to(measured)
-    errors: list[float] = []  # of each network where the others were fitted: what a network not seen will have
-    for name in {row.name for row in steps}:
+    networks = sorted({row.name for row in steps})
+    if len(networks) < 2:
+        return replace(machine, scales=found.parameters, spread=found.half_width)
+    squares = []  # mean squared log error of each network where the others were fitted: what one not seen will have
+    for name in networks:
         others = fit_to([(row, s) for row, s in measured if row.name != name])
-        errors += [abs(math.log(predict(others.parameters, row) / s)) for row, s in measured if row.name == name]
-    share = min(0.9 * (1 + 1 / len(errors)), 1.0)
-    spread = float(np.quantile(errors, share)) if len({row.name for row in steps}) > 1 else found.half_width
+        errors = [math.log(predict(others.parameters, row) / s) for row, s in measured if row.name == name]
+        squares.append(float(np.mean(np.square(errors))))
+    n = len(networks)
+    spread = float(student.ppf(0.95, n - 1)) * math.sqrt(float(np.mean(squares)) * (1 + 1 / n))
     return replace(machine, scales=found.parameters, spread=spread)
 
 
 # -- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def _timed(probe: Probe) -> list[tuple[Kernel, float]]:
+def _timed(kernel: Kernel, probe: Probe) -> list[tuple[Kernel, float]]:
     """The kernel with its seconds. In a step operands were made some operators ago, so each call takes other copies.
     Operators of updates are timed in cache and out of it."""
-    kernel = replace(probe.kernel(), node=_NOWHERE)
     if kernel.family is not Family.UPDATE:
         return [(kernel, time_of(_elsewhere(probe, 2**24)))]
     streamed = replace(kernel, family=Family.UPDATE_STREAM)
@@ -123,9 +132,11 @@ def _elsewhere(probe: Probe, nbytes: int) -> Callable[[], Any]:
     return lambda: run(*next(copies))
 
 
-def curves(samples: Sequence[tuple[Kernel, float]], launch: float) -> dict[Family, Curve]:
+def curves(
+    samples: Sequence[tuple[Kernel, float]], launch: float, precisions: Mapping[str, float]
+) -> dict[Family, Curve]:
     """Curves of all families from timed kernels; a family without a sample takes that of products or of pointwise
-    operators, of which there must be some."""
+    operators, of which there must be some. ``precisions``: the rate of products of each, relative to fp32."""
     by_family: dict[Family, list[tuple[Kernel, float]]] = defaultdict(list)
     for kernel, seconds in samples:
         by_family[kernel.family].append((kernel, max(seconds - launch, seconds * 0.02)))
@@ -135,7 +146,8 @@ def curves(samples: Sequence[tuple[Kernel, float]], launch: float) -> dict[Famil
         if family in (Family.NONE, Family.COMMUNICATION) or family not in by_family:
             continue
         if family in LOOPS:
-            found[family] = _product_curve(by_family[family], stream)
+            curve = _product_curve(by_family[family], stream)
+            found[family] = replace(curve, rates={name: curve.rates["fp32"] * of for name, of in precisions.items()})
         else:
             found[family] = Curve(points=_points(by_family[family]))
     gemm = found[Family.GEMM]
@@ -180,9 +192,7 @@ def _product_curve(samples: Sequence[tuple[Kernel, float]], stream: tuple[tuple[
     low, high = np.full(len(start), -np.inf), np.full(len(start), np.inf)
     low[1:4], high[1:4] = math.log(1e-2), largest
     low[4:6], high[4:6] = (math.log(1e-3), math.log(1e-8)), (math.log(64.0), math.log(1e-3))
-    best = curve(least_squares(error, start, bounds=(low, high), loss="soft_l1", f_scale=0.2).x)
-    fp32 = best.rates["fp32"]
-    return replace(best, rates={"fp32": fp32, "fp64": fp32 / 2, **_low_precision(fp32)})
+    return curve(least_squares(error, start, bounds=(low, high), loss="soft_l1", f_scale=0.2).x)
 
 
 _STEPS = {
@@ -192,19 +202,17 @@ _STEPS = {
 """Families whose rate jumps between sizes of one dimension of their loops."""
 
 
-def _low_precision(fp32: float) -> dict[str, float]:
-    """Rates of bf16 and fp16 products beside that of fp32, as one square product of each shows."""
+def _precision_rates() -> dict[str, float]:
+    """Rates of products in each precision relative to fp32, as one square product of each shows. No CPU has tf32."""
     square = torch.randn(256, 256)
 
-    def seconds(of: torch.Tensor) -> float:
+    def seconds(dtype: torch.dtype) -> float:
+        of = square.to(dtype)
         return time_of(lambda: of @ of)
 
-    base = seconds(square)
-    return {
-        "bf16": fp32 * base / seconds(square.bfloat16()),
-        "fp16": fp32 * base / seconds(square.half()),
-        "tf32": fp32,
-    }
+    base = seconds(torch.float32)
+    found = {"fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+    return {"fp32": 1.0, "tf32": 1.0} | {name: base / seconds(dtype) for name, dtype in found.items()}
 
 
 def settle_allocator() -> None:

@@ -35,8 +35,9 @@ def test_curves_find_the_rate_and_half_sizes_that_made_the_times():
         product = true.product_seconds(np.array([[m], [n], [k], [1.0]]), np.array([5e10]))[0]
         memory = kernel.bytes / 1e10
         samples.append((kernel, max(product, memory) + 0.5 * memory + LAUNCH))
-    found = curves(samples, LAUNCH)[Family.GEMM]
+    found = curves(samples, LAUNCH, {"fp32": 1.0, "bf16": 4.0})[Family.GEMM]
     assert found.rates["fp32"] == pytest.approx(5e10, rel=0.1)
+    assert found.rates["bf16"] == 4 * found.rates["fp32"]
     assert found.halves == pytest.approx((4.0, 16.0, 2.0), rel=0.35) and found.passes == pytest.approx(0.5, abs=0.2)
     dims = np.array([[k.rows, k.columns, k.depth, k.batch] for k, _ in samples[3:]], dtype=float).T
     memory = found.memory_seconds(np.array([float(k.bytes) for k, _ in samples[3:]]))
