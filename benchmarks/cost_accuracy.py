@@ -1,9 +1,10 @@
 """How good prices are on this machine: predicted against measured, over models that no calibration uses.
 
-    python -m benchmarks.cost_accuracy [--only PATTERN ...] [--seconds N]
+    python -m benchmarks.cost_accuracy [--only PATTERN ...] [--seconds N] [--threads N ...]
 
-Claims, each with its bar: step time by the analytical price, eager and flat; step time at unseen batch sizes after
-three bracketing measurements; peak memory; ranking of the ways to run one model; coverage and width of intervals.
+Claims, each with its bar: step time by the analytical price, eager and flat, at each number of threads; step time at
+unseen batch sizes after three bracketing measurements; peak memory; ranking of the ways to run one model; coverage and
+width of intervals.
 Nothing else should run on the machine meanwhile.
 """
 
@@ -20,7 +21,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, median
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from graphopt.cost_model import Machine, estimate
 from graphopt.cost_model.calibrate import settle_allocator
 from graphopt.cost_model.interpolation import BatchCurve, bracket
 from graphopt.cost_model.measured import Measurement, measure
+from graphopt.cost_model.work import Mode
 from graphopt.schemes import Task
 from graphopt.schemes.flat import capture_task
 from graphopt.step import PASSES
@@ -50,13 +52,18 @@ LONGEST = 1.0
 """Seconds of a step; larger batches of a model whose step takes longer are left out."""
 
 
+Way: TypeAlias = tuple[Mode, int]
+"""How a model is stepped: mode and threads."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One way to run one model at one batch size: predicted and measured."""
 
     model: str
     batch: int
-    mode: str
+    mode: Mode
+    threads: int
     seconds: float
     half_width: float
     predicted: float
@@ -73,25 +80,29 @@ class Row:
         return self.predicted / self.seconds - 1
 
 
-def rows_of(case: zoo.Case, machine: Machine, seconds: float) -> Iterator[Row]:
-    """Step a model in each way at each batch size, next to each other, and price the same."""
+def rows_of(case: zoo.Case, machines: Mapping[int, Machine], seconds: float) -> Iterator[Row]:
+    """Step a model in each way at each batch size, next to each other, and price the same on the machine of as many
+    threads."""
     torch.manual_seed(0)
     model = case.build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    eager = eager_step(model, optimizer, case.loss)
     flat = graphopt.optimize(model, case.batch(2), loss=case.loss, optimizer=optimizer, schemes="flat")
+    ways: dict[Mode, Callable[..., Any]] = {"eager": eager_step(model, optimizer, case.loss), "flat": flat}
+    run: dict[Way, Callable[..., Any]] = {
+        (mode, threads): partial(_with_threads, threads, step) for mode, step in ways.items() for threads in machines
+    }
     task = Task(model, case.loss or "model", (optimizer,))
     captured: list[Any] = []
     owned = [*model.parameters(), *model.buffers()]
-    times: dict[tuple[int, str], Measurement] = {}
+    times: dict[tuple[int, Way], Measurement] = {}
     for _ in range(2):  # apart in time: a machine that others share is slower for some seconds now and then
-        for batch, steps in _steps(case, eager, flat, {b for b, _ in times}):
-            for mode, found in measure(steps, seconds=seconds, rounds=(7, 30), warmup=2, precision=0.02).items():
-                known = times.get((batch, mode))
-                times[batch, mode] = found if known is None or found.seconds < known.seconds else known
-            if max(times[batch, mode].seconds for mode in steps) > LONGEST / 2:
+        for batch, steps in _steps(case, run, {b for b, _ in times}):
+            for way, found in measure(steps, seconds=seconds, rounds=(7, 30), warmup=2, precision=0.02).items():
+                known = times.get((batch, way))
+                times[batch, way] = found if known is None or found.seconds < known.seconds else known
+            if max(times[batch, way].seconds for way in steps) > LONGEST / 2:
                 break
-    for batch, steps in _steps(case, eager, flat, {b for b, _ in times}):
+    for batch, steps in _steps(case, run, {b for b, _ in times}):
         data = case.batch(batch)
         step = next((c for c in captured if c.admits(batch)), None)
         if step is None:
@@ -99,23 +110,29 @@ def rows_of(case: zoo.Case, machine: Machine, seconds: float) -> Iterator[Row]:
         there = sum(t.numel() * t.element_size() for t in owned)
         there += sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values())
         there += sum(t.numel() * t.element_size() for t in (data.values() if isinstance(data, dict) else data))
-        for mode, graph in (("eager", step.before), ("flat", step.graph)):
-            price = estimate(graph, machine, {"batch": batch}, mode=mode)
-            own, taken = peak_bytes(steps[mode]), times[batch, mode]
+        for mode, threads in steps:
+            graph = step.before if mode == "eager" else step.graph
+            price = estimate(graph, machines[threads], {"batch": batch}, mode=mode)
+            own, taken = peak_bytes(steps[mode, threads]), times[batch, (mode, threads)]
             yield Row(
-                case.name, batch, mode, taken.seconds, taken.half_width, price.seconds, *price.interval,
+                case.name, batch, mode, threads, taken.seconds, taken.half_width, price.seconds, *price.interval,
                 peak=there + own, predicted_peak=price.peak_bytes, peak_own=own, predicted_own=price.peak.own,
             )  # fmt: skip
 
 
 def _steps(
-    case: zoo.Case, eager: Callable[..., Any], flat: Callable[..., Any], known: set[int]
-) -> Iterator[tuple[int, dict[str, Callable[[], Any]]]]:
+    case: zoo.Case, run: Mapping[Way, Callable[..., Any]], known: set[int]
+) -> Iterator[tuple[int, dict[Way, Callable[[], Any]]]]:
     """The ways to step a model, for each batch size; for those in ``known`` only, where there are any."""
     for batch in sorted(known) or BATCHES:
         data = case.batch(batch)
         arguments = (data,) if isinstance(data, dict) else data
-        yield batch, {"eager": partial(eager, *arguments), "flat": partial(flat, *arguments)}
+        yield batch, {way: partial(step, *arguments) for way, step in run.items()}
+
+
+def _with_threads(threads: int, step: Callable[..., Any], *batch: Any) -> None:
+    torch.set_num_threads(threads)
+    step(*batch)
 
 
 def claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -126,7 +143,7 @@ def claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
     made = [
         ("step time, mean absolute error", 0.15, mean(abs(r.error) for r in rows), len(rows)),
         ("step time, median absolute error", None, median(abs(r.error) for r in rows), len(rows)),
-        *((f"step time, {m}", 0.15, mean(abs(r.error) for r in rows if r.mode == m), None) for m in ("eager", "flat")),
+        *((f"step time, {name}", 0.15, mean(abs(r.error) for r in some), len(some)) for name, some in _ways(rows)),
         ("unseen batch after 3 measured, mean", 0.04, mean(unseen), len(unseen)),
         ("unseen batch after 3 measured, median", None, median(unseen), len(unseen)),
         ("peak memory, mean", 0.05, mean(abs(r.predicted_peak / r.peak - 1) for r in rows), len(rows)),
@@ -138,11 +155,22 @@ def claims(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [{"claim": name, "bar": bar, "measured": value, "rows": count} for name, bar, value, count in made]
 
 
+def _ways(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda r: (r.mode, r.threads)):
+        found[f"{row.mode}, {_threads(row.threads)}"].append(row)
+    return list(found.items())
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
+
+
 def _unseen(rows: Sequence[Row]) -> Iterator[float]:
     """Absolute errors at batch sizes between those that `bracket` chooses to measure."""
-    curves: dict[tuple[str, str], dict[int, Row]] = defaultdict(dict)
+    curves: dict[tuple[str, str, int], dict[int, Row]] = defaultdict(dict)
     for row in rows:
-        curves[row.model, row.mode][row.batch] = row
+        curves[row.model, row.mode, row.threads][row.batch] = row
     for curve in curves.values():
         if len(curve) < 4:
             continue
@@ -176,13 +204,13 @@ def _ranking(rows: Sequence[Row]) -> float:
     return 2 * mean(agree) - 1 if agree else float("nan")
 
 
-def report(rows: Sequence[Row], machine: Machine) -> list[dict[str, Any]]:
+def report(rows: Sequence[Row], machines: Mapping[int, Machine]) -> list[dict[str, Any]]:
     """Write what is known, with the table of claims."""
     table = claims(rows)
-    known = {"scales": dict(machine.scales), "spread": machine.spread, "threads": torch.get_num_threads()}
+    known = {threads: {"scales": dict(m.scales), "spread": m.spread} for threads, m in machines.items()}
     write_json(
         RESULTS,
-        {"machine": machine_description(), **known, "claims": table, "rows": [asdict(r) for r in rows]},
+        {"machine": machine_description(), "calibrated": known, "claims": table, "rows": [asdict(r) for r in rows]},
     )
     return table
 
@@ -192,7 +220,7 @@ def write_page() -> None:
     data = json.loads(RESULTS.read_text())
     models = sorted({row["model"] for row in data["rows"]})
     lines = [
-        f"{data['machine']['cpu']}, {data['threads']} thread{'s' * (data['threads'] > 1)}, torch "
+        f"{data['machine']['cpu']}, {' and '.join(_threads(int(n)) for n in data['calibrated'])}, torch "
         f"{data['machine']['torch']}; {len(models)} models: {', '.join(models)}; batch sizes 1 to 128, up to steps "
         "of about a second.",
         "",
@@ -224,11 +252,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--only", metavar="PATTERN", nargs="+", default=list(MODELS), help="names of models")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each model and batch size (%(default)s)")
-    parser.add_argument("--threads", type=int, help="of torch; by default what it takes itself")
+    parser.add_argument(
+        "--threads", metavar="N", type=int, nargs="+", default=[torch.get_num_threads()], help="of torch"
+    )
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    machine = Machine.current()
+    machines = {}
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        machines[threads] = Machine.current()
     settle_allocator()
     cases = [c for c in zoo.CASES if c.captures and any(fnmatch(c.name, p) for p in options.only)]
     if not cases:
@@ -236,12 +267,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     with Progress() as bar:
         for case in bar.track(cases, description="models"):
-            found = list(rows_of(case, machine, options.seconds))
+            found = list(rows_of(case, machines, options.seconds))
             rows += found
-            report(rows, machine)  # an interrupted run loses nothing
-            errors = "  ".join(f"{r.batch}{r.mode[0]} {r.error:+.0%}" for r in found)
+            report(rows, machines)  # an interrupted run loses nothing
+            errors = "  ".join(f"{r.batch}{r.mode[0]}{r.threads} {r.error:+.0%}" for r in found)
             bar.console.print(f"{case.name}: {errors}")
-    print_table(report(rows, machine), title="prices")
+    print_table(report(rows, machines), title="prices")
     write_page()
     return 0
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 from time import perf_counter
@@ -34,7 +34,7 @@ MOST_PROBE_SPREAD = 1.25
 an ordinary machine, and 1.3 or more when other processes want its cores."""
 
 
-Name = TypeVar("Name", bound=str)
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
