@@ -15,10 +15,12 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from functools import partial
 from itertools import combinations
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, TypeAlias
@@ -83,6 +85,7 @@ class Row:
 def rows_of(case: zoo.Case, machines: Mapping[int, Machine], seconds: float) -> Iterator[Row]:
     """Step a model in each way at each batch size, next to each other, and price the same on the machine of as many
     threads."""
+    settle_allocator()
     torch.manual_seed(0)
     model = case.build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
@@ -118,6 +121,20 @@ def rows_of(case: zoo.Case, machines: Mapping[int, Machine], seconds: float) -> 
                 case.name, batch, mode, threads, taken.seconds, taken.half_width, price.seconds, *price.interval,
                 peak=there + own, predicted_peak=price.peak_bytes, peak_own=own, predicted_own=price.peak.own,
             )  # fmt: skip
+
+
+def _rows_of(name: str, threads: Sequence[int], seconds: float) -> list[Row]:
+    """`rows_of`, in a process of its own: one that has trained another model before has another heap, and is slower."""
+    case = next(c for c in zoo.CASES if c.name == name)
+    return list(rows_of(case, _machines(threads), seconds))
+
+
+def _machines(threads: Sequence[int]) -> dict[int, Machine]:
+    found = {}
+    for count in threads:
+        torch.set_num_threads(count)
+        found[count] = Machine.current()
+    return found
 
 
 def _steps(
@@ -256,18 +273,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--threads", metavar="N", type=int, nargs="+", default=[torch.get_num_threads()], help="of torch"
     )
     options = parser.parse_args(arguments)
-    machines = {}
-    for threads in options.threads:
-        torch.set_num_threads(threads)
-        machines[threads] = Machine.current()
-    settle_allocator()
+    machines = _machines(options.threads)
     cases = [c for c in zoo.CASES if c.captures and any(fnmatch(c.name, p) for p in options.only)]
     if not cases:
         parser.error(f"no model matches {options.only!r}")
     rows: list[Row] = []
-    with Progress() as bar:
+    spawn = get_context("spawn")
+    with Progress() as bar, ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as one:
         for case in bar.track(cases, description="models"):
-            found = list(rows_of(case, machines, options.seconds))
+            found = one.submit(_rows_of, case.name, options.threads, options.seconds).result()
             rows += found
             report(rows, machines)  # an interrupted run loses nothing
             errors = "  ".join(f"{r.batch}{r.mode[0]}{r.threads} {r.error:+.0%}" for r in found)

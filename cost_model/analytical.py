@@ -18,7 +18,7 @@ from typing import get_args
 import numpy as np
 
 from graphopt.cost_model.estimate import TERMS, Estimate
-from graphopt.cost_model.kernels import CONVOLUTIONS, DEPTHWISE, IMAGEWISE, LOOPS, Family
+from graphopt.cost_model.kernels import CONVOLUTIONS, DEPTHWISE, IMAGEWISE, LOOPS, Family, operator_name
 from graphopt.cost_model.machine import Machine
 from graphopt.cost_model.work import Counts, Mode, Work, compiled
 from graphopt.errors import CostModelError
@@ -148,12 +148,13 @@ def _kernel_seconds(
     if precision in ("bf16", "fp16"):
         moved = np.where(work.updating, moved, moved / 2)
     rates = work.per_kernel(machine, precision or "rate", lambda i: _rate(work, i, machine, precision))
+    relative = work.per_kernel(machine, "relative", lambda i: _relative(work, i, machine))
     streams = _streams(float(moved[work.updating].sum()), machine)
     for family, at in work.of_family.items():
         if family in (Family.NONE, Family.COMMUNICATION):
             continue
         curve = machine.curves[family]
-        found = curve.memory_seconds(moved[at])
+        found = curve.memory_seconds(moved[at]) * relative[at]
         if family is Family.UPDATE:
             found = (1 - streams) * found + streams * machine.curves[Family.UPDATE_STREAM].memory_seconds(moved[at])
         if family in LOOPS and curve.rates:
@@ -192,6 +193,14 @@ def _rate(work: Work, kernel: int, machine: Machine, precision: str | None) -> f
     if name not in rates:
         raise CostModelError(f"precision: {machine.name} has no rate for {name}; it has {', '.join(rates)}")
     return rates[name]
+
+
+def _relative(work: Work, kernel: int, machine: Machine) -> float:
+    """What the operator of a kernel takes relative to its family; further kernels of a node are as others."""
+    one = work.kernels[kernel]
+    if work.updating[kernel] or one.family in LOOPS or not one.items:
+        return 1.0
+    return machine.relative.get(operator_name(one.node), 1.0)
 
 
 def _launch_seconds(work: Work, machine: Machine) -> np.ndarray:

@@ -29,9 +29,10 @@ from graphopt.cost_model.analytical import FACTORS
 from graphopt.cost_model.calibration_steps import Row, rows
 from graphopt.cost_model.curves import Curve, increasing
 from graphopt.cost_model.fit import fit
-from graphopt.cost_model.kernels import DEPTHWISE, IMAGEWISE, LOOPS, Family, Kernel
+from graphopt.cost_model.kernels import DEPTHWISE, IMAGEWISE, LOOPS, Family, Kernel, operator_name
 from graphopt.cost_model.launches import chains, in_steps, time_of
 from graphopt.cost_model.machine import Machine, fingerprint, processor_name
+from graphopt.cost_model.operator_probes import operator_probes
 from graphopt.cost_model.probes import Probe, probes
 
 _PRIOR_WEIGHT = 0.3
@@ -61,16 +62,25 @@ def calibrate(*, progress: bool = True, seconds: float = SECONDS) -> Machine:
         launch = chains()
         bar.update(task, completed=5)
         timed = [(replace(probe.kernel(), node=_NOWHERE), probe) for probe in probes()]
+        operators = [(probe.kernel(), probe) for probe in operator_probes()]
+        taken_by: dict[str, tuple[Kernel, float]] = {}
         samples: dict[tuple[int, Kernel], float] = {}
         for sweep in range(2):  # apart in time: a machine that others share is slower for some seconds now and then
             for i, (kernel, probe) in enumerate(timed):
                 for found, taken in _timed(kernel, probe):
                     samples[i, found] = min(taken, samples.get((i, found), taken))
-                bar.update(task, completed=5 + 22 * (sweep + i / len(timed)))
+                bar.update(task, completed=5 + 20 * (sweep + i / len(timed)))
+            for kernel, probe in operators:
+                name = operator_name(kernel.node)
+                taken = time_of(_elsewhere(probe, _IN_CACHES))
+                if name not in taken_by or taken < taken_by[name][1]:
+                    taken_by[name] = kernel, taken
+        found_curves = curves([(k, taken) for (_, k), taken in samples.items()], launch["flat"], _precision_rates())
         machine = Machine(
             name=processor_name(),
             device="cpu",
-            curves=curves([(k, taken) for (_, k), taken in samples.items()], launch["flat"], _precision_rates()),
+            curves=found_curves,
+            relative=_relative(taken_by, found_curves, launch["flat"]),
             launch=launch,
             memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             touch=_touch_seconds(),
@@ -115,10 +125,13 @@ def _timed(kernel: Kernel, probe: Probe) -> list[tuple[Kernel, float]]:
     """The kernel with its seconds. In a step operands were made some operators ago, so each call takes other copies.
     Operators of updates are timed in cache and out of it."""
     if kernel.family is not Family.UPDATE:
-        return [(kernel, time_of(_elsewhere(probe, 2**24)))]
+        return [(kernel, time_of(_elsewhere(probe, _IN_CACHES)))]
     streamed = replace(kernel, family=Family.UPDATE_STREAM)
     return [(kernel, time_of(_elsewhere(probe, 0))), (streamed, time_of(_elsewhere(probe, 2**26)))]
 
+
+_IN_CACHES = 2**24
+"""Bytes of the copies that the calls of a probe go through."""
 
 _NOWHERE: Any = None
 """The node of a probe's kernel: equal kernels are one sample."""
@@ -154,6 +167,17 @@ def curves(
     for family in Family:  # with several threads, for example, hardly any convolution goes image by image
         found.setdefault(family, gemm if family in LOOPS else found[Family.POINTWISE])
     return found
+
+
+def _relative(
+    taken: Mapping[str, tuple[Kernel, float]], found: Mapping[Family, Curve], launch: float
+) -> dict[str, float]:
+    """Seconds of operators relative to the curves of their families."""
+    return {
+        name: max(seconds - launch, seconds * 0.02)
+        / float(found[kernel.family].memory_seconds(np.array([float(kernel.bytes)]))[0])
+        for name, (kernel, seconds) in taken.items()
+    }
 
 
 def _points(samples: Sequence[tuple[Kernel, float]]) -> tuple[tuple[float, float], ...]:
@@ -233,10 +257,11 @@ def _touch_seconds(nbytes: int = 2**26) -> float:
 
 
 def _maps_large_blocks() -> bool:
-    """Whether the allocator gives a large block back at once, so that the next one comes anew: by page faults."""
-    make = lambda: torch.empty(2 * _LARGEST_KEPT, dtype=torch.uint8).fill_(1)
+    """Whether the allocator gives a large block back at once, so that the next one comes anew: by page faults. The
+    block is larger than what is free in the heap after all that was measured."""
+    make = lambda: torch.empty(8 * _LARGEST_KEPT, dtype=torch.uint8).fill_(1)
     make()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     make()
     pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    return pages > _LARGEST_KEPT / resource.getpagesize()
+    return pages > 4 * _LARGEST_KEPT / resource.getpagesize()

@@ -80,8 +80,8 @@ _TRANSCENDENTAL = frozenset(
     """
     acos acosh asin asinh atan atan2 atanh celu cos cosh elu elu_backward erf erfc erfinv exp exp2 expm1 gelu
     gelu_backward glu glu_backward hardswish log log10 log1p log2 log_sigmoid_backward log_sigmoid_forward logit mish
-    mish_backward selu sigmoid sigmoid_backward silu silu_backward sin sinh softplus softplus_backward tan tanh
-    tanh_backward logaddexp logsumexp
+    mish_backward selu sigmoid silu silu_backward sin sinh softplus softplus_backward tan tanh
+    logaddexp logsumexp
     """.split()  # noqa: SIM905
 )
 """Pointwise operators that compute a series an element: slower than memory on a CPU."""
@@ -119,7 +119,7 @@ def kernels(node: fx.Node, threads: int | None) -> Iterator[Kernel]:
         yield from _convolution(node, found, threads)
     else:
         items = max((len(operand_nodes(node, name)) for name in operand_names(node)), default=1)
-        listed = _name(node).startswith(("_foreach", "_fused_"))
+        listed = operator_name(node).startswith(("_foreach", "_fused_"))
         yield Kernel(
             node, found, flops(node), bytes_moved(node), *_dimensions(node, found), items=max(items, 1) if listed else 1
         )
@@ -143,7 +143,7 @@ def family(node: fx.Node) -> Family:
     found = rule(node)
     if found is None:
         return Family.POINTWISE
-    name = _name(node)
+    name = operator_name(node)
     if found.family == "convolution":
         return Family.DEPTHWISE if _is_depthwise(node) else Family.CONVOLUTION
     kind = Family.COPY if name == "clone" else _BY_RULE.get(found.family)
@@ -162,7 +162,8 @@ def family(node: fx.Node) -> Family:
     return kind
 
 
-def _name(node: fx.Node) -> str:
+def operator_name(node: fx.Node) -> str:
+    """The operator without namespace and overload; empty for what is none."""
     target = node.target
     return target._schema.name.rpartition("::")[2] if isinstance(target, torch._ops.OpOverload) else ""
 
@@ -213,7 +214,7 @@ def _result(node: fx.Node) -> tuple[Expr, ...]:
 
 def _convolution(node: fx.Node, kind: Family, threads: int | None) -> Iterator[Kernel]:
     """Forward: one kernel. Backward: one for each gradient that is wanted."""
-    backward = "backward" in _name(node)
+    backward = "backward" in operator_name(node)
     names = operand_names(node)
     x = operand(node, "input" if "input" in names else "self")
     image, weight = tuple(map(expression, x.meta["val"].shape)), shape(node, "weight")

@@ -22,7 +22,7 @@ from graphopt.cost_model.datasheets import DataSheet, lookup
 from graphopt.cost_model.kernels import CONVOLUTIONS, Family
 from graphopt.errors import GraphoptWarning
 
-VERSION = 2
+VERSION = 3
 """Of the calibration file; another one is measured anew."""
 
 
@@ -50,6 +50,7 @@ class Machine:
         name: of the processor, for people.
         device: ``cpu`` or ``cuda``.
         curves: seconds of kernels, by family (`graphopt.cost_model.curves.Curve`).
+        relative: seconds of operators (``tanh``) relative to the curve of their family; 1 for one that is not here.
         launch: seconds of the host for each operator, by way of running, phase and kind (`LAUNCHES`).
         asynchronous: launches overlap with kernels (a GPU); on a CPU they add up.
         touch: seconds for each byte of memory that the operating system gives anew in each step.
@@ -72,6 +73,7 @@ class Machine:
     launch: Mapping[str, float]
     memory_bytes: int
     asynchronous: bool = False
+    relative: Mapping[str, float] = field(default_factory=dict)
     touch: float = 0.0
     largest: int = 0
     cache_bytes: int = 0

@@ -209,6 +209,15 @@ def test_what_a_price_compiled_dies_with_its_graph():
     assert kept() is None
 
 
+def test_an_operator_that_is_slower_than_its_family_is_priced_so():
+    graph = capture(nn.Sequential(nn.Linear(8, 16), nn.Tanh()), (torch.randn(64, 8),))
+    plain, slow = (estimate(graph, simple(relative=r)) for r in ({}, {"tanh": 3.0}))
+    nodes = [i for i, node in enumerate(plain.work.nodes) if node.target is torch.ops.aten.tanh.default]
+    moved = 2 * 64 * 16 * 4 / BANDWIDTH
+    assert nodes and slow.seconds - plain.seconds == pytest.approx(2 * moved)
+    assert slow.node_seconds[nodes[0]] - plain.node_seconds[nodes[0]] == pytest.approx(2 * moved)
+
+
 def test_seconds_are_linear_in_the_factors_of_a_machine():
     graph, machine = GRAPHS["convolutions"], simple(touch=1e-9, largest=2**10)
     parts = factor_seconds(graph, machine, {"batch": 4}, mode="flat")

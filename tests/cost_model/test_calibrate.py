@@ -11,12 +11,12 @@ from typer.testing import CliRunner
 
 from graphopt import cli
 from graphopt.cost_model import calibrate as calibration
-from graphopt.cost_model import calibration_steps, probes
+from graphopt.cost_model import calibration_steps, operator_probes, probes
 from graphopt.cost_model.analytical import FACTORS
 from graphopt.cost_model.calibrate import curves, fitted
 from graphopt.cost_model.calibration_steps import Row
 from graphopt.cost_model.curves import Curve, increasing
-from graphopt.cost_model.kernels import Family, Kernel
+from graphopt.cost_model.kernels import LOOPS, Family, Kernel, operator_name
 from graphopt.cost_model.machine import LAUNCHES, Machine, fingerprint
 from tests.cost_model.machines import simple
 
@@ -84,6 +84,19 @@ def test_every_probe_is_one_kernel_and_most_families_have_some():
     assert len(families) >= 15
 
 
+def test_probed_operators_are_kernels_that_only_bytes_decide_and_none_comes_twice():
+    kernels = [probe.kernel() for probe in operator_probes.operator_probes()]
+    names = [operator_name(kernel.node) for kernel in kernels]
+    assert len(set(names)) == len(names) >= 40 and not {kernel.family for kernel in kernels} & LOOPS
+
+
+def test_operators_are_timed_relative_to_the_curve_of_their_family():
+    curve = Curve(points=((1e3, 1e-6), (1e6, 1e-3)))
+    kernel = Kernel(None, Family.TRANSCENDENTAL, 0, 10**6)
+    found = calibration._relative({"tanh": (kernel, 3e-3 + LAUNCH)}, {Family.TRANSCENDENTAL: curve}, LAUNCH)
+    assert found == {"tanh": pytest.approx(3.0)}
+
+
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """A calibration of a few probes and networks."""
@@ -91,6 +104,8 @@ def quick(monkeypatch, tmp_path):
     kept = {Family.POINTWISE, Family.GEMM, Family.UPDATE, Family.SOFTMAX}
     chosen = [probe for probe in probes.probes() if probe.kernel().family in kept and probe.tensors[0].numel() < 2**17]
     monkeypatch.setattr(calibration, "probes", lambda: iter(chosen))
+    some = [probe for probe in operator_probes.operator_probes() if probe.function is torch.ops.aten.tanh.default]
+    monkeypatch.setattr(calibration, "operator_probes", lambda: iter(some))
     monkeypatch.setattr(calibration_steps, "CASES", calibration_steps.CASES[:1])
     return tmp_path
 
@@ -100,6 +115,7 @@ def test_a_calibration_gives_a_machine_that_holds_here(quick):
     assert machine.fingerprint == dict(fingerprint()) and machine.stale() == "" and set(machine.launch) == set(LAUNCHES)
     assert all(s > 0 for s in machine.launch.values()) and machine.touch >= 0 and machine.memory_bytes > 2**28
     assert 1e8 < machine.curves[Family.GEMM].rates["fp32"] < 1e13
+    assert set(machine.relative) == {"tanh"} and machine.relative["tanh"] > 0
     assert set(machine.scales) == set(FACTORS) and machine.spread > 0
 
 
