@@ -11,7 +11,8 @@ if __name__ != "graphopt.cost_model":
     )
 
 from graphopt.cost_model.analytical import estimate
+from graphopt.cost_model.communication import Link
 from graphopt.cost_model.estimate import Estimate
-from graphopt.cost_model.machine import Link, Machine
+from graphopt.cost_model.machine import Machine
 
 __all__ = ["Estimate", "Link", "Machine", "estimate"]

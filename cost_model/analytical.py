@@ -17,6 +17,7 @@ from typing import get_args
 
 import numpy as np
 
+from graphopt.cost_model.communication import exposed_seconds
 from graphopt.cost_model.estimate import TERMS, Estimate
 from graphopt.cost_model.kernels import CONVOLUTIONS, DEPTHWISE, IMAGEWISE, LOOPS, Family, operator_name
 from graphopt.cost_model.machine import Machine
@@ -50,6 +51,7 @@ def estimate(
     *,
     mode: Mode = "flat",
     precision: str | None = None,
+    processors: int = 1,
 ) -> Estimate:
     """Price one step of ``graph`` on ``machine``.
 
@@ -61,9 +63,11 @@ def estimate(
         mode: ``flat`` (straight-line code), ``eager`` (autograd) or ``compiled`` (fused kernels).
         precision: price the products of forward and backward as if in ``bf16``, ``fp16`` or ``tf32``; by default
             those of the graph's dtypes.
+        processors: of this kind run the graph together; its collectives are theirs. 1 communicates with nobody.
 
     Raises:
-        CostModelError: no operators, a size that is unknown, no positive integer, or one the graph does not hold for.
+        CostModelError: no operators, a size that is unknown, no positive integer, or one the graph does not hold for; a
+            machine without a link to others where ``processors`` communicate.
         AxisError: the name of an axis that does not exist or must keep its size.
 
     Example:
@@ -80,6 +84,8 @@ def estimate(
         raise CostModelError(f"graph: expected a TrainingGraph (see graphopt.capture), got {type(graph).__name__}")
     if mode not in get_args(Mode):
         raise CostModelError(f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}")
+    if isinstance(processors, bool) or not isinstance(processors, int) or processors < 1:
+        raise CostModelError(f"processors: expected a positive integer, got {processors!r}")
     machine = machine if machine is not None else Machine.current()
     sizes = dict(sizes or {})
     work = compiled(graph, mode, sizes, machine.threads)
@@ -98,6 +104,7 @@ def estimate(
     binding = binding_seconds(work, machine)
     terms["launch"] = float(launch[~updating].sum()) + binding
     terms["allocation"] = touched
+    terms["communication"] = _communication_seconds(work, counts, machine, processors, kernel + launch)
     seconds = sum(terms.values())
     fixed, each = machine.compile_seconds
     return Estimate(
@@ -217,6 +224,17 @@ def binding_seconds(work: Work, machine: Machine) -> float:
     return (
         machine.scales.get(_launch_factor(work.mode), 1.0) * machine.launch["flat"] * _BINDING * len(work.graph.inputs)
     )
+
+
+def _communication_seconds(work: Work, counts: Counts, machine: Machine, processors: int, kernels: np.ndarray) -> float:
+    """Seconds of the collectives that computation does not hide."""
+    if processors == 1 or not work.transfers:
+        return 0.0
+    if machine.link is None:
+        raise CostModelError(f"processors: {machine.name} has no link to another processor; give Machine.link")
+    link = machine.link
+    seconds = [link.seconds(t.collective, float(counts.kernel_bytes[t.start]), processors) for t in work.transfers]
+    return exposed_seconds(work.transfers, seconds, kernels, link.busy)
 
 
 def _launch_factor(mode: Mode) -> str:

@@ -115,6 +115,8 @@ def kernels(node: fx.Node, threads: int | None) -> Iterator[Kernel]:
     found = family(node)
     if found is Family.NONE:
         yield Kernel(node, found)
+    elif found is Family.COMMUNICATION:
+        yield Kernel(node, found, 0, _message_bytes(node))
     elif found in (Family.CONVOLUTION, Family.DEPTHWISE):
         yield from _convolution(node, found, threads)
     else:
@@ -138,7 +140,7 @@ def _in_rows(node: fx.Node) -> bool:
 
 def family(node: fx.Node) -> Family:
     """The family of an operator's (first) kernel."""
-    if is_view(node):
+    if is_view(node) or operator_name(node) == "wait_tensor":
         return Family.NONE
     found = rule(node)
     if found is None:
@@ -160,6 +162,24 @@ def family(node: fx.Node) -> Family:
     if kind is Family.ATTENTION and "backward" in name:
         return Family.ATTENTION_BACKWARD
     return kind
+
+
+def collective(node: fx.Node) -> str:
+    """Which of `graphopt.cost_model.communication.COLLECTIVES` an operator of the family ``COMMUNICATION`` is."""
+    return _COLLECTIVES[operator_name(node).removesuffix("_coalesced")]
+
+
+_COLLECTIVES = {
+    "all_reduce": "all_reduce", "reduce_scatter_tensor": "reduce_scatter", "all_gather_into_tensor": "all_gather",
+    "all_to_all_single": "all_to_all", "broadcast": "broadcast", "isend": "send", "irecv": "send",
+}  # fmt: skip
+
+
+def _message_bytes(node: fx.Node) -> Expr:
+    """Bytes of the whole tensor that a collective is about."""
+    if collective(node) == "all_gather":
+        return sum(nbytes(t) for t in tensors(node.meta["val"]))
+    return sum(nbytes(t) for source in nodes_read(node) for t in tensors(source.meta["val"]))
 
 
 def operator_name(node: fx.Node) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from graphopt.cost_model.cache import cache_dir
+from graphopt.cost_model.communication import Link
 from graphopt.cost_model.curves import Curve
 from graphopt.cost_model.datasheets import DataSheet, lookup
 from graphopt.cost_model.kernels import CONVOLUTIONS, Family
@@ -32,14 +33,6 @@ LAUNCHES = (
 )
 """Kinds of launches: of autograd by phase, of straight-line code (``flat``, ``view``), of a compiled kernel, and of
 each further tensor in a list that an operator goes through (``item``)."""
-
-
-@dataclass(frozen=True)
-class Link:
-    """A connection between processors: seconds of a message are ``latency + bytes / bandwidth`` (bytes/s) a hop."""
-
-    latency: float
-    bandwidth: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,10 +210,15 @@ def load(path: str | os.PathLike[str]) -> Machine | None:
         }  # fmt: skip
         link = data.pop("link")
         data["compile_seconds"] = tuple(data["compile_seconds"])
-        return Machine(curves=curves, link=Link(**link) if link else None, **data)
+        return Machine(curves=curves, link=_link(link) if link else None, **data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         warnings.warn(f"the calibration in {path} is damaged ({error!r}); measuring anew", GraphoptWarning)
         return None
+
+
+def _link(data: dict[str, Any]) -> Link:
+    points = {name: tuple(map(tuple, each)) for name, each in data.pop("points").items()}
+    return Link(points=points, **data)
 
 
 # -- from a data sheet ------------------------------------------------------------------------------------------------

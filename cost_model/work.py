@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import getitem
 from typing import Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -13,8 +14,9 @@ import sympy
 import torch
 from torch import fx
 
+from graphopt.cost_model.communication import Transfer
 from graphopt.cost_model.fusion import fused
-from graphopt.cost_model.kernels import Family, Kernel, kernels
+from graphopt.cost_model.kernels import Family, Kernel, collective, kernels, operator_name
 from graphopt.cost_model.memory import Memory
 from graphopt.cost_model.size_table import SizeTable
 from graphopt.errors import CostModelError
@@ -49,6 +51,7 @@ class Work:
         nodes: the operators of the graph in order, those that only look at numbers or views too.
         kernels: what they start; where a compiler fuses, one for each fused group.
         node_of: index of the node of each kernel.
+        transfers: the collectives among the kernels.
         memory: live bytes (`graphopt.cost_model.memory`).
     """
 
@@ -70,6 +73,7 @@ class Work:
         self.families = np.array([_FAMILY_INDEX[k.family] for k in found], dtype=np.int64)
         self.items = np.array([k.items for k in found], dtype=np.int64)
         self.precisions = tuple(_precision(k.node) for k in found)
+        self.transfers = _transfers(found)
         phases = [k.node.meta.get("phase", Phase.FORWARD) for k in found]
         self.phases = np.array([_PHASES.index(p) if p in _PHASES else 0 for p in phases], dtype=np.int64)
         kept = [sum(nbytes(t) for t in tensors(copies[s.root].meta["val"])) for s in kept_for_backward(graph)]
@@ -125,6 +129,26 @@ class Work:
     def updating(self) -> np.ndarray:
         """Which kernels belong to the optimizer's update."""
         return self.phases == _PHASES.index(Phase.UPDATE)
+
+
+def _transfers(found: Sequence[Kernel]) -> tuple[Transfer, ...]:
+    """The collectives, each with the place where its result is waited for: at its wait, or, where a compiler left that
+    out, at what reads it."""
+    place: dict[fx.Node, int] = {}
+    for i, kernel in enumerate(found):
+        place.setdefault(kernel.node, i)
+
+    def waited(node: fx.Node) -> int:
+        if node in place and operator_name(node) == "wait_tensor":
+            return place[node]
+        places = [place[user] if user in place and user.target is not getitem else waited(user) for user in node.users]
+        return min(places, default=len(found))
+
+    return tuple(
+        Transfer(collective(kernel.node), i, max(i, min((waited(u) for u in kernel.node.users), default=len(found))))
+        for i, kernel in enumerate(found)
+        if kernel.family is Family.COMMUNICATION
+    )
 
 
 def compiled(graph: TrainingGraph, mode: Mode, sizes: Iterable[str], threads: int | None = 1) -> Work:
