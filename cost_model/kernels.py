@@ -138,7 +138,7 @@ def _in_rows(node: fx.Node) -> bool:
 
 def family(node: fx.Node) -> Family:
     """The family of an operator's (first) kernel."""
-    if is_view(node):
+    if is_view(node) or _name(node) == "wait_tensor":  # the collective it waits for is priced
         return Family.NONE
     found = rule(node)
     if found is None:
