@@ -38,6 +38,7 @@ PERSISTENT: Mapping[InputKind, str] = {
     InputKind.HYPER: "hyper-parameters",
     InputKind.RANDOM: "random state",
     InputKind.SAVED: "saved",
+    InputKind.PLACE: "place",
 }
 """Parts of the memory that is there before the step."""
 

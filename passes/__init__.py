@@ -28,6 +28,7 @@ from graphopt.passes.gradient_liveness import GradientLiveness, LivenessResult
 from graphopt.passes.layer_walk import COPIES, WEIGHTLESS, LayerDecision, walk_layers
 from graphopt.passes.no_ops import NoOps
 from graphopt.passes.selective_saving import SelectiveSaving
+from graphopt.passes.shard_axes import ShardAxes
 from graphopt.passes.specialise import specialise
 from graphopt.passes.zero_tangents import ZeroTangents
 
@@ -49,6 +50,7 @@ __all__ = [
     "Refusal",
     "Saving",
     "SelectiveSaving",
+    "ShardAxes",
     "Tier",
     "ZeroTangents",
     "check",

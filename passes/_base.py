@@ -21,7 +21,7 @@ from graphopt.errors import PassError
 from graphopt.graph.op_rules import is_random
 from graphopt.graph.sizes import expression
 from graphopt.graph.storages import storage_root, tensors
-from graphopt.graph.training_graph import TrainingGraph
+from graphopt.graph.training_graph import InputKind, TrainingGraph
 
 
 class Tier(StrEnum):
@@ -103,13 +103,14 @@ class Pass(ABC):
     Subclasses are frozen dataclasses (their fields are the options), set ``name`` and ``tier``, and implement
     `rewrite`.
 
-    ``drops_outputs``: the pass may leave outputs out, or give None for them. All else that `check` lists is
-    required of every pass.
+    ``drops_outputs``: the pass may leave outputs out, or give None for them. ``adds_inputs``: kinds of inputs that it
+    may add behind those there are. All else that `check` lists is required of every pass.
     """
 
     name: ClassVar[str]
     tier: ClassVar[Tier]
     drops_outputs: ClassVar[bool] = False
+    adds_inputs: ClassVar[frozenset[InputKind]] = frozenset()
 
     def __call__(self, graph: TrainingGraph | PassResult) -> PassResult:
         """Run the pass and check its result.
@@ -156,6 +157,11 @@ class Pipeline(Pass):
         """Whether one of the passes may drop outputs."""
         return any(p.drops_outputs for p in self.passes)
 
+    @property
+    def adds_inputs(self) -> frozenset[InputKind]:  # type: ignore[override]
+        """The kinds of inputs that one of the passes may add."""
+        return frozenset(kind for p in self.passes for kind in p.adds_inputs)
+
     def __call__(self, graph: TrainingGraph | PassResult) -> PassResult:
         """Run the passes; each is checked on its own, so nothing is left to check here."""
         result = graph if isinstance(graph, PassResult) else PassResult(graph)
@@ -172,7 +178,7 @@ def check(rewriter: Pass, before: TrainingGraph, after: TrainingGraph) -> None:
     """Raise PassError if ``after`` breaks an invariant that every pass must keep.
 
     - the graph is well formed (fx's lint);
-    - inputs are the same, in kind, name, order and type;
+    - inputs are the same, in kind, name, order and type (and others behind them of kinds that the pass says it adds);
     - outputs are the same, in kind, name, order, shape, dtype, strides and device (or some of them, where the
       pass says that it drops outputs);
     - no output has become an alias of an input, of a constant or of another output;
@@ -186,7 +192,10 @@ def check(rewriter: Pass, before: TrainingGraph, after: TrainingGraph) -> None:
         after.graph.lint()
     except RuntimeError as error:
         fail(f"the rewritten graph is not well formed: {error}")
-    if after.inputs != before.inputs:
+    added_inputs = after.inputs[len(before.inputs) :]
+    if after.inputs[: len(before.inputs)] != before.inputs or any(
+        i.kind not in rewriter.adds_inputs for i in added_inputs
+    ):
         fail("the inputs of the signature differ from those before the pass")
     for input_, old, new in zip(before.inputs, before.placeholders, after.placeholders):
         if _type(old) != _type(new):

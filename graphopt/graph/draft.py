@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -15,7 +16,7 @@ from torch import fx
 from graphopt.errors import PassError
 from graphopt.graph.sizes import expression
 from graphopt.graph.torch_internals import fake_mode_of, without_guards
-from graphopt.graph.training_graph import Phase, TrainingGraph
+from graphopt.graph.training_graph import Input, Phase, TrainingGraph
 
 
 class Draft:
@@ -102,12 +103,23 @@ class Draft:
             if node.target is torch.ops.aten.sym_size.int and expression(node.meta["val"]) == symbol:
                 return node
         for node in inputs:
+            if isinstance(node.meta.get("val"), torch.SymInt) and expression(node.meta["val"]) == symbol:
+                return node
             shape = getattr(node.meta.get("val"), "shape", ())
             if dims := [i for i, s in enumerate(shape) if expression(s) == symbol]:
                 made = self.add(torch.ops.aten.sym_size.int, node, dims[0], like=node, after=inputs[-1])
                 made.meta["phase"] = Phase.FORWARD
                 return made
         raise PassError(f"no input has the size {symbol}")
+
+    def add_input(self, input_: Input, val: Any) -> fx.Node:
+        """A new input behind the others, with this value as its metadata."""
+        with self.graph.inserting_after(self.placeholders[-1]):
+            node = self.graph.placeholder(re.sub(r"\W+", "_", "_".join(filter(None, (input_.name, input_.field)))))
+        node.target = node.name  # unique and an identifier
+        node.meta.update(val=val, phase=Phase.INPUT, module="", source="")
+        self.signature = replace(self.signature, inputs=(*self.signature.inputs, input_))
+        return node
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let every reader of ``old`` read ``new``; ``old`` is erased."""

@@ -456,6 +456,14 @@ _FAKE_ONLY = (
 )
 
 
+def new_size(values: Any, name: str, hint: int) -> torch.SymInt:
+    """A new free size, at least 2 as in a capture, among those of the first fake tensor in ``values``."""
+    mode = fake_mode_of(values)
+    assert mode is not None and mode.shape_env is not None, "fake tensors without free sizes"
+    symbol = mode.shape_env.create_symbol(hint, ConstantSource(name), dynamic_dim=DimDynamic.DYNAMIC, positive=True)
+    return torch.SymInt(SymNode(symbol, mode.shape_env, int, hint))
+
+
 class Sizes:
     """Symbolic sizes and other symbolic numbers made anew, and fake tensors over them (for a loaded graph).
 
@@ -537,6 +545,13 @@ def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
     """Whether hooks run before or after ``optimizer.step``, registered on it or on all optimizers."""
     own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
     return any((*own, optimizer_module._global_optimizer_pre_hooks, optimizer_module._global_optimizer_post_hooks))
+
+
+def name_process_group(name: str, group: Any) -> None:
+    """Let functional collectives find a process group by ``name``, whatever torch called it."""
+    from torch._C import _distributed_c10d
+
+    _distributed_c10d._register_process_group(name, group)  # type: ignore[attr-defined, arg-type]
 
 
 def disable_dispatch_modes() -> AbstractContextManager[Any]:

@@ -37,6 +37,7 @@ class InputKind(StrEnum):
     HYPER = "hyper-parameter"  # of the optimizer or of clipping, a Python number or a tensor
     RANDOM = "random state"
     SAVED = "saved"  # of a backward half: what its forward half kept
+    PLACE = "place"  # of a processor: where its part of a sharded axis lies in the whole, Python numbers
 
 
 class OutputKind(StrEnum):

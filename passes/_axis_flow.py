@@ -1,0 +1,162 @@
+"""Where one axis stands in a joint graph, and which operators do not treat its indices alike.
+
+`graphopt.graph.axes` asks what may be permuted and left out, and lets backward freeze nothing. To divide an axis over
+processors asks more: *every* operator, of backward too, must do with a part of the axis what it does with that part
+of the whole. So the same axis rules run once more, all of them binding, and each operator that singles out positions
+of a dimension is remembered.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from graphopt.graph.axes.factors import ONE, Factor, find
+from graphopt.graph.axes.propagation import Propagation
+from graphopt.graph.sizes import Expr, expression
+from graphopt.graph.training_graph import InputKind, TrainingGraph
+
+aten = torch.ops.aten
+
+UNIFORM = {
+    aten.zeros, aten.ones, aten.full, aten.empty, aten.empty_strided, aten.new_zeros, aten.new_ones, aten.new_full,
+    aten.new_empty, aten.new_empty_strided, aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like,
+    aten.expand, aten.repeat, aten.expand_as, aten.broadcast_to,
+}  # fmt: skip
+"""Operators that make a new dimension along which all is the same: a part of it is like any other."""
+
+
+class AxisFlow(Propagation):
+    """The batch axis of a joint graph: which dimensions carry it, and where it is not treated index by index.
+
+    ``axis`` is the factor of the batch; `where`, `ordered` and `averaged` are what placements are decided by.
+    """
+
+    def __init__(self, graph: TrainingGraph, parts: Collection[fx.Node] = ()):
+        """``parts``: nodes that cut the processor's part out of something whole."""
+        super().__init__(graph)
+        self.parts = frozenset(parts)
+        self.symbol: sympy.Symbol = graph.symbols.symbols["batch"]
+        self.axis: Factor = ONE
+        self._ordered: dict[fx.Node, list[tuple[Factor, str]]] = defaultdict(list)
+        self._averaged: dict[fx.Node, list[tuple[Factor, str]]] = defaultdict(list)
+        self.run()
+        self.axis = find(self.axis)
+        self._clashes = {node: (find(a), find(b), why) for a, b, node, why in self.contradictions}
+        self._no_rule = set(self.unknown_nodes)
+
+    # -- the walk: as `Propagation`, with a record ------------------------------------------------------------------
+
+    def _inputs(self) -> None:
+        super()._inputs()
+        for node in self.graph.input_nodes(InputKind.BATCH).values():
+            dims = self.of(node)
+            if dims and dims[0].size == self.size(self.symbol):
+                self.axis = dims[0]
+
+    def _apply(self, node: fx.Node) -> Any:
+        self.binding = True
+        if node in self.parts and node.target is aten.slice.Tensor:  # else the whole would seem to hold the part
+            dims = list(self.of(node.args[0]))
+            dims[node.args[1]] = self.new(self.sizes(node)[node.args[1]])  # type: ignore[call-overload, index]
+            return tuple(dims)
+        result = super()._apply(node)
+        if getattr(node.target, "overloadpacket", None) in UNIFORM and not isinstance(result, list):
+            size = self.size(self.symbol)
+            for factor in result:
+                if find(factor).size == size:
+                    self.unify(factor, self.axis)
+        return result
+
+    def freeze(self, factor: Factor, reason: str) -> None:
+        """As `Factors.freeze`; the operator is remembered whatever was known before."""
+        self._ordered[self.at].append((factor, reason))
+        super().freeze(factor, reason)
+
+    def statistics(self, factor: Factor, what: str, node: fx.Node) -> None:
+        """As `Propagation.statistics`, remembered too."""
+        self._averaged[node].append((factor, f"{node.target} ({node.name}) takes a {what} over it"))
+        super().statistics(factor, what, node)
+
+    # -- answers ----------------------------------------------------------------------------------------------------
+
+    def carries(self, factor: Factor) -> bool:
+        """Whether the axis is the dimension, a factor or a piece of it."""
+        factor = find(factor)
+        return factor is self.axis or any(map(self.carries, factor.parts))
+
+    def regular(self, factor: Factor) -> bool:
+        """Whether the dimension of a part is a part of the dimension: the axis in every piece, and once in each."""
+        factor = find(factor)
+        if factor is self.axis:
+            return True
+        carrying = [part for part in factor.parts if self.carries(part)]
+        alone = len(carrying) == (len(factor.parts) if factor.is_sum else 1)
+        return alone and all(map(self.regular, carrying))
+
+    def around(self, factor: Factor) -> tuple[Expr, Expr] | None:
+        """Number of indices outside and inside of the axis in a dimension that is a product; None for any other."""
+        parts = self.factors(factor)
+        at = [i for i, part in enumerate(parts) if find(part) is self.axis]
+        if len(at) != 1 or any(self.carries(part) for i, part in enumerate(parts) if i != at[0]):
+            return None
+        return self._count(parts[: at[0]]), self._count(parts[at[0] + 1 :])
+
+    def _count(self, parts: list[Factor]) -> Expr:
+        result: Expr = 1
+        for part in parts:
+            result = result * self.expression_of(find(part).size)
+        return result
+
+    def dims_of(self, node: fx.Node, index: int | None = None) -> tuple[Factor, ...]:
+        """The dimensions of the node's tensor, of one of its results where it has several."""
+        found = self.dims.get(node, ())
+        if index is not None:
+            found = found[index] if isinstance(found, list) and index < len(found) else ()
+        return () if isinstance(found, list) else found
+
+    def where(self, node: fx.Node, index: int | None = None) -> tuple[int, ...]:
+        """The dimensions of a node's tensor that carry the axis."""
+        return tuple(d for d, factor in enumerate(self.dims_of(node, index)) if self.carries(factor))
+
+    def where_inputs(self) -> tuple[fx.Node, ...]:
+        """The inputs that carry the axis."""
+        return tuple(n for n in self.graph.placeholders if self.where(n)) if self.axis is not ONE else ()
+
+    def sized(self, value: Any) -> tuple[int, ...]:
+        """The dimensions of a fake tensor whose size follows that of the axis."""
+        if not isinstance(value, torch.Tensor):
+            return ()
+        return tuple(d for d, size in enumerate(value.shape) if self.follows(size))
+
+    def follows(self, value: Any) -> bool:
+        """Whether a number depends on the size of the axis."""
+        found = expression(value) if isinstance(value, torch.SymInt) else _expression(value)
+        return isinstance(found, sympy.Basic) and self.symbol in found.free_symbols
+
+    def ordered(self, node: fx.Node) -> str:
+        """Why the operator does not treat the indices of the axis alike; empty if it does."""
+        if node in self._no_rule and any(self._touches(n) for n in node.all_input_nodes):
+            return f"there is no axis rule for {node.target}"
+        for factor, reason in self._ordered.get(node, ()):
+            if self.carries(factor):
+                return reason
+        a, b, reason = self._clashes.get(node, (ONE, ONE, ""))
+        return reason if self.carries(a) or self.carries(b) else ""
+
+    def averaged(self, node: fx.Node) -> str:
+        """What statistic the operator takes over the axis; empty if it takes none."""
+        return next((why for factor, why in self._averaged.get(node, ()) if self.carries(factor)), "")
+
+    def _touches(self, node: fx.Node) -> bool:
+        dims = self.dims.get(node, ())
+        return any(self.carries(f) for each in (dims if isinstance(dims, list) else [dims]) for f in each or ())
+
+
+def _expression(value: Any) -> Any:
+    return value.node.expr if isinstance(value, (torch.SymFloat, torch.SymBool)) else None

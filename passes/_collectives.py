@@ -1,0 +1,60 @@
+"""Functional collectives in a draft: what joins the values of all processors, with full metadata."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphopt.graph.draft import Draft
+from graphopt.graph.sizes import Expr, expression, nbytes
+
+aten = torch.ops.aten
+c10d = torch.ops._c10d_functional
+
+
+def join(draft: Draft, node: fx.Node, how: str, group: str) -> Expr:
+    """All-reduce ``node`` right behind it and let all its readers read the result; gives the bytes.
+
+    The collective gives contiguous memory, so a value that lies otherwise goes through as a permutation of itself and
+    comes out with the strides that it had.
+    """
+    readers = list(node.users)
+    value, behind = node.meta["val"], node.next
+    order = _dense_order(value)
+    source = node
+    if order is not None:
+        source = draft.add(aten.permute.default, node, order, like=node, before=behind)
+    reduced = _call(draft, c10d.all_reduce.default, (source, how, group), source.meta["val"], node, behind)
+    joined = _call(draft, c10d.wait_tensor.default, (reduced,), reduced.meta["val"], node, behind)
+    if order is not None:
+        back = [order.index(d) for d in range(len(order))]
+        joined = draft.add(aten.permute.default, joined, back, like=node, before=behind)
+    for reader in readers:
+        reader.replace_input_with(node, joined)
+    return nbytes(value)
+
+
+def _call(draft: Draft, op: Any, args: tuple[Any, ...], like: Any, place: fx.Node, before: fx.Node) -> fx.Node:
+    """A collective whose result is like a contiguous value; fake kernels need no process group for that."""
+    with draft.graph.inserting_before(before):
+        node = draft.graph.call_function(op, args)
+    node.meta["val"] = like.new_empty(like.shape)
+    node.meta.update({key: place.meta.get(key, "") for key in ("phase", "module", "source")})
+    return node
+
+
+def _dense_order(value: torch.Tensor) -> list[int] | None:
+    """The order of dimensions in which a dense tensor is contiguous; None if it is as it stands, or is not dense."""
+    strides = [expression(s) for s in value.stride()]
+    sizes = [expression(s) for s in value.shape]
+    if not all(isinstance(s, int) for s in (*strides, *sizes)):
+        return None
+    order = sorted(range(len(sizes)), key=lambda d: (-strides[d], d))
+    expected: Any = 1
+    for d in reversed(order):
+        if sizes[d] != 1 and strides[d] != expected:
+            return None
+        expected *= sizes[d]
+    return None if order == list(range(len(order))) else order
