@@ -563,9 +563,9 @@ def join_processes(file: str, processor: int, processors: int, name: str, connec
     """Connect this process to others by gloo over the loopback device; functional collectives find them by ``name`` as
     long as the group that is returned is kept.
 
-    ``file``: where the processes meet, the same for all; ``connect`` and ``timeout``: seconds to wait for the others and
-    for a collective. The default group of `torch.distributed`, the user's, stays as it is. Raises RuntimeError where the
-    others do not come. Source: ``_gloo_factory`` in torch/distributed/_dist2.py.
+    ``file``: where the processes meet, the same for all; ``connect`` and ``timeout``: seconds to wait for the others
+    and for a collective. The default group of `torch.distributed`, the user's, stays as it is. Raises RuntimeError
+    where the others do not come. Source: ``_gloo_factory`` in torch/distributed/_dist2.py.
     """
     from torch.distributed import FileStore, ProcessGroup, ProcessGroupGloo
     from torch.distributed import _functional_collectives as _  # noqa: F401  (their shapes, for graphs made here)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
 
 from graphopt.errors import GraphoptError
 from graphopt.graph.lowering import lower

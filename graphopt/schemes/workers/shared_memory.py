@@ -23,8 +23,8 @@ ALIGNMENT = 64
 
 
 class Segment:
-    """Bytes shared by processes. ``file`` is the descriptor to send (-1 when it is closed), ``data`` a uint8 tensor over
-    all of it."""
+    """Bytes shared by processes. ``file`` is the descriptor to send (-1 when it is closed), ``data`` a uint8 tensor
+    over all of it."""
 
     def __init__(self, file: int, nbytes: int):
         self.file = file

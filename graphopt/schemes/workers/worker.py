@@ -27,14 +27,14 @@ class Worker:
     """A worker process of main. ``failed``: the traceback it sent before it ended; ``killed``: main has ended it."""
 
     def __init__(self, processor: int, threads: int, directory: Path):
-        """Start the process; it says hello when it has imported torch. Raises WorkerError where it cannot be started."""
+        """Start the process, which says hello when it has imported torch. Raises WorkerError where that cannot be."""
         self.processor = processor
         self.killed = self.stopped = False
         self.failed: str | None = None
         self._written = ""
         ours, theirs = socket.socketpair()
         self.channel = Channel(ours)
-        self._output: IO[bytes] = tempfile.TemporaryFile()
+        self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
         command = [
             sys.executable, "-P", "-m", "graphopt.schemes.workers", "--connection", str(theirs.fileno()),
             "--directory", str(directory), "--threads", str(threads), "--processor", str(processor),
