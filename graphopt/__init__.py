@@ -35,6 +35,7 @@ from graphopt.errors import (  # noqa: E402  (the check above must come before a
     PassError,
     StaleGraphError,
     VerificationError,
+    WorkerError,
 )
 from graphopt.graph.capture import capture  # noqa: E402
 from graphopt.graph.differentiate import with_backward  # noqa: E402
@@ -64,6 +65,7 @@ __all__ = [
     "TrainingGraph",
     "TrainingStep",
     "VerificationError",
+    "WorkerError",
     "__version__",
     "capture",
     "capture_forward",

@@ -89,6 +89,15 @@ class VerificationError(GraphoptError):
     """
 
 
+class WorkerError(GraphoptError):
+    """Raised when a step on several processors was not made, or its workers could not be started.
+
+    A worker died, hung, ran out of memory, or its part of the batch made an operator fail. The message names the
+    processor and the cause. Parameters, buffers, optimizer state and random numbers are those before the step, and no
+    worker is left running.
+    """
+
+
 class GraphoptWarning(UserWarning):
     """Given once for each cause when graphopt does less than it was asked to.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -571,3 +572,34 @@ def in_grad_mode(operator: Callable[..., Any]) -> Callable[..., Any]:
 
 COMPILE_ERRORS = (TorchDynamoException, InductorError)
 """What ``torch.compile`` raises when it cannot compile a function."""
+
+
+def join_processes(file: str, processor: int, processors: int, name: str, connect: float, timeout: float) -> Any:
+    """Connect this process to others by gloo over the loopback device; functional collectives find them by ``name`` as
+    long as the group that is returned is kept.
+
+    ``file``: where the processes meet, the same for all; ``connect`` and ``timeout``: seconds to wait for the others
+    and for a collective. The default group of `torch.distributed`, the user's, stays as it is. Raises RuntimeError
+    where the others do not come. Source: ``_gloo_factory`` in torch/distributed/_dist2.py.
+    """
+    from torch.distributed import FileStore, ProcessGroup, ProcessGroupGloo
+    from torch.distributed import _functional_collectives as _  # noqa: F401  (their shapes, for graphs made here)
+
+    store = FileStore(file, processors)
+    store.set_timeout(timedelta(seconds=connect))
+    options = ProcessGroupGloo._Options()
+    options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+    options._timeout = timedelta(seconds=connect)
+    backend = ProcessGroupGloo(store, processor, processors, options)
+    backend._set_default_timeout(timedelta(seconds=timeout))
+    group = ProcessGroup(store, processor, processors)
+    group._set_default_backend(ProcessGroup.BackendType.GLOO)
+    group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, backend)
+    group._set_group_name(name)
+    torch._C._distributed_c10d._register_process_group(name, group)
+    return group
+
+
+def leave_processes(name: str) -> None:
+    """Free the name of a group made by `join_processes`; its connections close when it is dropped."""
+    torch._C._distributed_c10d._unregister_process_group(name)

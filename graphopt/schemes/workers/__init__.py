@@ -1,0 +1,6 @@
+"""Local processors: `Pool` starts workers that run graphs with collectives together with this process."""
+
+from graphopt.schemes.workers.job import Job
+from graphopt.schemes.workers.pool import Pool
+
+__all__ = ["Job", "Pool"]

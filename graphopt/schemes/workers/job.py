@@ -1,0 +1,139 @@
+"""A job: one graph that all processors of a pool run, each on its part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from graphopt.errors import GraphoptError
+from graphopt.graph.lowering import lower
+from graphopt.graph.op_rules import is_random
+from graphopt.graph.step_module import active_autocast, autocast
+from graphopt.graph.training_graph import Input, InputKind, Output, TrainingGraph
+from graphopt.schemes.workers.interrupts import InterruptsWait
+from graphopt.schemes.workers.mirror import Shelf
+from graphopt.schemes.workers.settings import settings
+from graphopt.schemes.workers.shared_memory import Parcel
+from graphopt.schemes.workers.team import Team
+
+if TYPE_CHECKING:
+    from graphopt.schemes.workers.pool import Pool
+
+_OWN_KINDS = ("batch", "tangent", "place")
+
+
+class Job:
+    """A graph loaded by `Pool.load`. Call it to run one step on all processors.
+
+    ``common``: the inputs that are the same on all processors; ``own``: those of which each has its own value (its rows
+    of the batch, its place in it); ``outputs``: what a step gives in this process. All in the order of the graph.
+    """
+
+    def __init__(self, pool: Pool, number: int, graph: TrainingGraph, own: Collection[Input] | None):
+        """Made by `Pool.load`."""
+        self.graph = graph
+        self.number = number
+        self._pool = pool
+        lowered = lower(graph, in_place=False)
+        self.outputs: tuple[Output, ...] = lowered.outputs
+        self._run = lowered.run
+        mine = [i.kind in _OWN_KINDS if own is None else i in own for i in graph.inputs]
+        self._common = [k for k, m in enumerate(mine) if not m]
+        self._own = [k for k, m in enumerate(mine) if m]
+        self.common: tuple[Input, ...] = tuple(graph.inputs[k] for k in self._common)
+        self.own: tuple[Input, ...] = tuple(graph.inputs[k] for k in self._own)
+        self._random = any(is_random(n) for n in graph.nodes if n.op == "call_function")
+        written = {o.name for o in graph.outputs}
+        self._changing = [
+            i.kind not in (InputKind.PARAMETER, InputKind.BUFFER) or i.name in written for i in self.common
+        ]
+        self._team: Team | None = None
+
+    def __call__(
+        self,
+        common: Sequence[Any],
+        parts: Sequence[Sequence[Any]],
+        commit: Callable[[tuple[Any, ...]], None] | None = None,
+    ) -> tuple[Any, ...]:
+        """Run one step: the results of this process, in the order of ``outputs``, when all processors have finished.
+
+        Args:
+            common: values of the inputs `common`, tensors or numbers.
+            parts: for each processor the values of the inputs `own`; the first are those of this process.
+            commit: called with the results when all have finished; Ctrl-C waits for it. Whatever it writes is written
+                for a whole step; nothing was written before.
+
+        Raises:
+            WorkerError: the step was not made: a worker died, hung or failed, or this process's part failed. The random
+                state is that of before.
+        """
+        if len(common) != len(self.common) or any(len(part) != len(self.own) for part in parts):
+            raise GraphoptError(
+                f"common, parts: got {len(common)} and {[len(p) for p in parts]} values; "
+                f"expected {len(self.common)} (Job.common) and {len(self.own)} for each processor (Job.own)"
+            )
+        if len(parts) != self._pool.processors:
+            raise GraphoptError(f"parts: got {len(parts)}, expected one for each of {self._pool.processors} processors")
+        with InterruptsWait():
+            results = self._pool.step(self, common, parts)
+            if commit is not None:
+                commit(results)
+        return results
+
+    # -- called by the pool ---------------------------------------------------------------------------------------
+
+    def description(self, path: str) -> dict[str, Any]:
+        """The message that lets a worker load the graph saved at ``path``."""
+        return {
+            "do": "load", "job": self.number, "path": path,
+            "common": self._common, "own": self._own, "random": self._random,
+        }  # fmt: skip
+
+    def send(self, team: Team, number: int, common: Sequence[Any], parts: Sequence[Sequence[Any]]) -> None:
+        """Tell every worker of ``team`` to do its part of step ``number``."""
+        tensors = [value for value in common if isinstance(value, torch.Tensor)]
+        if team is not self._team:
+            changing = [c for c, value in zip(self._changing, common, strict=True) if isinstance(value, torch.Tensor)]
+            self._team, self._shelf = team, Shelf(team.mirror, changing)
+            self._parcels = [Parcel() for _ in team.workers]
+            self._told: Any = None
+        homes = self._shelf.refresh(tensors)
+        shared: dict[str, Any] = {"do": "step", "job": self.number, "number": number, "settings": settings()}
+        numbers = [value for value in common if not isinstance(value, torch.Tensor)]
+        if homes or numbers != self._told:
+            self._told = numbers
+            names = iter(self._shelf.homes)
+            shared["common"] = [{"home": next(names)} if isinstance(value, torch.Tensor) else value for value in common]
+        shared["homes"], segments = team.mirror.news()
+        state = [torch.get_rng_state()] if self._random else []
+        for worker, parcel, part in zip(team.workers, self._parcels, parts[1:], strict=True):
+            own = [value for value in part if isinstance(value, torch.Tensor)]
+            places, fresh = parcel.pack([*own, *state])
+            message = {**shared, "parcel": fresh is not None}
+            if state:
+                message["random"] = places.pop()
+            rest = iter(places)
+            message["own"] = [{"place": next(rest)} if isinstance(value, torch.Tensor) else value for value in part]
+            new = segments if fresh is None else [*segments, fresh]
+            worker.tell(message, [segment.file for segment in new])
+            if fresh is not None:
+                fresh.release()
+        for segment in segments:
+            segment.release()
+
+    def run(self, common: Sequence[Any], part: Sequence[Any]) -> tuple[Any, ...]:
+        """Do the part of this process."""
+        arguments: list[Any] = [None] * len(self.graph.inputs)
+        for position, value in zip(self._common, common, strict=True):
+            arguments[position] = value
+        for position, value in zip(self._own, part, strict=True):
+            arguments[position] = value
+        with torch.no_grad(), autocast(active_autocast(("cpu",)), enabled=False):
+            return self._run(*arguments)
+
+    @property
+    def random(self) -> bool:
+        """Whether it draws random numbers."""
+        return self._random
