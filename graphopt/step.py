@@ -244,7 +244,7 @@ class TrainingStep:
 
     def _run(self, choice: _Choice, scheme: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         loss = choice.runners[scheme](tensors)
-        if scheme == "eager" and self._watch is not None:
+        if scheme.partition(",")[0] == "eager" and self._watch is not None:
             self._watch.absorb()
         return loss
 

@@ -49,13 +49,20 @@ def as_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
 
 
 def with_update(
-    joint: TrainingGraph, model: nn.Module, optimizer: Any, *, clip: Any = None, accumulated: bool = False
+    joint: TrainingGraph,
+    model: nn.Module,
+    optimizer: Any,
+    *,
+    clip: Any = None,
+    accumulated: bool = False,
+    fused: bool = False,
 ) -> WholeStep:
     """Put accumulation, clipping and update behind the gradients of ``joint``.
 
     With ``accumulated`` the gradients so far become inputs (`InputKind.GRADIENT`) that the new ones are added to.
-    Optimizer state that the first step would make is made now. Raises OptimizerError if an optimizer owns no parameter
-    of the model or two own the same one.
+    With ``fused`` the optimizers' fused implementations are recorded whatever their options say. Optimizer state that
+    the first step would make is made now. Raises OptimizerError if an optimizer owns no parameter of the model or two
+    own the same one.
     """
     optimizers, bound = as_optimizers(optimizer), parse_clip(clip)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -89,7 +96,7 @@ def with_update(
     for one in optimizers:
         initialize_state(one, list(trainable.values()))
     like = {name: node.meta["val"] for name, node in gradients.items()}
-    trace = trace_update(optimizers, names, mode, trainable=trainable, gradients=like)
+    trace = trace_update(optimizers, names, mode, trainable=trainable, gradients=like, fused=fused)
     for output, node in parts.splice(trace, gradients, {n: draft.node(p) for n, p in parameters.items()}):
         parts.outputs.append(output)
         parts.results.append(node)

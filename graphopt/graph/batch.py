@@ -48,6 +48,21 @@ class BatchLayout:
             leaves.insert(position, value)
         return pytree.tree_unflatten(leaves, self.spec)
 
+    def example(self, size: int) -> list[torch.Tensor]:
+        """Tensors of zeros that look like those of a batch of ``size``: enough for a capture, which looks at no values.
+
+        Their dimensions have the order in memory that those of the batch have; gaps and overlaps are left out.
+        """
+        made = []
+        for shape, stride, dtype, device, flag in zip(
+            self.shapes, self.strides, self.dtypes, self.devices, self.requires_grad, strict=True
+        ):
+            order = sorted(range(len(shape)), key=lambda d: -stride[d])
+            sizes = [size if s is None else s for s in shape]
+            tensor = torch.zeros([sizes[d] for d in order], dtype=dtype, device=device)
+            made.append(tensor.permute([order.index(d) for d in range(len(order))]).requires_grad_(flag))
+        return made
+
 
 def flatten(batch: Any) -> tuple[list[torch.Tensor], BatchLayout, int]:
     """The tensors of ``batch``, its layout and its batch size.

@@ -142,13 +142,15 @@ def _zero_gradients(parameters: Sequence[torch.Tensor], chosen: Collection[int])
 def trace_update(
     optimizers: Sequence[Optimizer], names: Mapping[int, str], fake_mode: FakeTensorMode, *,
     trainable: Collection[str], gradients: Mapping[str, torch.Tensor] | None = None,
+    fused: bool = False,
 ) -> UpdateTrace:  # fmt: skip
     """The update of all parameters that have a gradient, by all ``optimizers``, as a graph.
 
     ``names``: parameter names by ``id(parameter)``. ``trainable``: names of those that have a gradient; the others
     are skipped, as torch skips parameters whose ``.grad`` is None. ``gradients``: how the gradients look (fake
-    tensors), where that is not how their parameters look. State must exist (`initialize_state`). Raises CaptureError
-    where `supported` was too hopeful; the optimizers are not touched in any case.
+    tensors), where that is not how their parameters look. ``fused``: record the fused implementations, whatever the
+    groups say. State must exist (`initialize_state`). Raises CaptureError where `supported` was too hopeful; the
+    optimizers are not touched in any case.
     """
     recorder = Recorder(fake_mode)
     shadows = []
@@ -176,7 +178,7 @@ def trace_update(
         shadow.param_groups = []
         for (name, owner, group), chosen in zip(groups, steps, strict=True):
             if owner is optimizer:
-                shadow.param_groups.append(_shadow_group(recorder, name, optimizer, group, chosen, fakes))
+                shadow.param_groups.append(_shadow_group(recorder, name, optimizer, group, chosen, fakes, fused))
                 shadow.state.update({fakes[id(p)]: dict(state_of[id(fakes[id(p)])]) for p in chosen})
         shadows.append(shadow)
     with recorder.recording():
@@ -210,7 +212,7 @@ def _shadow_state(recorder: Recorder, name: str, state: Mapping[str, Any]) -> di
 
 def _shadow_group(
     recorder: Recorder, name: str, optimizer: Optimizer, group: Mapping[str, Any], chosen: Sequence[torch.Tensor],
-    fakes: Mapping[int, torch.Tensor],
+    fakes: Mapping[int, torch.Tensor], fused: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """A parameter group of fake parameters, with inputs in place of numbers and tensors among its options."""
     shadow: dict[str, Any] = {**group, "params": [fakes[id(p)] for p in chosen]}
@@ -225,7 +227,9 @@ def _shadow_group(
             shadow[key] = (*shadow[key][: int(index)], value, *shadow[key][int(index) + 1 :])
         else:
             shadow[key] = value
-    if group.get("foreach") is None and group.get("fused") is None:
+    if fused:
+        shadow["foreach"], shadow["fused"] = False, True
+    elif group.get("foreach") is None and group.get("fused") is None:
         # As torch decides for the real parameters; it would not take fake ones for ordinary tensors.
         _, foreach = default_to_fused_or_foreach(chosen, differentiable=False)
         tensor_lr = isinstance(group["lr"], torch.Tensor) and isinstance(optimizer, Adam)

@@ -7,8 +7,8 @@ from graphopt.schemes.flat import Flat
 from graphopt.schemes.inductor import Inductor
 from graphopt.schemes.task import ModelWatch, Task
 
-SCHEMES: dict[str, Scheme] = {scheme.name: scheme for scheme in (Flat(), Eager(), Inductor(), CudaGraphs())}
-"""The schemes by name."""
+SCHEMES: dict[str, Scheme] = {scheme.kind: scheme for scheme in (Flat(), Eager(), Inductor(), CudaGraphs())}
+"""The schemes by name, without options."""
 
 AUTO = ("flat", "eager")
 """What ``schemes="auto"`` takes: schemes that compute eager's bits and cost no compilation."""

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import torch
 
+from graphopt.cost_model import Estimate, Machine
+from graphopt.errors import CaptureError
 from graphopt.graph.batch import BatchLayout
 from graphopt.schemes.task import Task
 
+Machines = Callable[[int], Machine | None]
+"""The calibrated machine for a number of threads of torch; None where there is none."""
+
 
 class Runner(Protocol):
-    """A step that runs: takes the tensors of a batch in the layout's order, gives the detached loss."""
+    """A step that runs: takes the tensors of a batch in the layout's order, gives the detached loss.
+
+    Raises CaptureError at its first call where the step turns out to have no such form; then nothing was run.
+    """
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor: ...
 
     def fresh(self) -> bool:
         """Whether what was built still fits the optimizers (options, groups); False asks for a new build."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds besides memory: processes, recordings. It is not called afterwards."""
         ...
 
 
@@ -33,22 +45,53 @@ class Prepared:
     task: Task
     layout: BatchLayout
     step: Any = None  # graphopt.schemes.flat.CapturedStep
+    _kept: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def variant(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What ``make`` gives (the step captured or assembled in another way), made once and kept with the step.
+
+        Raises the CaptureError that ``make`` raised, without another try.
+        """
+        kept = self._kept if self.step is None else self.step.variants
+        if key not in kept:
+            try:
+                kept[key] = make()
+            except CaptureError as error:
+                kept[key] = error
+        if isinstance(kept[key], CaptureError):
+            raise kept[key]
+        return kept[key]
+
+    def has_variant(self, key: Hashable) -> bool:
+        """Whether `variant` would give this one at once."""
+        kept = self._kept if self.step is None else self.step.variants
+        return key in kept and not isinstance(kept[key], CaptureError)
 
 
 @dataclass(frozen=True)
 class Scheme(ABC):
-    """One way to run a step. Subclasses set ``name``, say when they cannot run (`why_not`) and `build` a runner.
+    """One way to run a step. Subclasses set ``kind``, say when they cannot run (`why_not`), what a step costs
+    (`estimate`), and `build` a runner.
 
-    A scheme must compute what eager computes; those of the default set give the same bits.
+    A scheme must compute what eager computes; one that may round differently says so.
     """
 
-    name: ClassVar[str]
+    kind: ClassVar[str]
     needs_graph: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        """Of the kind and the options that are not the defaults: ``eager, 1 thread``. Unique among candidates."""
+        return self.kind
 
     def why_not(self, prepared: Prepared, size: int) -> str | None:
         """Why this scheme cannot run a batch of ``size``; None if it can."""
         if self.needs_graph and prepared.step is None:
             return "the step could not be captured as a graph"
+        return None
+
+    def estimate(self, prepared: Prepared, size: int, machines: Machines) -> Estimate | None:
+        """The price of one step at batch ``size``; None where it cannot be priced, for one without a calibration."""
         return None
 
     @abstractmethod

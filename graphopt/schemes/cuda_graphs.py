@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from graphopt.cost_model import Estimate
 from graphopt.errors import CaptureError
 from graphopt.graph.halves import cut_update
 from graphopt.graph.lowering import Lowered, lower
 from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
-from graphopt.schemes.base import Prepared
+from graphopt.schemes.base import Machines, Prepared
 from graphopt.schemes.flat import Flat
 
 WARM_UP = 3
@@ -25,13 +26,17 @@ class CudaGraphs(Flat):
     its hyper-parameters are numbers that a recording would fix. Source: ``torch.cuda.graph``.
     """
 
-    name: ClassVar[str] = "cuda_graphs"
+    kind: ClassVar[str] = "cuda_graphs"
 
     def why_not(self, prepared: Prepared, size: int) -> str | None:
         """See `Scheme.why_not`."""
         if any(device.type != "cuda" for device in prepared.layout.devices):
             return "the batch is not on a CUDA device"
         return super().why_not(prepared, size)
+
+    def estimate(self, prepared: Prepared, size: int, machines: Machines) -> Estimate | None:
+        """None: no calibration measures the launch of a recording."""
+        return None
 
     def lowered(self, graph: TrainingGraph) -> Lowered:
         """See `Flat.lowered`; recorded at the first call with each batch shape."""

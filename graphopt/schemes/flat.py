@@ -2,274 +2,64 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from time import perf_counter
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
-
-from graphopt.graph.assemble import WholeStep, with_update
-from graphopt.graph.batch import BatchLayout
-from graphopt.graph.capture import capture_step
-from graphopt.graph.hyper_parameters import hyper_reader, lags
+from graphopt.cost_model import Estimate
+from graphopt.cost_model.work import Mode
+from graphopt.errors import CaptureError
 from graphopt.graph.lowering import Lowered, lower
-from graphopt.graph.step_module import active_autocast, autocast
-from graphopt.graph.storages import storage_root
-from graphopt.graph.torch_internals import has_step_hooks
-from graphopt.graph.training_graph import InputKind, Output, OutputKind, TrainingGraph
-from graphopt.graph.update import initialize_state
-from graphopt.passes import GradientLiveness, LivenessResult, Pass, PassResult, Pipeline
-from graphopt.schemes.base import Prepared, Runner, Scheme
-from graphopt.schemes.eager import clear_gradients
-from graphopt.schemes.task import Task
+from graphopt.graph.training_graph import TrainingGraph
+from graphopt.schemes.base import Machines, Prepared, Runner
+from graphopt.schemes.captured_step import CapturedStep as CapturedStep
+from graphopt.schemes.captured_step import capture_task as capture_task
+from graphopt.schemes.channels_last import ChannelsLastImages
+from graphopt.schemes.fused_optimizer import counts_elsewhere
+from graphopt.schemes.graph_step import GraphStep
+from graphopt.schemes.one_processor import OneProcessor
+from graphopt.schemes.variants import Form, LateStep
 
 
 @dataclass(frozen=True)
-class CapturedStep:
-    """A task's step for one batch layout as optimised graphs.
+class Flat(OneProcessor):
+    """One straight-line Python function of ATen calls: no autograd, no module dispatch, memory freed at last use.
 
-    ``whole`` is the graph of a step with its update (or up to the gradients, where the optimizers stay outside);
-    ``part`` that of a batch whose gradients are only accumulated. ``before`` is the graph as captured, ``result`` what
-    the passes did to it. Seconds are those of capture and passes.
+    Without options its results are eager's bit for bit.
     """
 
-    whole: WholeStep
-    part: TrainingGraph | None
-    before: TrainingGraph
-    result: PassResult
-    seconds: float
+    kind: ClassVar[str] = "flat"
+    mode: ClassVar[Mode] = "flat"
 
     @property
-    def graph(self) -> TrainingGraph:
-        """The optimised graph of a whole step."""
-        return self.whole.graph
+    def form(self) -> Form:
+        """The form of the captured step that it runs."""
+        return Form(self.channels_last, self.precision, self.fused)
 
-    def admits(self, size: int) -> bool:
-        """Whether the graphs are valid for a batch of ``size``."""
-        return self.graph.symbols.admits({"batch": size})
-
-
-def capture_task(task: Task, batch: Any, passes: Sequence[Pass]) -> CapturedStep:
-    """Capture a task's step and run the passes on it. Errors as `graphopt.capture`."""
-    start = perf_counter()
-    captured = capture_step(task.model, batch, loss=task.loss or "model", accumulate=task.accumulate)
-    part = None
-    if task.accumulate > 1:
-        part = Pipeline(passes)(GradientLiveness(trainable=_wanted(task, captured.graph))(captured.graph)).graph
-    whole = with_update(captured.graph, task.model, task.optimizers, clip=task.clip, accumulated=task.accumulate > 1)
-    liveness = _liveness(task, whole)
-    result = Pipeline(passes)(liveness)
-    if isinstance(liveness, LivenessResult):
-        result = LivenessResult(result.graph, result.changes, result.refusals, liveness.layers)
-    return CapturedStep(replace(whole, graph=result.graph), part, whole.graph, result, perf_counter() - start)
-
-
-def _liveness(task: Task, whole: WholeStep) -> LivenessResult:
-    """Gradient liveness by what this task reads."""
-    gradients = [o.name for o in whole.graph.outputs if o.kind is OutputKind.GRADIENT]
-    parameters = whole.graph.input_nodes(InputKind.PARAMETER)
-    keep = [n for n in gradients if n in parameters] if task.keep_grads or not task.optimizers else []
-    if whole.outside:
-        keep = keep or _wanted(task, whole.graph)
-        return GradientLiveness(trainable=keep)(whole.graph)
-    return GradientLiveness(keep=keep)(whole.graph)
-
-
-def _wanted(task: Task, graph: TrainingGraph) -> list[str]:
-    """Names of the parameters whose gradient this task reads."""
-    gradients = {o.name for o in graph.outputs if o.kind is OutputKind.GRADIENT}
-    owned = {id(p) for o in task.optimizers for g in o.param_groups for p in g["params"]}
-    every = task.keep_grads or not task.optimizers or task.clip is not None
-    return [n for n, p in task.model.named_parameters() if n in gradients and (every or id(p) in owned)]
-
-
-@dataclass(frozen=True)
-class Flat(Scheme):
-    """One straight-line Python function of ATen calls: no autograd, no module dispatch, memory freed at last use."""
-
-    name: ClassVar[str] = "flat"
+    def why_not(self, prepared: Prepared, size: int) -> str | None:
+        """See `Scheme.why_not`."""
+        found = super().why_not(prepared, size)
+        if found is None and self.fused and counts_elsewhere(prepared.task.optimizers):
+            found = "the optimizer counts steps in tensors that fused kernels do not read (float64, or another device)"
+        return found if found is not None else self.form.why_not(prepared, size)
 
     def lowered(self, graph: TrainingGraph) -> Lowered:
         """How this scheme makes a graph callable."""
         return lower(graph)
 
-    def build(self, prepared: Prepared) -> Runner:
-        """See `Scheme.build`."""
-        return GraphStep(prepared, self.lowered)
+    def runner(self, prepared: Prepared) -> Runner:
+        """See `OneProcessor.runner`."""
+        if self.form.plain:
+            return GraphStep(prepared, self.lowered)
+        runner = LateStep(prepared, self.form, self.lowered)
+        return ChannelsLastImages(runner, prepared.layout) if self.channels_last else runner
 
-
-class GraphStep:
-    """Runs a captured step on the user's own tensors: binds inputs, runs, puts gradients where they belong."""
-
-    def __init__(self, prepared: Prepared, lowered: Callable[[TrainingGraph], Lowered]):
-        self.task, step = prepared.task, prepared.step
-        self._whole = _Bound(self.task, prepared.layout, step.whole, lowered(step.whole.graph))
-        self._part = None
-        if step.part is not None:
-            self._part = _Bound(
-                self.task, prepared.layout, WholeStep(step.part, outside="accumulating"), lowered(step.part)
-            )
-        self._groups = [(g, g["params"], len(g["params"])) for o in self.task.optimizers for g in o.param_groups]
-        self._constants = _owners(self.task, step.before)
-        self._hooked = self._hooks()
-        self._lagging = [
-            (o, p, "momentum_buffer" in o.state.get(p, ()))
-            for o in self.task.optimizers for g in o.param_groups if lags(o, g) for p in g["params"]
-        ]  # fmt: skip
-
-    def fresh(self) -> bool:
-        """Whether options, groups, hooks and guards of the optimizers are those of the capture."""
-        return (
-            self._whole.hyper() is not None
-            and sum(len(o.param_groups) for o in self.task.optimizers) == len(self._groups)
-            and all(g["params"] is listed and len(listed) == length for g, listed, length in self._groups)
-            and all(("momentum_buffer" in o.state.get(p, ())) is there for o, p, there in self._lagging)
-            and all(slots.get(key) is tensor for slots, key, tensor in self._constants)
-            and self._hooks() == self._hooked
-        )
-
-    def _hooks(self) -> list[tuple[bool, Any]]:
-        return [(has_step_hooks(o), o.__dict__.get("step")) for o in self.task.optimizers]
-
-    def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One batch: a whole step, or a part of one while gradients are accumulated."""
-        task = self.task
-        if self._part is None:
-            return self._finish(self._whole(tensors))
-        if task.begins:
-            clear_gradients(task)
-        if task.ends:
-            loss = self._finish(self._whole(tensors))
-        else:
-            loss, gradients = self._part(tensors)
-            for parameter, gradient in gradients:
-                if parameter.grad is None:
-                    parameter.grad = gradient
-                else:
-                    parameter.grad += gradient
-        task.count()
-        return loss
-
-    def _finish(self, result: tuple[torch.Tensor, list[tuple[torch.nn.Parameter, torch.Tensor]]]) -> torch.Tensor:
-        loss, gradients = result
-        for parameter in self._whole.parameters:
-            if parameter.grad is not None:
-                parameter.grad = None
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        for optimizer in self.task.optimizers:
-            if self._whole.outside:
-                optimizer.step()
-            else:
-                optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning-rate schedulers look at
-        if self._whole.outside and not self.task.keep_grads and self.task.optimizers:
-            clear_gradients(self.task)
-        return loss
-
-
-class _Bound:
-    """A lowered graph with its inputs bound to the model, the optimizers and a batch."""
-
-    def __init__(self, task: Task, layout: BatchLayout, whole: WholeStep, lowered: Lowered):
-        self.outside = whole.outside is not None
-        self.parameters = task.parameters
-        self.lowered = lowered
-        self._devices = sorted({d.type for d in layout.devices})
-        by_name: dict[str, Any] = {**dict(task.model.named_parameters()), **dict(task.model.named_buffers())}
-        self._static: list[Any] = [None] * len(whole.graph.inputs)
-        self._batch: list[tuple[int, int]] = []
-        self._buffers: list[tuple[int, dict[str, Any], str]] = []
-        self._state: list[tuple[int, Any, torch.Tensor, str]] = []
-        self._gradients: list[tuple[int, torch.nn.Parameter]] = []
-        self._hyper: list[int] = []
-        owner = {id(p): o for o in task.optimizers for g in o.param_groups for p in g["params"]}
-        for position, input_ in enumerate(whole.graph.inputs):
-            if input_.kind is InputKind.PARAMETER:
-                self._static[position] = by_name[input_.name]
-            elif input_.kind is InputKind.BUFFER:  # the model may put another tensor in its place
-                path, _, key = input_.name.rpartition(".")
-                self._buffers.append((position, task.model.get_submodule(path)._buffers, key))
-            elif input_.kind is InputKind.BATCH:
-                self._batch.append((position, layout.names.index(input_.name)))
-            elif input_.kind is InputKind.STATE:
-                parameter = by_name[input_.name]
-                self._state.append((position, owner[id(parameter)], parameter, input_.field))
-            elif input_.kind is InputKind.GRADIENT:
-                self._gradients.append((position, by_name[input_.name]))
-            else:
-                self._hyper.append(position)
-        optimizers = () if self.outside else task.optimizers
-        self.hyper = hyper_reader(optimizers, whole.graph.inputs, whole.guards, task.clip)
-        self._loss = next(i for i, o in enumerate(lowered.outputs) if o.kind is OutputKind.LOSS)
-        outputs = [(i, o, by_name.get(o.name)) for i, o in enumerate(lowered.outputs)]
-        shared = _shared(whole.graph)
-        gradients = [(i, o, p) for i, o, p in outputs if o.kind is OutputKind.GRADIENT and p is not None]
-        self._results = [(i, p, o in shared) for i, o, p in gradients]
-        self._new_state = [
-            (i, owner[id(p)], p, o.field) for i, o, p in outputs if p is not None and o.kind is OutputKind.STATE
-        ]
-
-    def __call__(
-        self, tensors: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, list[tuple[torch.nn.Parameter, torch.Tensor]]]:
-        """Run on a batch: the loss, and the gradients that the graph gives with their parameters."""
-        arguments = self._static.copy()
-        for position, index in self._batch:
-            arguments[position] = tensors[index]
-        for position, slots, key in self._buffers:
-            arguments[position] = slots[key]
+    def estimate(self, prepared: Prepared, size: int, machines: Machines) -> Estimate | None:
+        """See `Scheme.estimate`. None for channels-last kernels, which no calibration measures."""
+        machine = self.machine(prepared, machines)
+        if machine is None or self.channels_last:
+            return None
         try:
-            for position, optimizer, parameter, field in self._state:
-                arguments[position] = optimizer.state[parameter][field]
-        except KeyError:  # thrown away, or loaded from an optimizer that had made no step
-            self._make_state()
-            for position, optimizer, parameter, field in self._state:
-                arguments[position] = optimizer.state[parameter][field]
-        for position, parameter in self._gradients:
-            gradient = parameter.grad  # None where the user dropped it: -0.0 + g has the bits of g
-            arguments[position] = torch.full_like(parameter, -0.0) if gradient is None else gradient
-        if self._hyper:
-            for position, value in zip(self._hyper, self.hyper() or (), strict=True):
-                arguments[position] = value
-        with torch.no_grad(), autocast(active_autocast(self._devices), enabled=False):
-            results = self.lowered.run(*arguments)
-        for i, optimizer, p, field in self._new_state:  # SGD under dampening makes its momentum at step 1
-            optimizer.state[p][field] = results[i]
-        gradients = [
-            (parameter, _own(results[i], parameter) if shared else results[i]) for i, parameter, shared in self._results
-        ]
-        return results[self._loss], gradients
-
-    def _make_state(self) -> None:
-        """Make state that is missing, as the first step does."""
-        for optimizer in dict.fromkeys(o for _, o, _, _ in self._state):
-            initialize_state(optimizer, [p for _, o, p, _ in self._state if o is optimizer])
-
-
-def _owners(task: Task, graph: TrainingGraph) -> list[tuple[dict[str, Any], str, torch.Tensor]]:
-    """Where the constants of a graph are attributes of the model, or anything of the loss: replaced there, they make it
-    stale. (In-place changes of them are seen by it.)"""
-    found = [(m.__dict__, m) for m in task.model.modules()]
-    if isinstance(task.loss, torch.nn.Module):
-        found += [(t, m) for m in task.loss.modules() for t in (m.__dict__, m._buffers, m._parameters)]
-    constants = {id(c) for c in graph.constants.values()}
-    return [(table, key, value) for table, _ in found for key, value in table.items() if id(value) in constants]
-
-
-def _shared(graph: TrainingGraph) -> set[Output]:
-    """Gradients that share memory: with each other, with an input or a constant, or among their own elements."""
-    pairs = [(o, r) for o, r in zip(graph.outputs, graph.results, strict=True) if r is not None]
-    roots = Counter(storage_root(r) for _, r in pairs)
-    return {
-        o
-        for o, r in pairs
-        if o.kind is OutputKind.GRADIENT
-        and (roots[storage_root(r)] > 1 or storage_root(r).op != "call_function" or 0 in r.meta["val"].stride())
-    }
-
-
-def _own(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """A copy in memory of its own and the layout of its parameter, as autograd makes it."""
-    return torch.empty_like(parameter, requires_grad=False).copy_(gradient)
+            step = Form(fused=self.fused).of(prepared)  # a precision is a rate of the machine
+        except CaptureError:  # which the runner will raise too, where it counts
+            return None
+        return self.priced(step.graph, size, machine, self.mode)

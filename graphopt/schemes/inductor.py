@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from graphopt.cost_model.work import Mode
 from graphopt.errors import CaptureError
 from graphopt.graph.halves import cut_update
 from graphopt.graph.in_place import overwritten
@@ -27,7 +28,8 @@ class Inductor(Flat):
     by rounding.
     """
 
-    name: ClassVar[str] = "inductor"
+    kind: ClassVar[str] = "inductor"
+    mode: ClassVar[Mode] = "compiled"
 
     def lowered(self, graph: TrainingGraph) -> Lowered:
         """See `Flat.lowered`; compilation happens at the first call."""

@@ -59,6 +59,13 @@ class Task:
         return any(isinstance(o, torch.optim.LBFGS) for o in self.optimizers)
 
 
+def clear_gradients(task: Task) -> None:
+    """Set every ``.grad`` to None."""
+    for parameter in task.parameters:
+        if parameter.grad is not None:
+            parameter.grad = None
+
+
 class ModelWatch:
     """Notices that a model is no longer what it was when a graph was captured.
 

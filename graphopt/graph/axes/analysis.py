@@ -82,10 +82,7 @@ class Axes:
         self.groups()
         if node not in self._found.dims:
             raise AxisError(f"node: {node} is no operator or input of this graph")
-        found = self._found.dims[node]
-        if isinstance(found, list):
-            return tuple(tuple(map(self._dim, dims)) for dims in found)
-        return tuple(map(self._dim, found))
+        return self._dims_of(self._found.dims[node])
 
     def groups(self) -> tuple[Axis, ...]:
         """The axes that parameters, buffers, batch tensors or constants carry: what is coupled to be changed together.
@@ -168,6 +165,10 @@ class Axes:
                 statistics=tuple(statistics.get(leaf, ())),
             )  # fmt: skip
         return tuple(self._axes[leaf] for leaf in places)
+
+    def _dims_of(self, found: Any) -> tuple[Any, ...]:
+        """The dimensions of a value; of each element of a list (fused updates give lists of lists)."""
+        return tuple(map(self._dims_of if isinstance(found, list) else self._dim, found))
 
     def _dim(self, factor: Factor) -> Dim:
         factor = find(factor)
