@@ -30,16 +30,19 @@ from graphopt.passes.no_ops import NoOps
 from graphopt.passes.selective_saving import SelectiveSaving
 from graphopt.passes.shard_axes import ShardAxes
 from graphopt.passes.specialise import specialise
+from graphopt.passes.synchronise import BucketGradients, GatherAtOwner
 from graphopt.passes.zero_tangents import ZeroTangents
 
 __all__ = [
     "COPIES",
     "WEIGHTLESS",
+    "BucketGradients",
     "Change",
     "CommonSubexpressions",
     "ConstantFolding",
     "DeadCode",
     "FrozenFolding",
+    "GatherAtOwner",
     "GradientLiveness",
     "LayerDecision",
     "LivenessResult",

@@ -2,6 +2,7 @@
 
 from graphopt.schemes.base import Prepared, Runner, Scheme
 from graphopt.schemes.cuda_graphs import CudaGraphs
+from graphopt.schemes.data_parallel import DataParallel
 from graphopt.schemes.eager import Eager
 from graphopt.schemes.flat import Flat
 from graphopt.schemes.inductor import Inductor
@@ -17,6 +18,7 @@ __all__ = [
     "AUTO",
     "SCHEMES",
     "CudaGraphs",
+    "DataParallel",
     "Eager",
     "Flat",
     "Inductor",

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from graphopt.graph.hyper_parameters import Clip
+from graphopt.schemes.workers import Pools
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Task:
     accumulate: int = 1
     keep_grads: bool = False
     progress: Progress = field(default_factory=Progress, compare=False)
+    pools: Pools = field(default_factory=Pools, compare=False, repr=False)
 
     @property
     def begins(self) -> bool:

@@ -2,5 +2,6 @@
 
 from graphopt.schemes.workers.job import Job
 from graphopt.schemes.workers.pool import Pool
+from graphopt.schemes.workers.pools import Pools
 
-__all__ = ["Job", "Pool"]
+__all__ = ["Job", "Pool", "Pools"]

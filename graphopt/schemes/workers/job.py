@@ -10,12 +10,13 @@ import torch
 from graphopt.errors import GraphoptError
 from graphopt.graph.lowering import lower
 from graphopt.graph.op_rules import is_random
+from graphopt.graph.sizes import expression
 from graphopt.graph.step_module import active_autocast, autocast
 from graphopt.graph.training_graph import Input, InputKind, Output, TrainingGraph
 from graphopt.schemes.workers.interrupts import InterruptsWait
 from graphopt.schemes.workers.mirror import Shelf
 from graphopt.schemes.workers.settings import settings
-from graphopt.schemes.workers.shared_memory import Parcel
+from graphopt.schemes.workers.shared_memory import Parcel, Place, Segment, place_end, place_of
 from graphopt.schemes.workers.team import Team
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ class Job:
     of the batch, its place in it); ``outputs``: what a step gives in this process. All in the order of the graph.
     """
 
-    def __init__(self, pool: Pool, number: int, graph: TrainingGraph, own: Collection[Input] | None):
+    def __init__(
+        self, pool: Pool, number: int, graph: TrainingGraph, own: Collection[Input] | None,
+        gathered: Collection[Output] = (),
+    ):  # fmt: skip
         """Made by `Pool.load`."""
         self.graph = graph
         self.number = number
@@ -39,6 +43,9 @@ class Job:
         lowered = lower(graph, in_place=False)
         self.outputs: tuple[Output, ...] = lowered.outputs
         self._run = lowered.run
+        self._gathered = [k for k, output in enumerate(self.outputs) if output in gathered]
+        self._outboxes: list[Segment] = []
+        self._places = _outbox(graph, self._gathered)
         mine = [i.kind in _OWN_KINDS if own is None else i in own for i in graph.inputs]
         self._common = [k for k, m in enumerate(mine) if not m]
         self._own = [k for k, m in enumerate(mine) if m]
@@ -82,6 +89,12 @@ class Job:
                 commit(results)
         return results
 
+    def gathered(self, position: int) -> list[torch.Tensor]:
+        """What the workers gave for the output at ``position`` in the last step, in their order. The memory is theirs:
+        the next step overwrites it."""
+        place = self._places[self._gathered.index(position)]
+        return [outbox.view(place) for outbox in self._outboxes]
+
     # -- called by the pool ---------------------------------------------------------------------------------------
 
     def description(self, path: str) -> dict[str, Any]:
@@ -89,6 +102,7 @@ class Job:
         return {
             "do": "load", "job": self.number, "path": path,
             "common": self._common, "own": self._own, "random": self._random,
+            "gathered": [[k, place] for k, place in zip(self._gathered, self._places, strict=True)],
         }  # fmt: skip
 
     def send(self, team: Team, number: int, common: Sequence[Any], parts: Sequence[Sequence[Any]]) -> None:
@@ -99,6 +113,9 @@ class Job:
             self._team, self._shelf = team, Shelf(team.mirror, changing)
             self._parcels = [Parcel() for _ in team.workers]
             self._told: Any = None
+            nbytes = place_end(self._places[-1]) if self._places else 0
+            self._outboxes = [Segment.new(nbytes) for _ in team.workers] if nbytes else []
+            self._posted = False
         homes = self._shelf.refresh(tensors)
         shared: dict[str, Any] = {"do": "step", "job": self.number, "number": number, "settings": settings()}
         numbers = [value for value in common if not isinstance(value, torch.Tensor)]
@@ -108,7 +125,7 @@ class Job:
             shared["common"] = [{"home": next(names)} if isinstance(value, torch.Tensor) else value for value in common]
         shared["homes"], segments = team.mirror.news()
         state = [torch.get_rng_state()] if self._random else []
-        for worker, parcel, part in zip(team.workers, self._parcels, parts[1:], strict=True):
+        for i, (worker, parcel, part) in enumerate(zip(team.workers, self._parcels, parts[1:], strict=True)):
             own = [value for value in part if isinstance(value, torch.Tensor)]
             places, fresh = parcel.pack([*own, *state])
             message = {**shared, "parcel": fresh is not None}
@@ -116,12 +133,16 @@ class Job:
                 message["random"] = places.pop()
             rest = iter(places)
             message["own"] = [{"place": next(rest)} if isinstance(value, torch.Tensor) else value for value in part]
-            new = segments if fresh is None else [*segments, fresh]
+            new = [*segments, *([fresh] if fresh is not None else [])]
+            if self._outboxes and not self._posted:
+                new.append(self._outboxes[i])
+                message["outbox"] = True
             worker.tell(message, [segment.file for segment in new])
             if fresh is not None:
                 fresh.release()
-        for segment in segments:
+        for segment in [*segments, *(() if self._posted else self._outboxes)]:
             segment.release()
+        self._posted = True
 
     def run(self, common: Sequence[Any], part: Sequence[Any]) -> tuple[Any, ...]:
         """Do the part of this process."""
@@ -137,3 +158,15 @@ class Job:
     def random(self) -> bool:
         """Whether it draws random numbers."""
         return self._random
+
+
+def _outbox(graph: TrainingGraph, positions: Sequence[int]) -> list[Place]:
+    """Where a worker puts the outputs at these positions."""
+    places: list[Place] = []
+    for position in positions:
+        value = graph.results[position].meta["val"]  # type: ignore[union-attr]
+        if not all(isinstance(expression(size), int) for size in value.shape):
+            raise GraphoptError(f"gathered: {graph.outputs[position]} has no fixed size")
+        like = torch.empty(tuple(map(int, value.shape)), dtype=value.dtype, device="meta")
+        places.append(place_of(like, place_end(places[-1]) if places else 0))
+    return places

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from graphopt.errors import GraphoptError, GraphoptWarning, WorkerError
-from graphopt.graph.training_graph import Input, TrainingGraph
+from graphopt.graph.training_graph import Input, Output, TrainingGraph
 from graphopt.schemes.workers.job import Job
 from graphopt.schemes.workers.team import Team
 
@@ -56,7 +56,9 @@ class Pool:
         self._teams = [Team(processors, threads, timeout, self._name)]
         self._finalizer = weakref.finalize(self, _end, self._teams)
 
-    def load(self, graph: TrainingGraph, *, own: Collection[Input] | None = None) -> Job:
+    def load(
+        self, graph: TrainingGraph, *, own: Collection[Input] | None = None, gathered: Collection[Output] = ()
+    ) -> Job:
         """Send ``graph`` to all processors, to be run as often as one likes.
 
         Args:
@@ -64,13 +66,14 @@ class Pool:
                 Those of whatever group are made collectives of this pool. It holds no update: that is the caller's,
                 when all have finished (`Job.__call__`, ``commit``).
             own: the inputs that differ between processors; by default those of the batch, tangents and places.
+            gathered: outputs of which main gets every processor's value (`Job.gathered`), through shared memory.
 
         Raises:
             GraphoptError: the graph cannot be saved, or is not on the CPU.
             WorkerError: a worker cannot load it (an operator is not registered there), or is gone.
         """
         graph = _joined(graph, self._name)
-        job = Job(self, next(self._jobs), graph, own)
+        job = Job(self, next(self._jobs), graph, own, gathered)
         with self._lock:
             self._send(self._ready(), job)
         weakref.finalize(job, self._forgotten.append, job.number)

@@ -1,7 +1,7 @@
 """What a worker does: joins the other processors, loads graphs, runs its part of each step.
 
-It runs nothing but the operators of the graphs it is sent. It never commits anything: its results are dropped, as the
-collectives in the graph have given main its share of them.
+It runs nothing but the operators of the graphs it is sent. It never commits anything: what it gives goes to main by
+the collectives in the graph, or is put into memory that main reads; the rest is dropped.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Loaded:
     common: list[int]
     own: list[int]
     random: bool
+    gathered: list[tuple[int, Any]]
+    outbox: Segment | None = None
     homes: list[int] = field(default_factory=list)
 
 
@@ -93,13 +95,17 @@ class Processor:
         graph = TrainingGraph.load(message["path"])
         lowered = lower(graph, in_place=False)
         arguments = [None] * len(graph.inputs)
-        self._jobs[message["job"]] = Loaded(lowered, arguments, message["common"], message["own"], message["random"])
+        self._jobs[message["job"]] = Loaded(
+            lowered, arguments, message["common"], message["own"], message["random"], message["gathered"]
+        )
 
     def _step(self, message: Mapping[str, Any], files: list[int]) -> None:
         if message.get("settings", self._settings) != self._settings:
             self._settings = message["settings"]
             apply(self._settings)
         received = [Segment.received(file) for file in files]
+        if message.get("outbox"):
+            self._jobs[message["job"]].outbox = received.pop()
         if message.get("parcel"):
             self._parcel = received.pop()
         self._segments += received
@@ -115,7 +121,10 @@ class Processor:
             assert self._parcel is not None
             torch.set_rng_state(self._parcel.view(message["random"]).clone())
         with torch.no_grad():
-            job.lowered.run(*job.arguments)
+            results = job.lowered.run(*job.arguments)
+            for position, place in job.gathered:
+                assert job.outbox is not None
+                job.outbox.view(place).copy_(results[position])
 
     def _value(self, value: Any) -> Any:
         """A number as it is; ``{"home": number}`` and ``{"place": place}`` are tensors."""
