@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
 
+from graphopt.cost_model import Estimate, Machine
 from graphopt.graph.batch import BatchLayout
 from graphopt.schemes.task import Task
 
@@ -44,11 +45,19 @@ class Scheme(ABC):
 
     name: ClassVar[str]
     needs_graph: ClassVar[bool] = True
+    compiles: ClassVar[bool] = False  # its first step takes seconds, so that it is tried only where they pay back
 
     def why_not(self, prepared: Prepared, size: int) -> str | None:
         """Why this scheme cannot run a batch of ``size``; None if it can."""
         if self.needs_graph and prepared.step is None:
             return "the step could not be captured as a graph"
+        return None
+
+    def estimate(self, prepared: Prepared, size: int, machines: Callable[[int], Machine | None]) -> Estimate | None:
+        """The price of one step of ``size``; None where this scheme has none.
+
+        ``machines`` gives the calibrated machine for a number of threads, None if there is none.
+        """
         return None
 
     @abstractmethod

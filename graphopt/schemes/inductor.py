@@ -28,6 +28,7 @@ class Inductor(Flat):
     """
 
     name: ClassVar[str] = "inductor"
+    compiles: ClassVar[bool] = True
 
     def lowered(self, graph: TrainingGraph) -> Lowered:
         """See `Flat.lowered`; compilation happens at the first call."""
