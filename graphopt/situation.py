@@ -103,8 +103,8 @@ class Situation:
         elif index is not None:
             self._recall(index)
         terms = Terms(
-            build=lambda name: self._runner(feasible[name], index),
-            start_cost=lambda name: self._start_cost(feasible[name], prepared, size),
+            build=lambda scheme: self._runner(scheme, index),
+            start_cost=lambda scheme: self._start_cost(scheme, prepared, size),
             remaining=self._remaining,
             keep=lambda measured: self._keep(index, size, measured),
             parts=self.task.accumulate,

@@ -20,6 +20,7 @@ from graphopt.graph.hyper_parameters import structure_key
 from graphopt.graph.update import supported
 from graphopt.passes import Pass
 from graphopt.plan import Candidate, Plan
+from graphopt.probe_safety import Before, first_line, out_of_memory
 from graphopt.schemes import SCHEMES, ModelWatch, Scheme, Task
 from graphopt.situation import Settings, Situation
 
@@ -131,6 +132,7 @@ class TrainingStep:
     def _decide(self, situation: Situation, choice: Choice, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Run one real step by the candidate whose turn it is, and tell the choice how long it took."""
         while True:
+            before = Before(self.task)
             _synchronise(tensors)
             start = self._clock()
             try:
@@ -142,6 +144,11 @@ class TrainingStep:
             except CANNOT_RUN as error:
                 self._leave_out(situation, choice, error)
                 continue
+            except (RuntimeError, MemoryError) as error:
+                if not choice.has_others or not out_of_memory(error) or not before.restored():
+                    raise
+                self._leave_out(situation, choice, CaptureError(f"it ran out of memory: {first_line(error)}"))
+                continue
             _synchronise(tensors)
             seconds = self._clock() - start
             if not choice.needs_graph and self._watch is not None:
@@ -152,7 +159,7 @@ class TrainingStep:
     def _leave_out(self, situation: Situation, choice: Choice, error: GraphoptError) -> None:
         """The candidate whose turn it was cannot run; nothing was run. Eager stands in for the last one."""
         name = choice.turn
-        if not choice.needs_graph:
+        if not choice.needs_graph and not choice.has_others:
             raise error
         if self._settings.schemes is not None:  # what nobody asked for need not be missed
             self._warn(f"scheme {name!r} is left out: {error}")

@@ -23,6 +23,9 @@ HORIZON = 200
 SHARE, FREE_SECONDS = 0.02, 1.5
 """What measuring may cost: this share of the time of all steps, and some seconds besides."""
 
+ALONE = 3
+"""Timed steps of a candidate that has no other to be compared with yet."""
+
 RECHECK = 4
 """After how many times the pause, in steps, the scheme that a drift made us leave is tried again."""
 
@@ -32,7 +35,7 @@ class Terms:
     """What a choice takes from the step that it belongs to.
 
     Attributes:
-        build: the runner of a scheme by name; made at the first call.
+        build: the runner of a scheme, made at the first call.
         start_cost: seconds that the first step of a scheme takes more than any other, 0 where it is of no account.
         remaining: how many steps are still to come after so many at this size.
         keep: takes what was measured: scheme and measurement.
@@ -40,8 +43,8 @@ class Terms:
         timed: whether clocks show the time of a step without waiting for the device.
     """
 
-    build: Callable[[str], Runner]
-    start_cost: Callable[[str], float]
+    build: Callable[[Scheme], Runner]
+    start_cost: Callable[[Scheme], float]
     remaining: Callable[[int], float]
     keep: Callable[[Mapping[str, Measurement]], None]
     parts: int = 1
@@ -105,6 +108,11 @@ class Choice:
         return self.schemes[self.turn].needs_graph
 
     @property
+    def has_others(self) -> bool:
+        """Whether another candidate is there, should the one whose turn it is fail."""
+        return len(self.schemes) > 1
+
+    @property
     def steps(self) -> int:
         """How many steps were run at this size, those of a window that is not full left out."""
         return self._steps + self.pace.steps
@@ -112,7 +120,7 @@ class Choice:
     def runner(self) -> Runner:
         """The runner whose turn it is, built if need be."""
         if self.turn not in self._built:
-            self._built[self.turn] = self._terms.build(self.turn)
+            self._built[self.turn] = self._terms.build(self.schemes[self.turn])
         return self._built[self.turn]
 
     def fresh(self) -> bool:
@@ -130,10 +138,8 @@ class Choice:
             if belief is not None:
                 shown = belief.seconds, belief.low, belief.high, belief.source
                 self.plan.candidate(name).predicted = shown
-        if len(names) == 1:
-            self._choose(
-                names[0], "the only feasible candidate" if not self._late else "the only one that starts at once"
-            )
+        if len(names) == 1 and not self._late:
+            self._choose(names[0], "the only feasible candidate")
             return
         entrants, lost = contenders(names, beliefs)
         self._lose(lost)
@@ -151,11 +157,13 @@ class Choice:
             if len(entrants) == 1 and known[best].source == "interpolated":
                 self._choose(best, "predicted from other batch sizes", known[best].seconds, pause=WINDOW)
                 return
-        self._start([first, *(name for name in entrants if name != first)])
+        alone = len(entrants) == 1  # measured to weigh late ones against it
+        self._start([first, *(name for name in entrants if name != first)], rounds=ALONE if alone else ROUNDS)
 
-    def _start(self, names: Sequence[str], *, rounds: int = ROUNDS) -> None:
+    def _start(self, names: Sequence[str], *, rounds: int = ROUNDS, bounded: bool = True) -> None:
         horizon = self._terms.remaining(max(self.steps, HORIZON))
-        self._race = Race(names, rounds=rounds, allowance=lambda best: FREE_SECONDS + SHARE * horizon * best)
+        allowance = (lambda best: FREE_SECONDS + SHARE * horizon * best) if bounded else None
+        self._race = Race(names, rounds=rounds, allowance=allowance)
         self._steps += self.pace.steps
         self.pace = Pace(parts=self._terms.parts)
         self._elapsed, self._calls = 0.0, 0
@@ -307,12 +315,12 @@ class Choice:
             likely = self._landscape.likely(name, self.size, [n for n in self.schemes if n not in self._late])
             if best is None or likely is None:
                 continue
-            payback = Payback(self._terms.start_cost(name), best.seconds - likely)
+            payback = Payback(self._terms.start_cost(self.schemes[name]), best.seconds - likely)
             remaining = self._terms.remaining(self.steps)
             candidate.break_even = payback.steps if payback.gain > 0 else None
             if payback.worth(remaining):
                 self._late.remove(name)
-                self._start([self.plan.chosen, name])
+                self._start([self.plan.chosen, name], bounded=False)  # its cost was weighed
                 return
             if payback.gain <= 0:
                 candidate.lost = f"not tried: expected at {text(likely)}, no gain over {self.plan.chosen}"

@@ -32,7 +32,7 @@ def test_a_much_slower_candidate_is_dropped_after_one_timed_step():
 
 
 def test_the_first_step_is_not_timed():
-    made, ran = race({"a": lambda n: 50.0 if n == 0 else 1.0, "b": 2.0})
+    made, _ = race({"a": lambda n: 50.0 if n == 0 else 1.0, "b": 2.0})
     assert made.chosen() == "a" and made.warm_up["a"] == 50.0 and 50.0 not in made.samples["a"]
 
 
