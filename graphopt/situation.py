@@ -201,6 +201,18 @@ class Situation:
             self._runners[place] = scheme.build(self._prepare(index))
         return self._runners[place]
 
+    def runner(self, scheme: str, size: int) -> Runner:
+        """The runner of a feasible candidate for batches of a size; for measuring it by hand.
+
+        Raises:
+            KeyError: no candidate of this name was feasible so far.
+        """
+        return self._runner(self._by_name[scheme], self.admitting(size))
+
+    def compiles(self, scheme: str) -> bool:
+        """Whether a feasible candidate takes long to start."""
+        return self._by_name[scheme].compiles
+
     def discard(self, scheme: str) -> None:
         """This scheme cannot run: its runners are closed."""
         for place in [place for place in self._runners if place[0] == scheme]:

@@ -78,6 +78,14 @@ class TrainingStep:
             raise GraphoptError("plan: no batch was run yet; the first one is planned when it comes")
         return self._plan
 
+    @property
+    def situation(self) -> Situation:
+        """What is known of the model in its present state. Raises GraphoptError before the first batch."""
+        for situation in self._situations.values():
+            if any(choice.plan is self._plan for choice in situation.choices.values()):
+                return situation
+        raise GraphoptError("situation: no batch was run yet; the first one is planned when it comes")
+
     def close(self) -> None:
         """Give back what schemes hold (processes, recordings), and write what was measured. The step may be called
         again; it then plans anew."""

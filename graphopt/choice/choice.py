@@ -108,6 +108,11 @@ class Choice:
         return self.schemes[self.turn].needs_graph
 
     @property
+    def decided(self) -> bool:
+        """Whether nothing is being measured."""
+        return self._race is None
+
+    @property
     def has_others(self) -> bool:
         """Whether another candidate is there, should the one whose turn it is fail."""
         return len(self.schemes) > 1
