@@ -103,14 +103,14 @@ class Machine:
         now = fingerprint()
         if now in _CURRENT:
             return _CURRENT[now]
-        kept = load(path_of(now))
-        if kept is None:
+        machine = kept()
+        if machine is None:
             from graphopt.cost_model.calibrate import calibrate
 
-            kept = calibrate(progress=progress)
-            kept.save()
-        _CURRENT[now] = kept
-        return kept
+            machine = calibrate(progress=progress)
+            machine.save()
+        _CURRENT[now] = machine
+        return machine
 
     def stale(self) -> str:
         """Why the figures may no longer hold on this machine: what differs, or age; empty if they do."""
@@ -163,6 +163,28 @@ def fingerprint() -> tuple[tuple[str, Any], ...]:
         ("threads", torch.get_num_threads()),
         ("launcher", os.environ.get("KMP_AFFINITY") or os.environ.get("OMP_PROC_BIND") or ""),
     )
+
+
+def identity() -> str:
+    """The fingerprint of this machine as one line of text."""
+    return "; ".join(f"{name} {value}" for name, value in fingerprint() if value not in (None, ""))
+
+
+def kept(threads: int | None = None) -> Machine | None:
+    """The calibration of this machine that is at hand, None if there is none; nothing is measured.
+
+    Args:
+        threads: of torch, for which it holds; by default those that torch has now.
+    """
+    now = fingerprint()
+    if threads is not None:
+        now = tuple((name, threads if name == "threads" else value) for name, value in now)
+    if now not in _CURRENT:
+        found = load(path_of(now))
+        if found is None:
+            return None
+        _CURRENT[now] = found
+    return _CURRENT[now]
 
 
 def processor_name() -> str:

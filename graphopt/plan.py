@@ -3,39 +3,97 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
+from graphopt.cost_model import Estimate
+from graphopt.cost_model.measured import Measurement
 from graphopt.graph.training_graph import TrainingGraph
 from graphopt.passes import LivenessResult, PassResult
 
 
+class Crossover(NamedTuple):
+    """From batch ``size`` on, ``after`` is the best scheme; up to it ``before`` was."""
+
+    size: int
+    before: str
+    after: str
+
+
 @dataclass
 class Candidate:
-    """One scheme: why it cannot run, or the seconds of its steps so far."""
+    """One scheme: what its step should take, what it took, and why it does not run.
+
+    Attributes:
+        scheme: its name.
+        why_not: why it cannot run.
+        seconds: of its timed steps so far.
+        measurement: median, interval and number of steps, those of an earlier process included; None before.
+        predicted: seconds, low and high that were expected of a step, and the source (``priced``, ``interpolated``,
+            ``stored``); None where nothing was known.
+        estimate: the price by the cost model, with its terms.
+        start_seconds: what its first step took, with building and compiling.
+        lost: why another one was preferred.
+        break_even: steps after which its start is paid back, where that decides.
+    """
 
     scheme: str
     why_not: str | None = None
     seconds: list[float] = field(default_factory=list)
+    measurement: Measurement | None = None
+    predicted: tuple[float, float, float, str] | None = None
+    estimate: Estimate | None = field(default=None, repr=False, compare=False)
+    start_seconds: float | None = None
+    lost: str = ""
+    break_even: float | None = None
 
     @property
     def median_seconds(self) -> float | None:
         """Median seconds of a step, None before it was measured."""
+        if self.measurement is not None:
+            return self.measurement.seconds
         return median(self.seconds) if self.seconds else None
 
-    def line(self, chosen: bool) -> str:
-        """One line for a person."""
-        mark = "->" if chosen else "  "
-        if self.why_not:
-            return f"{mark} {self.scheme}: left out, {self.why_not}"
-        if not self.seconds:
-            return f"{mark} {self.scheme}: not measured"
-        low, high = min(self.seconds), max(self.seconds)
-        measured = (
-            f"{_time(median(self.seconds))} a step (median of {len(self.seconds)}, {_time(low)} to {_time(high)})"
-        )
-        return f"{mark} {self.scheme}: {measured}"
+    def row(self, chosen: bool) -> tuple[str, ...]:
+        """Cells of a table for a person: mark, scheme, measured seconds, interval and steps, price, why it lost."""
+        took = self.median_seconds
+        measured = "not measured" if took is None else _time(took)
+        spread = ""
+        if self.measurement is not None:
+            m = self.measurement
+            spread = f"{_time(m.low)} to {_time(m.high)}, {_count(m.runs, 'step')}"
+        expected = "" if self.predicted is None else f"{_time(self.predicted[0])} {self.predicted[3]}"
+        why = f"left out, {self.why_not}" if self.why_not else self.lost
+        if self.why_not and took is None:
+            measured = ""
+        return "->" if chosen else "  ", self.scheme, measured, spread, expected, why
+
+    def terms(self) -> str:
+        """The price by term, for a person; empty without one."""
+        if self.estimate is None:
+            return ""
+        parts = [f"{name} {_time(seconds)}" for name, seconds in self.estimate.terms.items() if seconds > 0]
+        if self.estimate.compile_seconds:
+            parts.append(f"once to compile {_time(self.estimate.compile_seconds)}")
+        return f"{self.scheme}: {_time(self.estimate.seconds)} = {' + '.join(parts)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data (JSON-able)."""
+        return {
+            "scheme": self.scheme,
+            "why_not": self.why_not,
+            "seconds": list(self.seconds),
+            "median_seconds": self.median_seconds,
+            "interval": None if self.measurement is None else [self.measurement.low, self.measurement.high],
+            "runs": 0 if self.measurement is None else self.measurement.runs,
+            "predicted": None if self.predicted is None else list(self.predicted),
+            "estimate": None if self.estimate is None else self.estimate.to_dict(),
+            "start_seconds": self.start_seconds,
+            "lost": self.lost,
+            "break_even": self.break_even,
+        }
 
 
 @dataclass(frozen=True)
@@ -61,19 +119,30 @@ class GraphFacts:
 
 @dataclass
 class Plan:
-    """The decision for one batch size: every candidate, what was measured, which runs and why, what passes did.
+    """The decision for one batch size: every candidate, what was measured, which was chosen and why, what passes did.
 
-    ``explain()`` prints it for a person, ``to_dict()`` gives it to a program.
+    ``explain()`` prints it for a person, ``to_dict()`` gives it to a program, ``crossovers()`` looks over batch sizes.
+
+    ``graph`` may be a function that counts the figures of `facts` when they are asked for: counting takes longer than
+    deciding.
     """
 
     batch_size: int
     candidates: list[Candidate]
     chosen: str
     reason: str
-    facts: GraphFacts | None = None
+    graph: GraphFacts | Callable[[], GraphFacts] | None = field(default=None, repr=False, compare=False)
     passes: PassResult | None = None
     valid_where: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    over_sizes: Callable[[], list[Crossover]] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def facts(self) -> GraphFacts | None:
+        """Figures of the captured step, None where it was not captured."""
+        if callable(self.graph):
+            self.graph = self.graph()
+        return self.graph
 
     def candidate(self, scheme: str) -> Candidate:
         """The candidate of that name. Raises KeyError if there is none."""
@@ -82,10 +151,22 @@ class Plan:
                 return candidate
         raise KeyError(scheme)
 
+    def crossovers(self) -> list[Crossover]:
+        """Batch sizes at which the best scheme changes, from what is priced and measured so far: (size, before, after).
+
+        At batch sizes that were decided on it is the decision that counts, between them the least expected seconds.
+        """
+        return [] if self.over_sizes is None else self.over_sizes()
+
     def explain(self, *, layers: bool = False) -> str:
         """The plan as text. With ``layers``: also what gradient liveness decided for each forward operator."""
         lines = [f"batch size {self.batch_size}: {self.chosen} ({self.reason})", "candidates:"]
-        lines += [f"  {c.line(c.scheme == self.chosen)}" for c in self.candidates]
+        lines += [f"  {line}" for line in _aligned([c.row(c.scheme == self.chosen) for c in self.candidates])]
+        if terms := [line for line in (c.terms() for c in self.candidates) if line]:
+            lines += ["prices by term:", *(f"     {line}" for line in terms)]
+        if crossovers := self.crossovers():
+            changes = ", ".join(f"{c.after} instead of {c.before} from {c.size} on" for c in crossovers)
+            lines.append(f"over batch sizes: {changes}")
         if self.facts is not None:
             f = self.facts
             lines += [
@@ -112,7 +193,8 @@ class Plan:
             "batch_size": self.batch_size,
             "chosen": self.chosen,
             "reason": self.reason,
-            "candidates": [{**asdict(c), "median_seconds": c.median_seconds} for c in self.candidates],
+            "candidates": [c.to_dict() for c in self.candidates],
+            "crossovers": [list(c) for c in self.crossovers()],
             "facts": asdict(self.facts) if self.facts else None,
             "changes": [asdict(c) for c in passes.changes] if passes else [],
             "refusals": [asdict(r) for r in passes.refusals] if passes else [],
@@ -123,6 +205,12 @@ class Plan:
 
     def __str__(self) -> str:
         return self.explain()
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """Rows of cells as lines with aligned columns; columns without text are left out."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths) if width).rstrip() for row in rows]
 
 
 def _pass_lines(result: PassResult, most: int = 4) -> list[str]:

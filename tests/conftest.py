@@ -2,6 +2,7 @@
 
 import os
 import random
+from pathlib import Path
 
 # Before the first import of torch or transformers: nothing is downloaded, and nothing starts more threads
 # than the test processes already have.
@@ -53,6 +54,12 @@ def _repeatable() -> None:
     torch.manual_seed(SEED)
     random.seed(SEED)
     np.random.seed(SEED)
+
+
+@pytest.fixture(autouse=True)
+def _no_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Calibrations and measured steps of the user are neither read nor written."""
+    monkeypatch.setenv("GRAPHOPT_CACHE_DIR", str(tmp_path / "cache"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

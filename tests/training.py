@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphopt
-from graphopt import step as step_module
+from graphopt import capturing
 from graphopt.graph.hyper_parameters import ClipNorm, ClipValue
 
 Batch = tuple[torch.Tensor, ...]
@@ -213,18 +213,18 @@ def untouched(model: nn.Module, optimizers: Any = ()) -> Iterator[None]:
 def counted_captures() -> Iterator[list[int]]:
     """The batch sizes at which steps are captured within."""
     sizes: list[int] = []
-    original = step_module.capture_task
+    original = capturing.capture_task
 
     def counting(task: Any, batch: Any, passes: Any) -> Any:
         made = original(task, batch, passes)
         sizes.append(made.graph.symbols.hints["batch"])
         return made
 
-    step_module.capture_task = counting
+    capturing.capture_task = counting
     try:
         yield sizes
     finally:
-        step_module.capture_task = original
+        capturing.capture_task = original
 
 
 @contextmanager

@@ -78,6 +78,7 @@ class Scheme(ABC):
 
     kind: ClassVar[str]
     needs_graph: ClassVar[bool] = True
+    compiles: ClassVar[bool] = False  # its first step takes seconds, so that it is tried only where they pay back
 
     @property
     def name(self) -> str:

@@ -30,6 +30,7 @@ class Inductor(Flat):
 
     kind: ClassVar[str] = "inductor"
     mode: ClassVar[Mode] = "compiled"
+    compiles: ClassVar[bool] = True
 
     def lowered(self, graph: TrainingGraph) -> Lowered:
         """See `Flat.lowered`; compilation happens at the first call."""

@@ -1,0 +1,292 @@
+"""How good the choice of a scheme is: every candidate measured in turn, and what was chosen beside the best of them.
+
+    python -m benchmarks.selection [--only PATTERN ...] [--batches N ...] [--seconds N] [--compilers] [--no-schedule]
+
+For each model and batch size: the regret of the choice (the chosen candidate and the best one re-measured in fresh
+interleaved runs; 0 where their intervals meet), the step beside eager as written, eager with a fused optimizer and,
+with ``--compilers``, ``torch.compile`` with defaults, and the total time of 100, 1,000 and 10,000 steps, capture and
+measuring included, against the best candidate held fixed. For each model: a run whose batch size doubles from 4 to 256
+and back, with equal samples at each size, against each of the same held fixed.
+
+A calibration of this machine is used if there is one; what was measured by earlier runs is not. Nothing else should
+run on the machine meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from scipy.stats import gmean
+from torch import nn
+
+import graphopt
+from benchmarks import zoo
+from benchmarks.measure import eager_step, machine_description, print_table, write_json
+from graphopt.cost_model.cache import cache_dir
+from graphopt.cost_model.calibrate import settle_allocator
+from graphopt.cost_model.machine import kept
+from graphopt.cost_model.measured import Measurement, measure
+
+RESULTS = Path(__file__).parent / "results" / "selection.json"
+
+MODELS = (
+    "mlp", "resnet18", "resnet50", "mobilenet_v2", "vgg11", "alexnet", "vit_small", "gpt2", "lstm_classifier",
+    "transformer_encoder",
+)  # fmt: skip
+BATCHES = (1, 4, 16, 64, 256)
+SCHEDULE = (4, 8, 16, 32, 64, 128, 256)
+LONGEST = 1.0
+"""Seconds of a step; larger batches of a model are left out."""
+
+EAGER, FUSED, COMPILE = "eager", "eager, fused optimizer", "torch.compile"
+HORIZONS = (100, 1_000, 10_000)
+
+Step = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model at one batch size. Times in seconds; ``totals`` by number of steps: ours, and the best held fixed."""
+
+    model: str
+    batch: int
+    chosen: str
+    best: str
+    candidates: int
+    probed_steps: int
+    until_decided: float
+    seconds: float
+    regret: float
+    speedup: Mapping[str, float]
+    totals: Mapping[int, tuple[float, float]]
+    all_seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One model under a batch size that doubles and comes back: seconds of ours and of each held fixed."""
+
+    model: str
+    samples: int
+    ours: float
+    fixed: Mapping[str, float]
+    own: Mapping[str, float]
+
+
+def _made(case: zoo.Case, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = case.build()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-5, **options)
+
+
+def _given(batch: Any) -> tuple[Any, ...]:
+    return (batch,) if isinstance(batch, dict) else batch
+
+
+def baselines(case: zoo.Case, compilers: bool) -> dict[str, Step]:
+    """The steps that a user would write, each with a model of its own."""
+    found: dict[str, Step] = {}
+    for name, options in ((EAGER, {}), (FUSED, {"fused": True})):
+        found[name] = eager_step(*_made(case, **options), case.loss)
+    if compilers:
+        torch.compiler.reset()
+        model, optimizer = _made(case)
+        found[COMPILE] = eager_step(torch.compile(model), optimizer, case.loss)
+    return found
+
+
+def ours(case: zoo.Case, schemes: Any = "auto") -> Any:
+    """The optimised step of a fresh model."""
+    model, optimizer = _made(case)
+    return graphopt.optimize(model, case.batch(2), loss=case.loss, optimizer=optimizer, schemes=schemes)
+
+
+def row(case: zoo.Case, size: int, written: Mapping[str, Step], seconds: float) -> Row:
+    """Decide at one batch size in a fresh training, then measure every candidate in turn."""
+    torch.manual_seed(1)
+    batch = case.batch(size)
+    step, probed = ours(case), 0
+    start = perf_counter()
+    while probed == 0 or not step.situation.choices[size].decided:
+        step(*_given(batch))
+        probed += 1
+    until_decided = perf_counter() - start
+    plan, situation = step.plan, step.situation
+    tensors = list(batch.values()) if isinstance(batch, dict) else list(batch)
+    runners = {
+        c.scheme: partial(situation.runner(c.scheme, size), tensors)
+        for c in plan.candidates
+        if c.why_not is None and (c.start_seconds is not None or not situation.compiles(c.scheme))
+    }
+    starts = {}
+    for name, run in runners.items():  # first runs of those that were not tried
+        begun = perf_counter()
+        run()
+        starts[name] = plan.candidate(name).start_seconds or perf_counter() - begun
+    every = measure(runners, seconds=seconds, rounds=(7, 30), warmup=1, precision=0.01)
+    best = min(every, key=lambda name: every[name].seconds)
+    again = measure({name: runners[name] for name in {plan.chosen, best}}, seconds=seconds, rounds=(11, 50), warmup=1)
+    beside = measure(
+        {"ours": partial(step, *_given(batch)), **{name: partial(s, *_given(batch)) for name, s in written.items()}},
+        seconds=seconds, rounds=(7, 30), warmup=2, precision=0.02,
+    )  # fmt: skip
+    result = Row(
+        case.name, size, plan.chosen, best, len(runners), probed, until_decided, again[plan.chosen].seconds,
+        regret=_regret(again[plan.chosen], again[best]),
+        speedup={name: beside[name].seconds / beside["ours"].seconds for name in written},
+        totals={n: _totals(n, plan, every, again, starts, probed, until_decided) for n in HORIZONS},
+        all_seconds={name: found.seconds for name, found in every.items()},
+    )  # fmt: skip
+    step.close()
+    return result
+
+
+def _regret(chosen: Measurement, best: Measurement) -> float:
+    """How much longer the chosen takes, 0 where the intervals meet."""
+    return 0.0 if chosen.low <= best.high else chosen.seconds / best.seconds - 1
+
+
+def _totals(
+    steps: int, plan: Any, every: Mapping[str, Measurement], again: Mapping[str, Measurement],
+    starts: Mapping[str, float], probed: int, until_decided: float,
+) -> tuple[float, float]:  # fmt: skip
+    """Seconds of so many steps with all that goes before: ours, and the best candidate held fixed."""
+    each = {name: again.get(name, found).seconds for name, found in every.items()}
+    mine = until_decided + max(steps - probed, 0) * each[plan.chosen]
+    capture = plan.facts.capture_seconds if plan.facts else 0.0
+    fixed = (starts[n] + (capture if n != EAGER else 0.0) + (steps - 1) * s for n, s in each.items())
+    return mine, min(fixed)
+
+
+def schedule(case: zoo.Case, samples: int, compilers: bool, candidates: Sequence[str]) -> Schedule:
+    """Train over batch sizes that double and come back; ours, and each way held fixed, in turn."""
+    sizes = [*SCHEDULE, *reversed(SCHEDULE[:-1])]
+    batches = {size: _given(case.batch(size)) for size in SCHEDULE}
+
+    def total(step: Step) -> float:
+        start = perf_counter()
+        for size in sizes:
+            for _ in range(max(samples // size, 1)):
+                step(*batches[size])
+        return perf_counter() - start
+
+    mine = total(ours(case))
+    fixed = {name: total(step) for name, step in baselines(case, compilers).items()}
+    own = {name: total(ours(case, [name])) for name in candidates}
+    return Schedule(case.name, samples, mine, fixed, own)
+
+
+def claims(rows: Sequence[Row], schedules: Sequence[Schedule]) -> list[dict[str, Any]]:
+    """The table of claims, each with its bar."""
+    regrets = [r.regret for r in rows]
+    made: list[tuple[str, float | None, float]] = [
+        ("regret, mean", 0.02, float(np.mean(regrets))),
+        ("regret, 95th percentile", 0.05, float(np.quantile(regrets, 0.95))),
+    ]
+    for name, bar in ((EAGER, 1.3), (FUSED, None), (COMPILE, 1.2)):
+        if all(name in r.speedup for r in rows):
+            made.append((f"geometric mean against {name}", bar, float(gmean([r.speedup[name] for r in rows]))))
+    better = [min(r.speedup[EAGER], r.speedup[FUSED]) for r in rows]
+    made.append(("geometric mean against the better eager", 1.1, float(gmean(better))))
+    made.append(("slowest against the best as users write them", 0.97, min(min(r.speedup.values()) for r in rows)))
+    for steps in HORIZONS:
+        behind = [r.totals[steps][0] - 1.03 * r.totals[steps][1] for r in rows]
+        bar = 2.0 if steps == HORIZONS[0] else 0.0
+        made.append((f"seconds beyond 3 % behind the best fixed, {steps:,} steps, most", bar, max(behind)))
+    if schedules:
+        made.append(("doubling batch against the best written, most", 0.85,
+                     max(s.ours / min(s.fixed.values()) for s in schedules)))  # fmt: skip
+        if own := [s.ours / min(s.own.values()) for s in schedules if s.own]:
+            made.append(("doubling batch against our own best held fixed, most", 1.0, max(own)))
+    return [{"claim": name, "bar": bar, "measured": value} for name, bar, value in made]
+
+
+def _rows(case: zoo.Case, sizes: Sequence[int], compilers: bool, seconds: float) -> Iterator[Row]:
+    written = baselines(case, compilers)
+    for size in sorted(sizes):
+        batch = _given(case.batch(size))
+        written[EAGER](*batch)
+        start = perf_counter()
+        written[EAGER](*batch)
+        if perf_counter() - start > LONGEST:
+            return
+        yield row(case, size, written, seconds)
+
+
+def _own_cache() -> tempfile.TemporaryDirectory[str]:
+    """A cache folder with the calibrations of this machine, and nothing measured."""
+    folder = tempfile.TemporaryDirectory(prefix="graphopt-selection-")
+    for path in cache_dir().glob("machine-*.json"):
+        shutil.copy(path, folder.name)
+    os.environ["GRAPHOPT_CACHE_DIR"] = folder.name
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.selection", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--only", metavar="PATTERN", nargs="+", default=list(MODELS), help="names of models")
+    parser.add_argument("--batches", metavar="N", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--seconds", type=float, default=6.0, help="for each measurement (%(default)s)")
+    parser.add_argument("--samples", type=int, default=2048, help="at each size of the schedule (%(default)s)")
+    parser.add_argument("--compilers", action="store_true", help="torch.compile as a baseline too")
+    parser.add_argument("--no-schedule", action="store_true", help="without the run of doubling batches")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON to write")
+    options = parser.parse_args(arguments)
+    cases = [c for c in zoo.CASES if c.captures and any(fnmatch(c.name, p) for p in options.only)]
+    if not cases:
+        parser.error(f"no model matches {options.only!r}")
+    warnings.simplefilter("ignore", graphopt.GraphoptWarning)  # the plan says the same
+    settle_allocator()
+    rows: list[Row] = []
+    schedules: list[Schedule] = []
+    with _own_cache(), Progress() as bar:
+        calibrated = kept() is not None
+        for case in bar.track(cases, description="models"):
+            for found in _rows(case, options.batches, options.compilers, options.seconds):
+                rows.append(found)
+                speed = "  ".join(f"{s:.2f} x {name}" for name, s in found.speedup.items())
+                bar.console.print(
+                    f"{case.name} {found.batch}: {found.chosen} after {found.probed_steps} steps, best {found.best}, "
+                    f"regret {found.regret:.1%}  {speed}"
+                )
+            if not options.no_schedule:
+                own = dict.fromkeys(r.chosen for r in rows if r.model == case.name)
+                schedules.append(schedule(case, options.samples, options.compilers, list(own)))
+                bar.console.print(f"{case.name}: {schedules[-1]}")
+            _write(options.output, rows, schedules, calibrated)  # an interrupted run loses nothing
+    print_table(claims(rows, schedules), title="the choice" + ("" if calibrated else ", without prices"))
+    return 0
+
+
+def _write(path: Path, rows: Sequence[Row], schedules: Sequence[Schedule], calibrated: bool) -> None:
+    if not rows:
+        return
+    write_json(
+        path,
+        {
+            "machine": machine_description(), "calibrated": calibrated, "claims": claims(rows, schedules),
+            "rows": [asdict(r) for r in rows], "schedules": [asdict(s) for s in schedules],
+        },
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""`Prices`: what candidates should take on this machine, where it was calibrated; and whether a start pays back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+
+from graphopt.cost_model import Estimate, Machine
+from graphopt.cost_model.machine import kept
+from graphopt.errors import CostModelError
+from graphopt.schemes import Prepared, Scheme
+
+log = logging.getLogger("graphopt")
+
+UNCALIBRATED = (
+    "this machine is not calibrated, so candidates have no prices; `graphopt calibrate` (a minute) gives some"
+)
+"""What a plan says then."""
+
+
+class Prices:
+    """Prices of schemes by batch size, each made once. Nothing is ever calibrated here.
+
+    Args:
+        machines: number of threads -> the calibration for so many, None if there is none; by default what
+            ``graphopt calibrate`` has kept.
+    """
+
+    def __init__(self, machines: Callable[[int], Machine | None] = kept):
+        self._find = machines
+        self._machines: dict[int, Machine | None] = {}
+        self._made: dict[Hashable, Estimate | None] = {}
+        self._peaks: dict[Hashable, int | None] = {}
+
+    def machine(self, threads: int) -> Machine | None:
+        """The calibration for a number of threads; looked for once."""
+        if threads not in self._machines:
+            self._machines[threads] = self._find(threads)
+        return self._machines[threads]
+
+    def of(self, scheme: Scheme, prepared: Prepared, size: int) -> Estimate | None:
+        """The price of one step, None where there is none."""
+        key = (scheme.name, id(prepared), size)
+        if key not in self._made:
+            self._made[key] = _estimate(scheme, prepared, size, self._fitting(prepared))
+        return self._made[key]
+
+    def peak_bytes(self, scheme: Scheme, prepared: Prepared, size: int) -> int | None:
+        """The most memory of one step, bytes; needs no calibration. None where it is not known."""
+        priced = self.of(scheme, prepared, size)
+        if priced is not None:
+            return priced.peak_bytes
+        key = (scheme.name, id(prepared), size)
+        if key not in self._peaks:
+            counted = _estimate(scheme, prepared, size, _any_machine)
+            self._peaks[key] = None if counted is None else counted.peak_bytes
+        return self._peaks[key]
+
+    def _fitting(self, prepared: Prepared) -> Callable[[int], Machine | None]:
+        """Calibrations of the kind of device that the batch is on."""
+
+        def find(threads: int) -> Machine | None:
+            machine = self.machine(threads)
+            kinds = {device.type for device in prepared.layout.devices}
+            return machine if machine is not None and machine.device in kinds else None
+
+        return find
+
+
+def _estimate(
+    scheme: Scheme, prepared: Prepared, size: int, machines: Callable[[int], Machine | None]
+) -> Estimate | None:
+    try:
+        return scheme.estimate(prepared, size, machines)
+    except CostModelError as error:  # a dtype without a rate, a size outside of the guards
+        log.info("no price of %s at batch size %d: %s", scheme.name, size, error)
+        return None
+
+
+def _any_machine(threads: int) -> Machine:
+    """A machine for counting bytes, in which no speed plays a part."""
+    return replace(Machine.named("A100"), device="cpu", fingerprint={"threads": threads})
+
+
+@dataclass(frozen=True)
+class Payback:
+    """Whether a candidate that is dear to start is worth its start.
+
+    Attributes:
+        cost: seconds once.
+        gain: seconds a step that it should be faster by; 0 or less: none.
+    """
+
+    cost: float
+    gain: float
+
+    @property
+    def steps(self) -> float:
+        """Steps after which the start is paid back, infinite where nothing is gained.
+
+        >>> Payback(cost=40.0, gain=0.01).steps
+        4000.0
+        """
+        return self.cost / self.gain if self.gain > 0 else float("inf")
+
+    def worth(self, remaining: float) -> bool:
+        """Whether so many steps pay it back."""
+        return self.gain * remaining > self.cost
