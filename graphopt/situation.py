@@ -15,6 +15,7 @@ from graphopt.errors import GraphoptError
 from graphopt.graph.batch import BatchLayout
 from graphopt.plan import Candidate, Crossover, GraphFacts, Plan
 from graphopt.schemes import SCHEMES, ModelWatch, Prepared, Runner, Scheme, Task, candidates
+from graphopt.schemes.data_parallel import data_parallel
 from graphopt.schemes.flat import CapturedStep
 
 UNKNOWN_START = 30.0
@@ -162,6 +163,10 @@ class Situation:
                 threads = torch.get_num_threads()
                 counts = tuple(dict.fromkeys((threads, 1)))
                 found = candidates(self.task, prepared, threads=counts, precision=self.settings.precision)
+                if (self.settings.processors or 1) > 1:
+                    first, *others = found
+                    owner, reduced = data_parallel(self.settings.processors or 1, self.settings.batch_norm)
+                    found = (first, owner, *others, reduced)
             self._schemes[key] = tuple({scheme.name: scheme for scheme in found}.values())
         return self._schemes[key]
 

@@ -64,11 +64,13 @@ def optimize(
         clip: largest gradient norm (a float), `ClipNorm` or `ClipValue`.
         accumulate: batches per update; the loss of each is divided by it, gradients so far lie in ``.grad``.
         schemes: ``"auto"``, or names and `Scheme` objects to choose from.
-        processors: this version has one.
+        processors: up to so many processors of this machine may share a batch: this process, and workers that it starts
+            and stops. One by default.
         steps: how many training steps there will be, where that is known: a scheme that takes long to compile is tried
             if it pays back in those. Without it as many are expected as there were so far.
         precision: ``"bf16"`` allows schemes that compute forward and loss in it; by default none does.
-        batch_norm: of schemes on several processors.
+        batch_norm: of schemes on several processors: ``"synchronized"`` normalises by statistics of the whole batch,
+            ``"local"`` by those of each processor's rows, as DistributedDataParallel does.
         memory: bytes that a step may need at its peak, parameters and optimizer state included; schemes that need more
             are left out.
         verify: check each captured step against eager and a float64 reference before it runs; a pass that fails is
@@ -90,21 +92,21 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise GraphoptError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    for name, value, only in (
-        ("processors", processors, (None, 1)), ("precision", precision, (None, "fp32", "bf16")),
+    for name, chosen, known in (
+        ("precision", precision, (None, "fp32", "bf16")),
         ("batch_norm", batch_norm, ("synchronized", "local")),
-    ):  # fmt: skip
-        if value not in only:
-            raise GraphoptError(f"{name}: expected one of {only}, got {value!r}; nothing else is supported yet")
+    ):
+        if chosen not in known:
+            raise GraphoptError(f"{name}: expected one of {known}, got {chosen!r}; nothing else is supported yet")
     for name, value, unit in (
-        ("accumulate", accumulate, ""), ("steps", 1 if steps is None else steps, ""),
-        ("memory", 1 if memory is None else memory, " (bytes)"),
+        ("accumulate", accumulate, ""), ("processors", 1 if processors is None else processors, ""),
+        ("steps", 1 if steps is None else steps, ""), ("memory", 1 if memory is None else memory, " (bytes)"),
     ):  # fmt: skip
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise GraphoptError(f"{name}: expected a positive integer{unit}, got {value!r}")
-    for name, value in (("verify", verify), ("keep_grads", keep_grads)):
-        if not isinstance(value, bool):
-            raise GraphoptError(f"{name}: expected True or False, got {value!r}")
+    for name, flag in (("verify", verify), ("keep_grads", keep_grads)):
+        if not isinstance(flag, bool):
+            raise GraphoptError(f"{name}: expected True or False, got {flag!r}")
     if loss is not None and loss != ModelLoss and not callable(loss):
         raise GraphoptError(f"loss: expected a callable, None or {ModelLoss!r}, got {loss!r}")
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):

@@ -13,7 +13,7 @@ from graphopt.capturing import Capturing
 from graphopt.choice import Choice, Prices, Records
 from graphopt.cost_model import Machine
 from graphopt.cost_model.machine import kept
-from graphopt.errors import CaptureError, GraphoptError, GraphoptWarning, PassError
+from graphopt.errors import CaptureError, GraphoptError, GraphoptWarning, PassError, WorkerError
 from graphopt.graph.batch import BatchLayout, flatten, one_batch
 from graphopt.graph.batch_shape import check_dimensions, dimensions
 from graphopt.graph.hyper_parameters import structure_key
@@ -24,7 +24,7 @@ from graphopt.probe_safety import Before, first_line, out_of_memory
 from graphopt.schemes import SCHEMES, ModelWatch, Scheme, Task
 from graphopt.situation import Settings, Situation
 
-CANNOT_RUN = (CaptureError, PassError)
+CANNOT_RUN = (CaptureError, PassError, WorkerError)
 """What a runner raises that cannot run, before anything was changed: another candidate takes the batch."""
 
 
@@ -92,6 +92,7 @@ class TrainingStep:
         for situation in self._situations.values():
             situation.close()
         self._run_before = self.run_so_far()
+        self.task.pools.close()
         self._situations.clear()
         self._quick.clear()
         self._records.flush()
@@ -167,9 +168,9 @@ class TrainingStep:
     def _leave_out(self, situation: Situation, choice: Choice, error: GraphoptError) -> None:
         """The candidate whose turn it was cannot run; nothing was run. Eager stands in for the last one."""
         name = choice.turn
-        if not choice.needs_graph and not choice.has_others:
+        if choice.schemes[name].required or (not choice.needs_graph and not choice.has_others):
             raise error
-        if self._settings.schemes is not None:  # what nobody asked for need not be missed
+        if self._settings.schemes is not None or isinstance(error, WorkerError):  # what nobody asked for is not missed
             self._warn(f"scheme {name!r} is left out: {error}")
         situation.discard(name)
         if not choice.fail(name, str(error)):

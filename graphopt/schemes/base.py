@@ -74,10 +74,13 @@ class Scheme(ABC):
     (`estimate`), and `build` a runner.
 
     A scheme must compute what eager computes; one that may round differently says so.
+
+    ``required``: training stops with the error where this scheme cannot run, instead of going on with another one.
     """
 
     kind: ClassVar[str]
     needs_graph: ClassVar[bool] = True
+    required: bool = field(default=False, kw_only=True)
     compiles: ClassVar[bool] = False  # its first step takes seconds, so that it is tried only where they pay back
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
@@ -124,6 +125,17 @@ class DataParallel(Scheme):
         return replace(
             steps, seconds=seconds, terms=terms, interval=(steps.interval[0] * share, steps.interval[1] * share)
         )
+
+
+def data_parallel(processors: int, batch_norm: str) -> tuple[DataParallel, DataParallel]:
+    """The data-parallel schemes for so many processors, which share the cores of this machine; best guess first."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = max(cores // processors, 1)
+    by_owner, reduced = (
+        DataParallel(processors, synchronise, batch_norm, threads)  # type: ignore[arg-type]
+        for synchronise in ("owner", "all-reduce")
+    )
+    return by_owner, reduced
 
 
 @dataclass(frozen=True)
