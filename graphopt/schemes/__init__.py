@@ -5,6 +5,7 @@ from graphopt.schemes.cuda_graphs import CudaGraphs
 from graphopt.schemes.eager import Eager
 from graphopt.schemes.flat import Flat
 from graphopt.schemes.inductor import Inductor
+from graphopt.schemes.micro_batches import MicroBatches
 from graphopt.schemes.task import ModelWatch, Task
 
 SCHEMES: dict[str, Scheme] = {scheme.kind: scheme for scheme in (Flat(), Eager(), Inductor(), CudaGraphs())}
@@ -20,6 +21,7 @@ __all__ = [
     "Eager",
     "Flat",
     "Inductor",
+    "MicroBatches",
     "ModelWatch",
     "Prepared",
     "Runner",
