@@ -14,7 +14,7 @@ from operator import getitem
 import torch
 from torch import fx
 
-from graphopt.graph.axes import Axis, Form
+from graphopt.graph.axes import Axis, Dim, Form
 from graphopt.graph.batch import BatchLayout
 from graphopt.graph.literals.roles import Role, role_of
 from graphopt.graph.lowering import Lowered, lower
@@ -160,6 +160,8 @@ class _Walk:
             self._check_numbers(node)
             if not self._has_batch(node, None):
                 raise _Refused(f"{_place(node)} picks samples of the batch")
+            if any(self._axes_of(dims).count(self.batch) > 1 for dims in self._results(node)):
+                raise _Refused(f"at {_place(node)} samples meet each other")
             return _State.SAMPLES
         first = [r for r in over if r.result == 0]
         if len(first) != 1 or first[0].kept or first[0].kind not in ("sum", "mean") or self._has_batch(node, 0):
@@ -215,10 +217,18 @@ class _Walk:
 
     def _has_batch(self, node: fx.Node, result: int | None) -> bool:
         """Whether the value (``result`` of it) has the batch axis."""
+        found = self._results(node)
+        return any(
+            self.batch in self._axes_of(dims) for dims in (found if result is None else found[result : result + 1])
+        )
+
+    def _results(self, node: fx.Node) -> Sequence[Sequence[Dim]]:
+        """The dimensions of each tensor that a node gives."""
         dims = self.graph.axes.of(node)
-        if isinstance(node.meta["val"], (list, tuple)):
-            dims = tuple(d for found in (dims if result is None else dims[result : result + 1]) for d in found)
-        return any(axis is self.batch for dim in dims for axis in dim.axes())
+        return dims if isinstance(node.meta["val"], (list, tuple)) else (dims,)
+
+    def _axes_of(self, dims: Sequence[Dim]) -> list[Axis]:
+        return [axis for dim in dims for axis in dim.axes()]
 
     # -- targets that are counted ---------------------------------------------------------------------------------
 
