@@ -7,6 +7,7 @@ from graphopt.schemes.data_parallel import DataParallel
 from graphopt.schemes.eager import Eager
 from graphopt.schemes.flat import Flat
 from graphopt.schemes.inductor import Inductor
+from graphopt.schemes.micro_batches import MicroBatches
 from graphopt.schemes.task import ModelWatch, Task
 
 SCHEMES: dict[str, Scheme] = {scheme.kind: scheme for scheme in (Flat(), Eager(), Inductor(), CudaGraphs())}
@@ -23,6 +24,7 @@ __all__ = [
     "Eager",
     "Flat",
     "Inductor",
+    "MicroBatches",
     "ModelWatch",
     "Prepared",
     "Runner",

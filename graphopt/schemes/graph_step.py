@@ -72,13 +72,34 @@ class GraphStep:
             loss = self._finish(self._whole(tensors))
         else:
             loss, gradients = self._part(tensors)
-            for parameter, gradient in gradients:
-                if parameter.grad is None:
-                    parameter.grad = gradient
-                else:
-                    parameter.grad += gradient
+            _add(gradients)
         task.count()
         return loss
+
+    def in_parts(self, parts: Sequence[Sequence[torch.Tensor]], shares: Sequence[float]) -> torch.Tensor:
+        """One step on a batch given in parts, with the share of each in the loss, which is the gradient that enters its
+        backward. A part without any has nothing to add, not even the NaN that is the mean of nothing."""
+        order = sorted((k for k, share in enumerate(shares) if share), key=lambda k: shares[k], reverse=True)
+        whole = not order
+        clear_gradients(self.task)
+        assert self._part is not None
+        total: torch.Tensor | float = 0.0
+        try:
+            for k in order[:-1]:
+                loss, gradients = self._part(parts[k], self._tangent(shares[k]))
+                _add(gradients)
+                total = total + shares[k] * loss
+            last = -1 if whole else order[-1]
+            share = 1.0 if whole else shares[last]
+            loss, gradients = self._whole(parts[last], self._tangent(share))
+        except BaseException:
+            clear_gradients(self.task)
+            raise
+        return self._finish((total + share * loss, gradients))
+
+    def _tangent(self, share: float) -> torch.Tensor:
+        like = self._whole.tangent
+        return torch.full(like.shape, share, dtype=like.dtype, device=like.device)
 
     def _finish(self, result: tuple[torch.Tensor, list[tuple[torch.nn.Parameter, torch.Tensor]]]) -> torch.Tensor:
         loss, gradients = result
@@ -95,6 +116,15 @@ class GraphStep:
         if self._whole.outside and not self.task.keep_grads and self.task.optimizers:
             clear_gradients(self.task)
         return loss
+
+
+def _add(gradients: Sequence[tuple[torch.nn.Parameter, torch.Tensor]]) -> None:
+    """Add gradients to those in ``.grad``."""
+    for parameter, gradient in gradients:
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            parameter.grad += gradient
 
 
 class _Bound:
@@ -131,6 +161,7 @@ class _Bound:
                 self._gradients.append((position, by_name[input_.name]))
             elif input_.kind is InputKind.TANGENT:
                 self._tangents.append(position)
+                self.tangent: torch.Tensor = whole.graph.placeholders[position].meta["val"]
             else:
                 self._hyper.append(position)
         optimizers = () if self.outside else task.optimizers

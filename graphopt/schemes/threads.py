@@ -14,9 +14,6 @@ from graphopt.schemes.base import Runner
 def thread_count(threads: int) -> Iterator[None]:
     """So many threads of torch's operators within; as before behind it, also after an exception."""
     before = torch.get_num_threads()
-    if before == threads:  # setting it throws away what oneDNN keeps
-        yield
-        return
     torch.set_num_threads(threads)
     try:
         yield

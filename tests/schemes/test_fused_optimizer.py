@@ -147,7 +147,7 @@ class Sometimes(nn.Module):
 @pytest.mark.parametrize("scheme", BOTH, ids=by_name)
 @pytest.mark.parametrize("dampening", [0.0, 0.5])
 def test_a_momentum_that_begins_later(scheme: Scheme, dampening: float) -> None:
-    """The kernel makes the first step of all parameters of a group or of none: under dampening the plain update does."""
+    """The kernel makes the first step of all parameters of a group or of none: else the plain update is made."""
     ended = []
     start, batches = Sometimes(), [rows() for _ in range(4)]
     for which in (scheme, None):

@@ -162,7 +162,7 @@ class Axes:
                 name=names[leaf], kind=kind, size=self._found.expression_of(leaf.size), places=tuple(where),
                 free=not reason, reason=reason,
                 shardable=kind in _SHARDABLE and not leaf.frozen.startswith(("no rule", "contradiction")),
-                statistics=tuple(statistics.get(leaf, ())),
+                statistics=tuple(statistics.get(leaf, ())), frozen=leaf.frozen,
             )  # fmt: skip
         return tuple(self._axes[leaf] for leaf in places)
 
@@ -185,7 +185,9 @@ class Axes:
 
     def _axis(self, leaf: Factor) -> Axis:
         if leaf not in self._axes:
-            self._axes[leaf] = Axis("", kind_of(leaf, False), self._found.expression_of(leaf.size), reason=leaf.frozen)
+            self._axes[leaf] = Axis(
+                "", kind_of(leaf, False), self._found.expression_of(leaf.size), reason=leaf.frozen, frozen=leaf.frozen
+            )
         return self._axes[leaf]
 
 

@@ -50,6 +50,7 @@ class Axis:
     as a factor or piece of a dimension. ``free``: its indices may be permuted and left out, in all places at once;
     else ``reason`` says why not. ``shardable``: it may be divided over processors in order. ``statistics``:
     operators that take means or maxima over it: leaving indices out is then another function than zeroing them.
+    ``frozen``: what gives its indices a meaning (an operator or an input), empty if nothing does.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Axis:
     reason: str = ""
     shardable: bool = False
     statistics: tuple[str, ...] = ()
+    frozen: str = ""
 
     def __repr__(self) -> str:
         return self.name or str(self.size)
