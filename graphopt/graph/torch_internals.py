@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -603,3 +604,8 @@ def join_processes(file: str, processor: int, processors: int, name: str, connec
 def leave_processes(name: str) -> None:
     """Free the name of a group made by `join_processes`; its connections close when it is dropped."""
     torch._C._distributed_c10d._unregister_process_group(name)
+
+
+def keep_for_ever(value: Any) -> None:
+    """Never destroy ``value``, not even when the interpreter ends."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))

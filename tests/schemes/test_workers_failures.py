@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -18,9 +19,10 @@ import pytest
 import torch
 from torch import nn
 
+import graphopt
 from graphopt.errors import GraphoptError, GraphoptWarning, WorkerError
 from graphopt.schemes.workers import Job, Pool
-from tests.schemes.summed import captured, gradients, values
+from tests.schemes.summed import gradients, sum_loss, summed, values
 
 PATIENCE = 60.0
 
@@ -37,8 +39,8 @@ def _state(pid: int) -> str:
         return ""
 
 
-def workers_of(directory: str = "graphopt.schemes.workers") -> list[int]:
-    """All workers on this machine that were started by this process."""
+def workers_of(main: int | None = None) -> list[int]:
+    """All workers on this machine that were started by a process, by default this one."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -46,7 +48,7 @@ def workers_of(directory: str = "graphopt.schemes.workers") -> list[int]:
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        if directory in command and parent == os.getpid():
+        if "graphopt.schemes.workers" in command and parent == (main or os.getpid()):
             found.append(int(folder.name))
     return found
 
@@ -63,17 +65,14 @@ class Words(nn.Module):
         return self.scale(nn.functional.dropout(self.embedding(x), 0.5))
 
 
+def rows(count: int, *, highest: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
+    """A part of a batch for `Words`: that many rows, of one word."""
+    return torch.full((count,), highest), torch.arange(3.0 * count).reshape(count, 3)
+
+
 def words(pool: Pool) -> tuple[Job, nn.Module]:
-    import graphopt
-    from tests.schemes.summed import sum_loss, summed
-
     model = Words()
-    batch = (torch.randint(10, (4,)), torch.randn(4, 3))
-    return pool.load(summed(graphopt.capture(model, batch, loss=sum_loss))), model
-
-
-def batch(rows: int, *, highest: int = 9) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.full((rows,), highest), torch.arange(3.0 * rows).reshape(rows, 3)
+    return pool.load(summed(graphopt.capture(model, rows(4), loss=sum_loss))), model
 
 
 @contextmanager
@@ -90,7 +89,7 @@ def unmade(pool: Pool, job: Job, model: nn.Module, says: str) -> Iterator[None]:
     assert torch.get_num_threads() == threads
     assert not workers_of() and not pool.processes
     torch.manual_seed(3)
-    results = job(values(job, model), [batch(2), batch(3)])
+    results = job(values(job, model), [rows(2), rows(3)])
     assert all(torch.isfinite(g).all() for g in gradients(job, results).values())
     assert pool.processes and not set(pool.processes) & set(pids)
 
@@ -115,7 +114,7 @@ def test_a_worker_that_is_killed_in_mid_step(pool: Pool) -> None:
     timer = later(0.5, os.kill, worker, signal.SIGKILL)
     start = time.monotonic()
     with unmade(pool, job, model, rf"processor 1 \(process {worker}\) was killed by SIGKILL"):
-        job(values(job, model), [batch(2), batch(2)])
+        job(values(job, model), [rows(2), rows(2)])
     timer.join()
     assert time.monotonic() - start < PATIENCE
 
@@ -127,30 +126,30 @@ def test_a_worker_that_hangs(pool: Pool) -> None:
     pool.timeout, before = 1.0, pool.timeout
     try:
         with pytest.raises(WorkerError, match=rf"{worker}\) did not answer within 1 s \(stopped by a signal\)"):
-            job(values(job, model), [batch(2), batch(2)])
+            job(values(job, model), [rows(2), rows(2)])
     finally:
         pool.timeout = before
     assert not alive((worker,))
-    job(values(job, model), [batch(2), batch(2)])
+    job(values(job, model), [rows(2), rows(2)])
 
 
 def test_an_exception_in_a_worker(pool: Pool) -> None:
     job, model = words(pool)
     with unmade(pool, job, model, r"processor 1 .* failed:\n(.*\n)*.*IndexError: index out of range"):
-        job(values(job, model), [batch(2), batch(2, highest=10)])
+        job(values(job, model), [rows(2), rows(2, highest=10)])
 
 
 def test_an_exception_in_main(pool: Pool) -> None:
     job, model = words(pool)
     with unmade(pool, job, model, r"processor 0 \(this process\) failed: IndexError: index out of range"):
-        job(values(job, model), [batch(2, highest=10), batch(2)])
+        job(values(job, model), [rows(2, highest=10), rows(2)])
 
 
 def test_a_commit_that_fails_is_the_callers(pool: Pool) -> None:
     job, model = words(pool)
     pids = pool.processes
     with pytest.raises(ZeroDivisionError):
-        job(values(job, model), [batch(2), batch(2)], commit=lambda results: 1 / 0)
+        job(values(job, model), [rows(2), rows(2)], commit=lambda results: 1 / 0)
     assert pool.processes == pids
 
 
@@ -164,9 +163,6 @@ class Products(nn.Module):
 
 
 def test_a_worker_without_memory(pool: Pool) -> None:
-    from tests.schemes.summed import summed
-    import graphopt
-
     model = Products()
     job = pool.load(summed(graphopt.capture(model, (torch.randn(3, 1),), loss="model")))
     pids = pool.processes
@@ -184,7 +180,7 @@ def test_a_worker_that_dies_between_steps(pool: Pool) -> None:
     while pool.processes and time.monotonic() < deadline:
         time.sleep(0.01)
     with pytest.warns(GraphoptWarning, match=rf"started anew: processor 1 \(process {worker}\) was killed by SIGKILL"):
-        job(values(job, model), [batch(2), batch(2)])
+        job(values(job, model), [rows(2), rows(2)])
 
 
 def test_two_pools_at_once(pool: Pool) -> None:
@@ -192,13 +188,13 @@ def test_two_pools_at_once(pool: Pool) -> None:
     pids = pool.processes
     with Pool(2, timeout=PATIENCE) as other:
         twin, other_model = words(other)
-        twin(values(twin, other_model), [batch(2), batch(2)])
-        job(values(job, model), [batch(2), batch(2)])
+        twin(values(twin, other_model), [rows(2), rows(2)])
+        job(values(job, model), [rows(2), rows(2)])
         others = other.processes
         assert not set(others) & set(pids)
     assert not alive(others) and alive(pids) == list(pids)
     with pytest.raises(WorkerError, match="the pool is closed"):
-        twin(values(twin, other_model), [batch(2), batch(2)])
+        twin(values(twin, other_model), [rows(2), rows(2)])
 
 
 def test_a_pool_that_is_dropped_ends_its_workers() -> None:
@@ -219,8 +215,6 @@ def test_a_pool_that_is_closed_before_it_has_started() -> None:
 
 
 def test_workers_do_not_care_for_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -228,7 +222,7 @@ def test_workers_do_not_care_for_a_port_that_is_taken(monkeypatch: pytest.Monkey
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         with Pool(2, timeout=PATIENCE) as other:
             job, model = words(other)
-            job(values(job, model), [batch(2), batch(2)])
+            job(values(job, model), [rows(2), rows(2)])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import socket
 
 import torch
 
-from graphopt.schemes.workers.processor import Processor, follow_main, ignore_interrupts
+from graphopt.schemes.workers.processor import Processor, follow_main, ignore_interrupts, main_is_gone
 from graphopt.schemes.workers.protocol import Channel
 
 
@@ -26,10 +26,11 @@ def main() -> None:
     follow_main(channel, given.directory)
     channel.send({"hello": {"torch": str(torch.__version__)}})
     try:
-        Processor(channel).run()
-    except EOFError:
-        pass  # main is gone
-    os._exit(0)  # without the destructors of connections, which would wait for their other ends
+        code = Processor(channel).run()
+    except (EOFError, OSError):
+        code = 0
+        main_is_gone(given.directory)
+    os._exit(code)  # without the destructors of connections, which would wait for their other ends
 
 
 if __name__ == "__main__":

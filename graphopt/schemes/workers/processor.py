@@ -56,8 +56,9 @@ class Processor:
         self._settings: list[Any] = []
         self._group: Any = None  # collectives find it by name as long as it is kept
 
-    def run(self) -> None:
-        """Answer until the end. Ends the process when a step fails: main must not wait for this part of it."""
+    def run(self) -> int:
+        """Answer until main says ``close`` (0), or until a step fails (1): then the process must end, so that nobody
+        waits for its part of a collective. Raises EOFError or OSError when main is gone."""
         while True:
             message, files = self._channel.receive()
             do = message["do"]
@@ -66,10 +67,10 @@ class Processor:
                     self._step(message, files)
                 except BaseException:
                     self._channel.send({"failed": traceback.format_exc()[-MAX_REPORT:]})
-                    os._exit(1)
+                    return 1
                 self._channel.send({"done": message["number"]})
             elif do == "close":
-                return
+                return 0
             elif do == "forget":
                 for job in message["jobs"]:
                     self._jobs.pop(job, None)
@@ -139,8 +140,7 @@ class Processor:
 def follow_main(channel: Channel, directory: str) -> None:
     """End this process when main is gone, whatever it is doing: a thread that looks at the connection.
 
-    A child that main forked may hold main's end open beyond its death, so the parent is looked at too. The files that
-    main cannot remove any more (``directory``, made by it for its workers) go as well.
+    A child that main forked may hold main's end open beyond its death, so the parent is looked at too.
     """
     parent = os.getppid()
 
@@ -149,10 +149,15 @@ def follow_main(channel: Channel, directory: str) -> None:
         gone.register(channel.socket.fileno(), POLLHUP)
         while not gone.poll(1000) and os.getppid() == parent:
             pass
-        shutil.rmtree(directory, ignore_errors=True)
+        main_is_gone(directory)
         os._exit(0)
 
     threading.Thread(target=look, daemon=True, name="follow main").start()
+
+
+def main_is_gone(directory: str) -> None:
+    """Remove the files that main made for its workers and cannot remove any more."""
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def ignore_interrupts() -> None:

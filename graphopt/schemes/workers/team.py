@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from graphopt.errors import WorkerError
-from graphopt.graph.torch_internals import join_processes, leave_processes
+from graphopt.graph.torch_internals import join_processes, keep_for_ever, leave_processes
 from graphopt.schemes.workers.mirror import Mirror
 from graphopt.schemes.workers.watch import GRACE, Watch
 from graphopt.schemes.workers.worker import Worker, of_a_collective
@@ -120,9 +120,11 @@ class Team:
         return f"{', '.join(map(str, still))} did not answer within {self.watch.seconds:g} s{why}"
 
     def end(self, *, politely: bool = False) -> None:
-        """Stop the workers, wait for their ends, give everything back. Twice is once. In a forked child of main it does
-        nothing: the workers are not the child's."""
+        """Stop the workers, wait for their ends, give everything back. Twice is once. In a forked child of main nothing
+        is stopped: the workers are not the child's."""
         if os.getpid() != self._owner:
+            # The destructor of a group joins its threads, which a fork does not copy: it would wait for ever.
+            keep_for_ever(self._group)
             return
         with self._lock:
             if self._ended:

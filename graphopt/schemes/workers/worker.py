@@ -72,7 +72,7 @@ class Worker:
 
     def kill(self) -> None:
         """End the process at once, also a stopped one."""
-        if self.process.poll() is None:
+        if not self.killed and self.process.poll() is None:
             # One whose end of the connection is closed already is about to be gone by itself.
             self.killed = not self._hung_up()
             self.stopped = _is_stopped(self.process.pid)
@@ -130,8 +130,12 @@ def _last_lines(text: str) -> str:
 
 
 def _tail(file: IO[bytes]) -> str:
-    file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-    return _last_lines(file.read().decode(errors="replace"))
+    file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 14)))
+    text = file.read().decode(errors="replace")
+    _, crash, after = text.rpartition("Fatal Python error")
+    if crash:  # faulthandler says first what it was and where
+        return _last_lines(crash + "\n".join(after.splitlines()[:_LINES]))
+    return _last_lines(text)
 
 
 def _is_stopped(pid: int) -> bool:
