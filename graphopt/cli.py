@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -16,6 +17,9 @@ from graphopt.cost_model.calibrate import calibrate as measure_machine
 from graphopt.cost_model.kernels import Family
 from graphopt.cost_model.machine import fingerprint, load, path_of
 from graphopt.errors import GraphoptError
+from graphopt.schemes.data_parallel import threads_of_each
+from graphopt.schemes.workers import Pool
+from graphopt.schemes.workers.link import measure_link
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Optimise and price PyTorch training steps.")
 
@@ -28,13 +32,21 @@ def _commands() -> None:
 @app.command()
 def calibrate(
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch; by default what torch takes.")] = None,
+    processors: Annotated[
+        int | None, typer.Option(min=2, help="Measure collectives between so many processors of this machine too.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only say whether what is kept still holds.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Measure what this machine can do, in at most a minute, and keep it for prices.
 
     Nothing else should run meanwhile. Example: graphopt calibrate --threads 2
+
+    With --processors the cores are divided among them, unless --threads says how many each has; it takes some seconds
+    more.
     """
+    if processors is not None and threads is None:
+        threads = threads_of_each(processors)
     if threads is not None:
         torch.set_num_threads(threads)
     path = path_of(fingerprint())
@@ -44,6 +56,9 @@ def calibrate(
         typer.echo(stale or f"{path}: still holds")
         raise typer.Exit(1 if stale else 0)
     machine = measure_machine(progress=not as_json)
+    if processors is not None:
+        with Pool(processors, threads=torch.get_num_threads()) as pool:
+            machine = replace(machine, link=measure_link(pool))
     kept_at = machine.save()
     if as_json:
         typer.echo(json.dumps(summary(machine), indent=1))
@@ -58,6 +73,7 @@ def calibrate(
 def summary(machine: Machine) -> dict[str, float | str]:
     """The figures of a machine that people know: rates, bandwidth, launches."""
     moved, seconds = machine.curves[Family.POINTWISE].points[-1]
+    link = {} if machine.link is None else {"all_reduce_bytes_per_second": machine.link.bandwidth}
     return {
         "gemm_flops_per_second": machine.curves[Family.GEMM].rates["fp32"] / machine.scales.get("gemm", 1.0),
         "convolution_flops_per_second": machine.curves[Family.CONVOLUTION].rates["fp32"]
@@ -66,6 +82,7 @@ def summary(machine: Machine) -> dict[str, float | str]:
         "eager_launch_seconds": machine.launch["eager forward"] * machine.scales.get("eager launch", 1.0),
         "flat_launch_seconds": machine.launch["flat"] * machine.scales.get("flat launch", 1.0),
         "fresh_memory_seconds_per_gib": machine.touch * machine.scales.get("touch", 1.0) * 2**30,
+        **link,
         "interval": f"within a factor {math.exp(machine.spread):.2f}",
         "measured": machine.measured,
     }

@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
+import numpy as np
 import torch
+from torch import fx
 
-from graphopt.cost_model import Estimate, estimate
+from graphopt.cost_model import Estimate, Machine, estimate
+from graphopt.cost_model.kernels import Family
 from graphopt.errors import CaptureError, GraphoptError
 from graphopt.graph.halves import Halves, cut_update
 from graphopt.graph.in_place import overwritten
 from graphopt.graph.lowering import Lowered, lower
+from graphopt.graph.sizes import nbytes
 from graphopt.graph.training_graph import Input, InputKind, Output, OutputKind, TrainingGraph
 from graphopt.passes import BucketGradients, GatherAtOwner, ShardAxes
 from graphopt.schemes.base import Machines, Prepared, Runner, Scheme
@@ -99,6 +103,22 @@ class DataParallel(Scheme):
             return Divided(halves, GatherAtOwner()(result.graph).graph)
         return Divided(halves, BucketGradients()(result.graph).graph)
 
+    def _shared_memory_seconds(self, divided: Divided, machine: Machine) -> float:
+        """Seconds of copies: parameters and buffers that a step changes go to the workers; the owner gets each worker's
+        gradients, which all copy at a time, and adds them one after the other."""
+        copy, add = machine.curves[Family.COPY], machine.curves[Family.POINTWISE]
+        graph, symbols = divided.halves.first, divided.first.symbols
+        new = {o.name for o in (*graph.outputs, *divided.halves.second.outputs)}
+        static = [
+            symbols.evaluate(nbytes(node.meta["val"]))
+            for given, node in zip(graph.inputs, graph.placeholders, strict=True)
+            if given.kind in (InputKind.PARAMETER, InputKind.BUFFER) and given.name in new
+        ]
+        gathered = [symbols.evaluate(nbytes(node.meta["val"])) for node in divided.partial]
+        moved = copy.memory_seconds(2.0 * np.array([*static, *gathered], dtype=np.float64)).sum()
+        added = add.memory_seconds(3.0 * np.array(gathered, dtype=np.float64)).sum()
+        return float(moved + (self.processors - 1) * added)
+
     def build(self, prepared: Prepared) -> Runner:
         """See `Scheme.build`. Starts the workers, which are ready at the first step."""
         divided = self.divided(prepared)
@@ -116,10 +136,11 @@ class DataParallel(Scheme):
         if not divided.first.symbols.admits(sizes):
             return None
         steps = estimate(divided.first, machine, sizes, processors=self.processors)
-        if not len(divided.halves.second):
-            return steps
-        update = estimate(divided.halves.second, machine)
-        terms = {name: steps.terms[name] + update.terms[name] for name in steps.terms}
+        terms = dict(steps.terms)
+        terms["communication"] += self._shared_memory_seconds(divided, machine)
+        if len(divided.halves.second):
+            update = estimate(divided.halves.second, machine)
+            terms = {name: terms[name] + update.terms[name] for name in terms}
         seconds = sum(terms.values())
         share = seconds / steps.seconds
         return replace(
@@ -129,13 +150,18 @@ class DataParallel(Scheme):
 
 def data_parallel(processors: int, batch_norm: str) -> tuple[DataParallel, DataParallel]:
     """The data-parallel schemes for so many processors, which share the cores of this machine; best guess first."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = max(cores // processors, 1)
+    threads = threads_of_each(processors)
     by_owner, reduced = (
         DataParallel(processors, synchronise, batch_norm, threads)  # type: ignore[arg-type]
         for synchronise in ("owner", "all-reduce")
     )
     return by_owner, reduced
+
+
+def threads_of_each(processors: int) -> int:
+    """How many threads each of so many processors gets where they share the cores of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // processors, 1)
 
 
 @dataclass(frozen=True)
@@ -144,6 +170,13 @@ class Divided:
 
     halves: Halves
     first: TrainingGraph
+
+    @property
+    def partial(self) -> list[fx.Node]:
+        """The values of which each processor has a part of the sum, each once."""
+        words = self.first.signature.tree["placements"]["outputs"]
+        found = (r for r, word in zip(self.first.results, words, strict=True) if word == "partial sum")
+        return [node for node in dict.fromkeys(found) if node is not None]
 
 
 def rows_of_parts(rows: int, processors: int) -> list[tuple[int, int]]:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,9 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphopt
+from graphopt.cost_model import Link
 from graphopt.errors import GraphoptError, GraphoptWarning, WorkerError
 from graphopt.schemes import DataParallel
 from graphopt.schemes.data_parallel import rows_of_parts
+from graphopt.schemes.workers import Pool
+from graphopt.schemes.workers.link import SIZES, measure_link
+from tests.cost_model.machines import simple
 
 
 class Tokens(nn.Module):
@@ -202,3 +207,25 @@ def test_rows_are_divided_as_equally_as_can_be():
 def test_options_without_meaning_are_refused(options):
     with pytest.raises(GraphoptError, match=next(iter(options))):
         DataParallel(**options)
+
+
+def test_the_price_has_communication_and_falls_with_faster_links():
+    _, step, *_, batch = pair("perceptron", schemes=[DataParallel(2)])
+    step(*batch(8))
+    prepared = step.situation._prepare(0)
+    machines = [simple(link=Link(1e-6, bandwidth)) for bandwidth in (1e5, 1e12)]
+    slow, fast = (DataParallel(2, "all-reduce").estimate(prepared, 8, lambda n, m=m: m) for m in machines)
+    owner = DataParallel(2).estimate(prepared, 8, lambda n: machines[0])
+    assert slow.terms["communication"] > fast.terms["communication"] > 0
+    assert owner.terms["communication"] < slow.terms["communication"]  # gradients take no collective
+    assert slow.seconds == pytest.approx(sum(slow.terms.values())) and slow.terms["optimizer"] > 0
+    assert DataParallel(2).estimate(prepared, 8, lambda n: simple()) is None
+    step.close()
+
+
+def test_links_are_measured():
+    with Pool(2) as pool:
+        link = measure_link(pool)
+    points = link.points["all_reduce 2"]
+    assert [size for size, _ in points] == list(SIZES) and all(b >= a > 0 for (_, a), (_, b) in pairwise(points))
+    assert link.seconds("all_reduce", 1 << 20, 2) == pytest.approx(2 * link.seconds("all_gather", 1 << 20, 2))
