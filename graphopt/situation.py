@@ -22,6 +22,10 @@ UNKNOWN_START = 30.0
 """Seconds that a compiler is taken to need where there is no price of it."""
 
 
+MOMENTS = 0.3
+"""Seconds up to which a start is not worth a thought."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What `optimize` was asked for beside the task: which schemes, and what bounds them.
@@ -138,15 +142,14 @@ class Situation:
                     continue
             if len(given) > 1:
                 candidate.estimate = self.prices.of(scheme, prepared, size)
-            if scheme.compiles:
-                if candidate.estimate is not None:
-                    late.append(scheme.name)
-                elif self.settings.schemes is None:
+            if scheme.compiles and candidate.estimate is None:
+                if self.settings.schemes is None:
                     candidate.lost = "not tried: without a price nobody knows whether its compilation pays back"
                     unpriced = True
                     continue
-            elif candidate.estimate is None and scheme.needs_graph:
-                unpriced = True
+            elif self._start_cost(scheme, prepared, size) > MOMENTS:
+                late.append(scheme.name)
+            unpriced = unpriced or (candidate.estimate is None and scheme.needs_graph)
             feasible[scheme.name] = scheme
         if not feasible:
             self._stand_in(plan, feasible, too_large)
@@ -226,16 +229,17 @@ class Situation:
     def _price(self, name: str, size: int) -> tuple[float, float, float] | None:
         index = self.admitting(size)
         scheme = self._by_name.get(name)
-        if index is None or scheme is None:
+        if scheme is None or (scheme.needs_graph and index is None):
             return None
         found = self.prices.of(scheme, self._prepare(index), size)
         return None if found is None else (found.seconds, *found.interval)
 
     def _start_cost(self, scheme: Scheme, prepared: Prepared, size: int) -> float:
-        if not scheme.compiles or len(self.landscape.measured_at(scheme.name)) > 1:
-            return 0.0  # compiled for free sizes by its second batch size
-        found = self.prices.of(scheme, prepared, size)
-        return UNKNOWN_START if found is None else found.compile_seconds
+        seconds = 0.0 if any(name == scheme.name for name, _ in self._runners) else scheme.start_seconds(prepared)
+        if scheme.compiles and len(self.landscape.measured_at(scheme.name)) < 2:  # then it is compiled for free sizes
+            found = self.prices.of(scheme, prepared, size)
+            seconds += UNKNOWN_START if found is None else found.compile_seconds
+        return seconds
 
     def _remaining(self, run: int) -> float:
         """Steps to come: what ``steps=`` leaves, or as many as there were so far."""

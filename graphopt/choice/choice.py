@@ -26,6 +26,9 @@ SHARE, FREE_SECONDS = 0.02, 1.5
 ALONE = 3
 """Timed steps of a candidate that has no other to be compared with yet."""
 
+GUESS = 0.2
+"""Share of a step that a candidate without a price is taken to gain, where its start has to be weighed."""
+
 RECHECK = 4
 """After how many times the pause, in steps, the scheme that a drift made us leave is tried again."""
 
@@ -318,8 +321,11 @@ class Choice:
         for name in list(self._late):
             candidate = self.plan.candidate(name)
             likely = self._landscape.likely(name, self.size, [n for n in self.schemes if n not in self._late])
-            if best is None or likely is None:
+            if best is None:
                 continue
+            guessed = likely is None
+            if likely is None:
+                likely = (1 - GUESS) * best.seconds
             payback = Payback(self._terms.start_cost(self.schemes[name]), best.seconds - likely)
             remaining = self._terms.remaining(self.steps)
             candidate.break_even = payback.steps if payback.gain > 0 else None
@@ -330,9 +336,10 @@ class Choice:
             if payback.gain <= 0:
                 candidate.lost = f"not tried: expected at {text(likely)}, no gain over {self.plan.chosen}"
             else:
+                gain = f"{'at a guess ' * guessed}{text(payback.gain)} a step less"
                 candidate.lost = (
-                    f"not tried: {text(payback.cost)} to start and {text(payback.gain)} a step less pay back after "
-                    f"{payback.steps:,.0f} steps; {remaining:,.0f} are expected"
+                    f"not tried: {text(payback.cost)} to start and {gain} pay back after {payback.steps:,.0f} steps; "
+                    f"{remaining:,.0f} are expected"
                 )
 
     # -- failures ---------------------------------------------------------------------------------------------------

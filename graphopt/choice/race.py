@@ -108,12 +108,18 @@ class Race:
 
     @property
     def extra_seconds(self) -> float:
-        """What all steps took longer than the best candidate would have taken for them."""
+        """What all steps took longer than the best candidate would have taken for them.
+
+        A first step counts as at most a few ordinary ones: building is a start, which is weighed before.
+        """
         if self.best is None:
             return 0.0
-        least = self.seconds(self.best)
-        steps = [s for samples in self.samples.values() for s in samples]
-        return sum(max(0.0, s - least) for s in (*steps, *self.warm_up.values()))
+        least, extra = self.seconds(self.best), 0.0
+        for name, samples in self.samples.items():
+            extra += sum(max(0.0, s - least) for s in samples)
+            if samples:
+                extra += max(0.0, min(self.warm_up[name], OUTLIER * self.seconds(name)) - least)
+        return extra
 
     @property
     def best(self) -> str | None:

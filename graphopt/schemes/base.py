@@ -98,6 +98,10 @@ class Scheme(ABC):
         """The price of one step at batch ``size``; None where it cannot be priced, for one without a calibration."""
         return None
 
+    def start_seconds(self, prepared: Prepared) -> float:
+        """Seconds that `build` should take where that is more than moments (another capture), 0 once it is made."""
+        return 0.0
+
     @abstractmethod
     def build(self, prepared: Prepared) -> Runner:
         """A runner for batches of this layout."""

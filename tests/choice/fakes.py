@@ -56,7 +56,8 @@ class Fake(Scheme):
     """A scheme of given times.
 
     ``takes``: seconds by batch size and the number of steps that it ran before. ``price``: expected seconds by size.
-    ``start``: seconds of its first step besides. ``peak``: bytes.
+    ``start``: seconds of its first step besides, of a compiler; ``building``: of a capture. ``peak``: bytes. ``graph``: whether the
+    step is captured for it, which takes a test long.
     """
 
     label: str
@@ -64,8 +65,9 @@ class Fake(Scheme):
     takes: Callable[[int, int], float]
     price: Callable[[int], float] | None = None
     start: float = 0.0
+    building: float = 0.0
     peak: int = 1000
-    graph: bool = True
+    graph: bool = False
     fails: Exception | None = None
     priced: list[int] = field(default_factory=list)
 
@@ -91,8 +93,11 @@ class Fake(Scheme):
         made: Any = FakePrice(seconds, (0.8 * seconds, 1.25 * seconds), self.start, self.peak)
         return made
 
+    def start_seconds(self, prepared: Prepared) -> float:
+        return self.building
+
     def build(self, prepared: Prepared) -> Runner:
-        self.clock.now += self.start
+        self.clock.now += self.start + self.building
         return FakeRunner(self, Eager().build(prepared))
 
 

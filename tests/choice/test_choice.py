@@ -158,12 +158,26 @@ def test_a_gain_that_was_only_promised_is_not_believed():
     assert ran.count("dear") == 2 and training.plan.chosen == "plain"
 
 
+def test_a_start_without_a_price_is_weighed_by_a_guess():
+    training = Training(steps=400)
+    training.add("plain", 1.0)
+    training.add("slow", 1.5)
+    training.add("captured", 0.5, building=100.0)
+    ran = training.run(30)
+    assert "captured" not in ran
+    assert "100 s to start and at a guess 200 ms a step less" in training.plan.candidate("captured").lost
+    training = Training(steps=600)
+    training.add("plain", 1.0)
+    training.add("captured", 0.5, building=100.0)
+    assert training.run(30)[-1] == "captured"
+
+
 # -- failures -------------------------------------------------------------------------------------------------------
 
 
 def test_a_candidate_that_cannot_run_is_left_out_and_no_batch_is_lost():
     training = Training()
-    training.add("a", 1.0, fails=CaptureError("no kernel"))
+    training.add("a", 1.0, fails=CaptureError("no kernel"), graph=True)
     training.add("b", 1.0)
     training.add("c", 2.0)
     with pytest.warns(graphopt.GraphoptWarning, match="'a' is left out: no kernel"):
@@ -174,7 +188,7 @@ def test_a_candidate_that_cannot_run_is_left_out_and_no_batch_is_lost():
 
 def test_eager_stands_in_for_the_last_one():
     training = Training()
-    training.add("a", 1.0, fails=CaptureError("no kernel"))
+    training.add("a", 1.0, fails=CaptureError("no kernel"), graph=True)
     with pytest.warns(graphopt.GraphoptWarning, match="no kernel"):
         training.run(3)
     assert training.plan.chosen == "eager"

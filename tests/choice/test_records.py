@@ -18,8 +18,8 @@ def process(path: Path, *, a: float = 1.0, b: float = 1.3) -> tuple[Training, li
     """A training as a new process begins it, and who ran."""
     records = Records(ProfileStore(path))
     training = Training(records=records)
-    training.add("a", a)
-    training.add("b", b)
+    training.add("a", a, graph=True)
+    training.add("b", b, graph=True)
     ran = training.run(30)
     records.flush()
     return training, ran
@@ -57,8 +57,8 @@ def test_another_graph_is_another_row(tmp_path):
     path = tmp_path / "profiles.sqlite"
     process(path)
     training = Training(records=Records(ProfileStore(path)), accumulate=2)
-    training.add("a", 1.0)
-    training.add("b", 2.0)
+    training.add("a", 1.0, graph=True)
+    training.add("b", 2.0, graph=True)
     assert "b" in training.run(20)
 
 
