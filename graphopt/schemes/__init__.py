@@ -1,6 +1,7 @@
 """Ways to run a training step on given processors, one scheme a file."""
 
 from graphopt.schemes.base import Prepared, Runner, Scheme
+from graphopt.schemes.candidates import candidates
 from graphopt.schemes.cuda_graphs import CudaGraphs
 from graphopt.schemes.eager import Eager
 from graphopt.schemes.flat import Flat
@@ -27,4 +28,5 @@ __all__ = [
     "Runner",
     "Scheme",
     "Task",
+    "candidates",
 ]
