@@ -14,7 +14,7 @@ from graphopt.cost_model.measured import Measurement
 from graphopt.errors import GraphoptError
 from graphopt.graph.batch import BatchLayout
 from graphopt.plan import Candidate, Crossover, GraphFacts, Plan
-from graphopt.schemes import SCHEMES, ModelWatch, Prepared, Runner, Scheme, Task, candidates
+from graphopt.schemes import EXACT, SCHEMES, ModelWatch, Prepared, Runner, Scheme, Task, candidates
 from graphopt.schemes.data_parallel import data_parallel
 from graphopt.schemes.flat import CapturedStep
 
@@ -280,13 +280,13 @@ def as_schemes(schemes: str | Sequence[str | Scheme]) -> tuple[Scheme, ...] | No
     if isinstance(schemes, str):
         if schemes == "auto":
             return None
-        schemes = (schemes,)
+        schemes = EXACT if schemes == "exact" else (schemes,)
     found = []
     for one in schemes if isinstance(schemes, Iterable) else (schemes,):
         if not isinstance(one, (str, Scheme)):
             raise GraphoptError(f"schemes: expected names or Scheme objects, got {one!r}")
         if isinstance(one, str) and one not in SCHEMES:
-            raise GraphoptError(f"schemes: unknown name {one!r}; expected 'auto', {', '.join(SCHEMES)}, or a Scheme")
+            raise GraphoptError(f"schemes: unknown name {one!r}; expected 'auto', 'exact', {', '.join(SCHEMES)}, or a Scheme")
         found.append(SCHEMES[one] if isinstance(one, str) else one)
     if not found:
         raise GraphoptError("schemes: got none; expected 'auto' or at least one")

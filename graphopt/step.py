@@ -63,7 +63,9 @@ def optimize(
         optimizer: a `torch.optim.Optimizer` or a list of them.
         clip: largest gradient norm (a float), `ClipNorm` or `ClipValue`.
         accumulate: batches per update; the loss of each is divided by it, gradients so far lie in ``.grad``.
-        schemes: ``"auto"``, or names and `Scheme` objects to choose from.
+        schemes: ``"auto"``: all that compute what eager does, up to rounding (other kernels and numbers of threads take
+            sums in another order); ``"exact"``: those that give eager's bits; or names and `Scheme` objects to choose
+            from.
         processors: up to so many processors of this machine may share a batch: this process, and workers that it starts
             and stops. One by default.
         steps: how many training steps there will be, where that is known: a scheme that takes long to compile is tried

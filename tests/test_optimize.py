@@ -174,7 +174,7 @@ def test_clipping(make, clip):
     dense(make, clip=clip).steps(rows, 3)
 
 
-@pytest.mark.parametrize("make, schemes", [(sgd, "flat"), (sgd, "auto"), (lambda m: NAdam(m.parameters()), "flat")])
+@pytest.mark.parametrize("make, schemes", [(sgd, "flat"), (sgd, "exact"), (lambda m: NAdam(m.parameters()), "flat")])
 def test_accumulation_over_batches_of_different_sizes(make, schemes):
     twins = dense(make, accumulate=3, clip=0.5, schemes=schemes)
     for size in (5, 5, 3, 1, 5, 2, 5, 5, 5):
@@ -315,7 +315,7 @@ def test_one_layer_in_eval_mode():
     twins.steps(images, 2)
 
 
-@pytest.mark.parametrize("schemes", ["flat", "eager", "auto"])
+@pytest.mark.parametrize("schemes", ["flat", "eager", "exact"])
 def test_dropout_draws_eagers_numbers(schemes):
     Twins(Net(0.5), sgd, schemes=schemes).steps(images, 6)
 
@@ -327,7 +327,7 @@ def test_a_dropout_rate_changed_in_mid_run():
     twins.steps(images, 2)
 
 
-@pytest.mark.parametrize("schemes", ["flat", "eager", "auto"])
+@pytest.mark.parametrize("schemes", ["flat", "eager", "exact"])
 def test_a_buffer_that_the_model_replaces(schemes):
     class Counting(nn.Module):
         def __init__(self):
@@ -345,7 +345,7 @@ def test_a_buffer_that_the_model_replaces(schemes):
     assert len(captures) == (schemes != "eager") and float(twins.ours.calls) == 6
 
 
-@pytest.mark.parametrize("schemes", ["flat", "eager", "auto"])
+@pytest.mark.parametrize("schemes", ["flat", "eager", "exact"])
 def test_a_model_that_counts_in_python_runs_in_eager(schemes):
     class Counting(nn.Module):
         def __init__(self):
@@ -585,7 +585,7 @@ def test_batches_by_position_by_tuple_and_by_keyword():
 
 
 def test_auto_measures_and_then_decides():
-    twins = dense(schemes="auto")
+    twins = dense(schemes="exact")
     twins.steps(rows, 20)
     plan = twins.run.plan
     assert plan.chosen in ("flat", "eager") and plan.reason.startswith("measured")

@@ -13,11 +13,11 @@ from graphopt.schemes.task import ModelWatch, Task
 SCHEMES: dict[str, Scheme] = {scheme.kind: scheme for scheme in (Flat(), Eager(), Inductor(), CudaGraphs())}
 """The schemes by name, without options."""
 
-AUTO = ("flat", "eager")
-"""What ``schemes="auto"`` takes: schemes that compute eager's bits and cost no compilation."""
+EXACT = ("flat", "eager")
+"""What ``schemes="exact"`` takes: schemes that compute eager's bits. ``"auto"`` takes `candidates`."""
 
 __all__ = [
-    "AUTO",
+    "EXACT",
     "SCHEMES",
     "CudaGraphs",
     "DataParallel",
