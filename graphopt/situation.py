@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from graphopt.choice import Choice, Landscape, Prices, Records
-from graphopt.choice.choice import Terms, close
+from graphopt.choice.choice import close
 from graphopt.choice.prices import UNCALIBRATED
+from graphopt.choice.terms import Terms
 from graphopt.cost_model.measured import Measurement
 from graphopt.errors import GraphoptError
 from graphopt.graph.batch import BatchLayout
