@@ -45,8 +45,9 @@ def test_all_candidates_train_the_same_model():
 
 
 def test_one_feasible_candidate_is_said_in_the_plan():
-    training = Training()
-    training.add("a", 1.0)
+    training = Training(memory=1500)
+    training.add("a", 1.0, price=lambda size: 1.0)
+    training.add("b", 1.0, price=lambda size: 1.0, peak=2000)
     training.run(2)
     assert training.plan.reason == "the only feasible candidate"
     assert "note: fewer than two candidates are feasible" in training.plan.explain()
