@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from graphopt.choice import Choice, Landscape, Prices, Records
-from graphopt.choice.choice import Terms, close
+from graphopt.choice.choice import close
 from graphopt.choice.prices import UNCALIBRATED
+from graphopt.choice.terms import Terms
 from graphopt.cost_model.measured import Measurement
 from graphopt.errors import GraphoptError
 from graphopt.graph.batch import BatchLayout
@@ -103,9 +104,9 @@ class Situation:
             plan.graph = lambda: GraphFacts.of(step.before, step.graph, size, step.seconds)
             plan.passes = step.result
             plan.valid_where = tuple(step.graph.symbols.rename(g) for g in step.graph.symbols.guards)
-        if len(feasible) < 2:
+        if len(feasible) < 2 <= len(plan.candidates):  # who names one scheme need not be told
             plan.notes.append("fewer than two candidates are feasible: there is nothing to choose from")
-        elif index is not None:
+        if len(feasible) > 1 and index is not None:
             self._recall(index)
         terms = Terms(
             build=lambda scheme: self._runner(scheme, index),

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from graphopt.choice.contenders import contenders, text
 from graphopt.choice.landscape import Belief, Landscape
-from graphopt.choice.pace import FIRST_PAUSE, LONGEST_PAUSE, WINDOW, Pace
-from graphopt.choice.prices import Payback
+from graphopt.choice.pace import WINDOW, Pace
+from graphopt.choice.payback import worth_a_start
 from graphopt.choice.race import MARGIN, ROUNDS, WIDENED, Race, measurement
-from graphopt.cost_model.measured import Measurement
+from graphopt.choice.rechecks import Rechecks
+from graphopt.choice.terms import Terms
 from graphopt.plan import Plan
 from graphopt.schemes import Runner, Scheme
 
@@ -25,33 +25,6 @@ SHARE, FREE_SECONDS = 0.02, 1.5
 
 ALONE = 3
 """Timed steps of a candidate that has no other to be compared with yet."""
-
-GUESS = 0.2
-"""Share of a step that a candidate without a price is taken to gain, where its start has to be weighed."""
-
-RECHECK = 4
-"""After how many times the pause, in steps, the scheme that a drift made us leave is tried again."""
-
-
-@dataclass(frozen=True)
-class Terms:
-    """What a choice takes from the step that it belongs to.
-
-    Attributes:
-        build: the runner of a scheme, made at the first call.
-        start_cost: seconds that the first step of a scheme takes more than any other, 0 where it is of no account.
-        remaining: how many steps are still to come after so many at this size.
-        keep: takes what was measured: scheme and measurement.
-        parts: batches of one step.
-        timed: whether clocks show the time of a step without waiting for the device.
-    """
-
-    build: Callable[[Scheme], Runner]
-    start_cost: Callable[[Scheme], float]
-    remaining: Callable[[int], float]
-    keep: Callable[[Mapping[str, Measurement]], None]
-    parts: int = 1
-    timed: bool = True
 
 
 class Choice:
@@ -92,9 +65,7 @@ class Choice:
         self._confirming: Belief | None = None
         self._built: dict[str, Runner] = {}
         self._elapsed, self._calls, self._steps = 0.0, 0, 0
-        self._pause = FIRST_PAUSE
-        self._former: str | None = None
-        self._recheck_at: int | None = None
+        self._rechecks = Rechecks()
         self._weigh_at = 0
         self._open(incumbent)
 
@@ -223,11 +194,7 @@ class Choice:
         for name, ratio in others.items():
             if not self.plan.candidate(name).lost:
                 near = ratio <= 1 + MARGIN
-                self.plan.candidate(name).lost = (
-                    f"as fast as {chosen}, within {MARGIN:.0%}"
-                    if near
-                    else f"took {ratio:.2f} times as long as {chosen}"
-                )
+                self.plan.candidate(name).lost = f"as fast as {chosen}" if near else _slower(ratio, chosen)
         listed = ", ".join(f"{name} takes {ratio:.2f} times as long" for name, ratio in others.items())
         self._choose(chosen, f"measured: {listed}" if others else "measured", measured[chosen].seconds)
         self._weigh_late()
@@ -245,8 +212,7 @@ class Choice:
             if known is not None:
                 self.plan.candidate(name).measurement = known
                 if name != chosen:
-                    ratio = known.seconds / belief.seconds
-                    self.plan.candidate(name).lost = f"took {ratio:.2f} times as long as {chosen}"
+                    self.plan.candidate(name).lost = _slower(known.seconds / belief.seconds, chosen)
         self._choose(chosen, f"{belief.source} measurements, confirmed by a step", belief.seconds)
         self._weigh_late()
 
@@ -256,12 +222,12 @@ class Choice:
         plan.candidate(name).lost = ""
         self._steps += self.pace.steps
         watched = seconds if self._terms.timed else None
-        self.pace = Pace(watched, parts=self._terms.parts, pause=pause or self._pause, watching=self._terms.timed)
+        self.pace = Pace(
+            watched, parts=self._terms.parts, pause=pause or self._rechecks.pause, watching=self._terms.timed
+        )
         self.run = self._built.get(name)  # None: built by the next step
         self.runs_user_code = not self.schemes[name].needs_graph
-        if name == self._former:
-            self._former = None
-        self._recheck_at = None if self._former is None else RECHECK * self._pause
+        self._rechecks.decided(name)
         log.info("batch size %d: %s, %s", plan.batch_size, name, reason)
 
     def _lose(self, why: Mapping[str, str]) -> None:
@@ -276,16 +242,12 @@ class Choice:
         ratio = self.pace.drifted()
         if ratio is not None and len(self.schemes) - len(self._late) > 1:
             self._note_drift(ratio)
-            self._pause = min(2 * self._pause, LONGEST_PAUSE)
-            self._former = self._former or self.plan.chosen
+            self._rechecks.drifted(self.plan.chosen)
             self._measure_again(self.plan.chosen)
         elif ratio is not None:
             self.pace.expected = self.pace.seconds  # nothing to choose from
-        elif self._recheck_at is not None and self.pace.steps >= self._recheck_at:
-            self._pause = min(2 * self._pause, LONGEST_PAUSE)
-            former, self._recheck_at = self._former, None
-            if former is not None and former in self.schemes:
-                self._start([self.plan.chosen, former])
+        elif (former := self._rechecks.due(self.pace.steps)) is not None and former in self.schemes:
+            self._start([self.plan.chosen, former])
         elif self.steps >= self._weigh_at:
             self._weigh_at = self.steps + max(self.steps // 4, WINDOW)
             self._weigh_late()
@@ -301,9 +263,8 @@ class Choice:
     def _note_drift(self, ratio: float) -> None:
         begins = "the machine changed: "
         self.plan.notes[:] = [note for note in self.plan.notes if not note.startswith(begins)]
-        self.plan.notes.append(
-            f"{begins}after {self.steps:,} steps one took {ratio:.2f} times as long as decided on; measured again"
-        )
+        how = f"after {self.steps:,} steps one took {ratio:.2f} times as long as decided on"
+        self.plan.notes.append(f"{begins}{how}; measured again")
 
     def _measure_again(self, first: str) -> None:
         """A race of all that was measured here, or may be."""
@@ -317,30 +278,13 @@ class Choice:
 
     def _weigh_late(self) -> None:
         """Try a candidate that is dear to start where the steps to come pay it back."""
-        best = self._landscape.belief(self.plan.chosen, self.size)
-        for name in list(self._late):
-            candidate = self.plan.candidate(name)
-            likely = self._landscape.likely(name, self.size, [n for n in self.schemes if n not in self._late])
-            if best is None:
-                continue
-            guessed = likely is None
-            if likely is None:
-                likely = (1 - GUESS) * best.seconds
-            payback = Payback(self._terms.start_cost(self.schemes[name]), best.seconds - likely)
-            remaining = self._terms.remaining(self.steps)
-            candidate.break_even = payback.steps if payback.gain > 0 else None
-            if payback.worth(remaining):
-                self._late.remove(name)
-                self._start([self.plan.chosen, name], bounded=False)  # its cost was weighed
-                return
-            if payback.gain <= 0:
-                candidate.lost = f"not tried: expected at {text(likely)}, no gain over {self.plan.chosen}"
-            else:
-                gain = f"{'at a guess ' * guessed}{text(payback.gain)} a step less"
-                candidate.lost = (
-                    f"not tried: {text(payback.cost)} to start and {gain} pay back after {payback.steps:,.0f} steps; "
-                    f"{remaining:,.0f} are expected"
-                )
+        others = [name for name in self.schemes if name not in self._late]
+        cost = lambda name: self._terms.start_cost(self.schemes[name])
+        remaining = self._terms.remaining(self.steps)
+        name = worth_a_start(self._late, others, self.plan, self._landscape, cost, remaining)
+        if name is not None:
+            self._late.remove(name)
+            self._start([self.plan.chosen, name], bounded=False)  # its cost was weighed
 
     # -- failures ---------------------------------------------------------------------------------------------------
 
@@ -373,6 +317,10 @@ class Choice:
         """Run by this scheme, where no candidate is left."""
         self.schemes = {scheme.name: scheme}
         self._choose(scheme.name, "the only feasible candidate")
+
+
+def _slower(ratio: float, chosen: str) -> str:
+    return f"took {ratio:.2f} times as long as {chosen}"
 
 
 def close(runner: Runner | None) -> None:

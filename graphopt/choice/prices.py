@@ -1,10 +1,10 @@
-"""`Prices`: what candidates should take on this machine, where it was calibrated; and whether a start pays back."""
+"""`Prices`: what candidates should take on this machine, where it was calibrated."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from graphopt.cost_model import Estimate, Machine
 from graphopt.cost_model.machine import kept
@@ -81,29 +81,3 @@ def _estimate(
 def _any_machine(threads: int) -> Machine:
     """A machine for counting bytes, in which no speed plays a part."""
     return replace(Machine.named("A100"), device="cpu", fingerprint={"threads": threads})
-
-
-@dataclass(frozen=True)
-class Payback:
-    """Whether a candidate that is dear to start is worth its start.
-
-    Attributes:
-        cost: seconds once.
-        gain: seconds a step that it should be faster by; 0 or less: none.
-    """
-
-    cost: float
-    gain: float
-
-    @property
-    def steps(self) -> float:
-        """Steps after which the start is paid back, infinite where nothing is gained.
-
-        >>> Payback(cost=40.0, gain=0.01).steps
-        4000.0
-        """
-        return self.cost / self.gain if self.gain > 0 else float("inf")
-
-    def worth(self, remaining: float) -> bool:
-        """Whether so many steps pay it back."""
-        return self.gain * remaining > self.cost

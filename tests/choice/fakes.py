@@ -56,8 +56,8 @@ class Fake(Scheme):
     """A scheme of given times.
 
     ``takes``: seconds by batch size and the number of steps that it ran before. ``price``: expected seconds by size.
-    ``start``: seconds of its first step besides, of a compiler; ``building``: of a capture. ``peak``: bytes. ``graph``: whether the
-    step is captured for it, which takes a test long.
+    ``start``: seconds of its first step besides, of a compiler; ``building``: of a capture.
+    ``peak``: bytes. ``graph``: whether the step is captured for it, which takes a test long.
     """
 
     label: str

@@ -10,10 +10,13 @@ import torch
 
 import graphopt
 from graphopt.choice.pace import FIRST_PAUSE, WINDOW
-from graphopt.cost_model import estimate
+from graphopt.choice.prices import UNCALIBRATED
+from graphopt.cost_model import calibrate, estimate
+from graphopt.cost_model.machine import fingerprint, kept, path_of
 from graphopt.errors import CaptureError
 from graphopt.schemes import Flat
 from tests.choice.fakes import Fake, FakeRunner, Training
+from tests.cost_model.machines import simple
 from tests.training import cross_entropy
 
 
@@ -42,8 +45,9 @@ def test_all_candidates_train_the_same_model():
 
 
 def test_one_feasible_candidate_is_said_in_the_plan():
-    training = Training()
-    training.add("a", 1.0)
+    training = Training(memory=1500)
+    training.add("a", 1.0, price=lambda size: 1.0)
+    training.add("b", 1.0, price=lambda size: 1.0, peak=2000)
     training.run(2)
     assert training.plan.reason == "the only feasible candidate"
     assert "note: fewer than two candidates are feasible" in training.plan.explain()
@@ -105,9 +109,19 @@ class Counted(Flat):
     """The flat scheme with its price."""
 
     def estimate(self, prepared: Any, size: int, machines: Any) -> Any:
-        return estimate(prepared.step.graph, machines(1), {"batch": size})
+        machine = machines(1)
+        return None if machine is None else estimate(prepared.step.graph, machine, {"batch": size})
 
 
+@pytest.fixture
+def _never_calibrated(monkeypatch):
+    def fail(**_: Any) -> None:
+        raise AssertionError("nobody asked for a calibration")
+
+    monkeypatch.setattr(calibrate, "calibrate", fail)
+
+
+@pytest.mark.usefixtures("_never_calibrated")
 @pytest.mark.parametrize("memory, fits", [(10**6, False), (10**8, True)])
 def test_memory_is_counted_without_a_calibrated_machine(memory, fits):
     model = torch.nn.Sequential(torch.nn.Linear(64, 4096), torch.nn.ReLU(), torch.nn.Linear(4096, 8))
@@ -117,7 +131,21 @@ def test_memory_is_counted_without_a_calibrated_machine(memory, fits):
     )
     step(torch.randn(4, 64), torch.randint(8, (4,)))
     assert (step.plan.candidate("flat").why_not is None) is fits
-    assert step.plan.candidate("flat").estimate is None or fits
+    assert (UNCALIBRATED in step.plan.notes) is fits
+
+
+def test_a_kept_calibration_gives_prices_and_terms(monkeypatch):
+    monkeypatch.setattr("graphopt.cost_model.machine._CURRENT", {})
+    assert kept() is None and kept(7) is None
+    machine = simple(fingerprint=dict(fingerprint()))
+    machine.save(path_of(fingerprint()))
+    assert kept().name == "simple" and kept(7) is None
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = graphopt.optimize(model, (8, 4), loss=cross_entropy, optimizer=optimizer, schemes=[Counted(), "eager"])
+    step(torch.randn(8, 4), torch.randint(3, (8,)))
+    assert step.plan.candidate("flat").predicted[3] == "priced"
+    assert "prices by term:" in step.plan.explain() and "launch" in step.plan.explain()
 
 
 # -- dear starts ----------------------------------------------------------------------------------------------------
