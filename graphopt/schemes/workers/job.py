@@ -15,7 +15,6 @@ from graphopt.graph.training_graph import Input, InputKind, Output, TrainingGrap
 from graphopt.schemes.workers.interrupts import InterruptsWait
 from graphopt.schemes.workers.mirror import Shelf
 from graphopt.schemes.workers.settings import settings
-from graphopt.schemes.workers.shared_memory import Parcel
 from graphopt.schemes.workers.team import Team
 
 if TYPE_CHECKING:
@@ -97,7 +96,6 @@ class Job:
         if team is not self._team:
             changing = [c for c, value in zip(self._changing, common, strict=True) if isinstance(value, torch.Tensor)]
             self._team, self._shelf = team, Shelf(team.mirror, changing)
-            self._parcels = [Parcel() for _ in team.workers]
             self._told: Any = None
         homes = self._shelf.refresh(tensors)
         shared: dict[str, Any] = {"do": "step", "job": self.number, "number": number, "settings": settings()}
@@ -108,9 +106,9 @@ class Job:
             shared["common"] = [{"home": next(names)} if isinstance(value, torch.Tensor) else value for value in common]
         shared["homes"], segments = team.mirror.news()
         state = [torch.get_rng_state()] if self._random else []
-        for worker, parcel, part in zip(team.workers, self._parcels, parts[1:], strict=True):
+        for worker, part in zip(team.workers, parts[1:], strict=True):
             own = [value for value in part if isinstance(value, torch.Tensor)]
-            places, fresh = parcel.pack([*own, *state])
+            places, fresh = worker.parcel.pack([*own, *state])
             message = {**shared, "parcel": fresh is not None}
             if state:
                 message["random"] = places.pop()
