@@ -98,13 +98,17 @@ class Job:
             self._team, self._shelf = team, Shelf(team.mirror, changing)
             self._told: Any = None
         homes = self._shelf.refresh(tensors)
-        shared: dict[str, Any] = {"do": "step", "job": self.number, "number": number, "settings": settings()}
+        shared: dict[str, Any] = {"do": "step", "job": self.number, "number": number}
+        if (now := settings()) != team.settings:
+            shared["settings"] = team.settings = now
         numbers = [value for value in common if not isinstance(value, torch.Tensor)]
         if homes or numbers != self._told:
             self._told = numbers
             names = iter(self._shelf.homes)
             shared["common"] = [{"home": next(names)} if isinstance(value, torch.Tensor) else value for value in common]
-        shared["homes"], segments = team.mirror.news()
+        described, segments = team.mirror.news()
+        if described:
+            shared["homes"] = described
         state = [torch.get_rng_state()] if self._random else []
         for worker, part in zip(team.workers, parts[1:], strict=True):
             own = [value for value in part if isinstance(value, torch.Tensor)]

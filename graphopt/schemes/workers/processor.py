@@ -51,7 +51,6 @@ class Processor:
         self._segments: list[Segment] = []
         self._homes: dict[int, torch.Tensor] = {}
         self._parcel: Segment | None = None
-        self._settings: list[Any] = []
         self._group: Any = None  # collectives find it by name as long as it is kept
 
     def run(self) -> int:
@@ -97,9 +96,8 @@ class Processor:
         self._jobs[message["job"]] = Loaded(lowered, arguments, message["common"], message["own"], message["random"])
 
     def _step(self, message: Mapping[str, Any], files: list[int]) -> None:
-        if message.get("settings", self._settings) != self._settings:
-            self._settings = message["settings"]
-            apply(self._settings)
+        if "settings" in message:
+            apply(message["settings"])
         received = [Segment.received(file) for file in files]
         if message.get("parcel"):
             self._parcel = received.pop()
