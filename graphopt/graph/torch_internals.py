@@ -588,7 +588,7 @@ def join_processes(file: str, processor: int, processors: int, name: str, connec
 
     store = FileStore(file, processors)
     store.set_timeout(timedelta(seconds=connect))
-    options = ProcessGroupGloo._Options()
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
     options._timeout = timedelta(seconds=connect)
     backend = ProcessGroupGloo(store, processor, processors, options)
@@ -596,14 +596,14 @@ def join_processes(file: str, processor: int, processors: int, name: str, connec
     group = ProcessGroup(store, processor, processors)
     group._set_default_backend(ProcessGroup.BackendType.GLOO)
     group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, backend)
-    group._set_group_name(name)
-    torch._C._distributed_c10d._register_process_group(name, group)
+    group._set_group_name(name)  # type: ignore[arg-type]
+    torch._C._distributed_c10d._register_process_group(name, group)  # type: ignore[arg-type]
     return group
 
 
 def leave_processes(name: str) -> None:
     """Free the name of a group made by `join_processes`; its connections close when it is dropped."""
-    torch._C._distributed_c10d._unregister_process_group(name)
+    torch._C._distributed_c10d._unregister_process_group(name)  # type: ignore[arg-type]
 
 
 def keep_for_ever(value: Any) -> None:

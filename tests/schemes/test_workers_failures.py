@@ -6,9 +6,11 @@ pool can be used again.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -239,3 +241,29 @@ def test_arguments_are_checked(arguments: dict[str, object], says: str) -> None:
     with pytest.raises(GraphoptError, match=says):
         Pool(**arguments)  # type: ignore[arg-type]
     assert workers_of() == before
+
+
+@pytest.mark.parametrize(
+    ("program", "says"),
+    [
+        ("/bin/false", r"the workers could not be started: processor 1 \(process \d+\) ended with exit code 1"),
+        ("/no/such/python", "cannot start a worker with '/no/such/python': .*No such file"),
+    ],
+)
+def test_workers_that_cannot_be_started(program: str, says: str, pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, _ = words(pool)
+    monkeypatch.setattr(sys, "executable", program)
+    before, files = workers_of(), len(os.listdir("/proc/self/fd"))
+    with pytest.raises(WorkerError, match=says):
+        Pool(2).load(job.graph)
+    gc.collect()
+    assert workers_of() == before and len(os.listdir("/proc/self/fd")) == files
+
+
+def test_a_script_is_told_when_it_belongs_to_a_group(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        with pytest.raises(GraphoptError, match="belongs to a group already"):
+            Pool(2)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -16,7 +16,7 @@ from graphopt.graph.training_graph import Input, InputKind, Output, TrainingGrap
 from graphopt.schemes.workers.interrupts import InterruptsWait
 from graphopt.schemes.workers.mirror import Shelf
 from graphopt.schemes.workers.settings import settings
-from graphopt.schemes.workers.shared_memory import Parcel, Place, Segment, place_end, place_of
+from graphopt.schemes.workers.shared_memory import Place, Segment, place_end, place_of
 from graphopt.schemes.workers.team import Team
 
 if TYPE_CHECKING:
@@ -111,23 +111,26 @@ class Job:
         if team is not self._team:
             changing = [c for c, value in zip(self._changing, common, strict=True) if isinstance(value, torch.Tensor)]
             self._team, self._shelf = team, Shelf(team.mirror, changing)
-            self._parcels = [Parcel() for _ in team.workers]
             self._told: Any = None
             nbytes = place_end(self._places[-1]) if self._places else 0
             self._outboxes = [Segment.new(nbytes) for _ in team.workers] if nbytes else []
             self._posted = False
         homes = self._shelf.refresh(tensors)
-        shared: dict[str, Any] = {"do": "step", "job": self.number, "number": number, "settings": settings()}
+        shared: dict[str, Any] = {"do": "step", "job": self.number, "number": number}
+        if (now := settings()) != team.settings:
+            shared["settings"] = team.settings = now
         numbers = [value for value in common if not isinstance(value, torch.Tensor)]
         if homes or numbers != self._told:
             self._told = numbers
             names = iter(self._shelf.homes)
             shared["common"] = [{"home": next(names)} if isinstance(value, torch.Tensor) else value for value in common]
-        shared["homes"], segments = team.mirror.news()
+        described, segments = team.mirror.news()
+        if described:
+            shared["homes"] = described
         state = [torch.get_rng_state()] if self._random else []
-        for i, (worker, parcel, part) in enumerate(zip(team.workers, self._parcels, parts[1:], strict=True)):
+        for i, (worker, part) in enumerate(zip(team.workers, parts[1:], strict=True)):
             own = [value for value in part if isinstance(value, torch.Tensor)]
-            places, fresh = parcel.pack([*own, *state])
+            places, fresh = worker.parcel.pack([*own, *state])
             message = {**shared, "parcel": fresh is not None}
             if state:
                 message["random"] = places.pop()

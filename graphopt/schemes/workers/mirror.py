@@ -110,7 +110,7 @@ class Shelf:
         self._changing = changing
         self.homes: list[int] = []
         self._tensors: list[torch.Tensor] = []
-        self._pointers: list[int] = []
+        self._pointers: list[int] | None = None
 
     def refresh(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Make the homes of ``tensors`` equal to them. Whether `homes` are others than last time."""

@@ -112,7 +112,7 @@ class Pool:
             except BaseException as error:
                 if state is not None:
                     torch.set_rng_state(state)
-                raise team.failed(error, _UNCHANGED) from error
+                team.fail(error, _UNCHANGED)
             finally:
                 if threads != self.threads:
                     torch.set_num_threads(threads)
@@ -145,7 +145,7 @@ class Pool:
                 team.tell(job.description(str(path)))
                 refusals = team.answers()
         except BaseException as error:
-            raise team.failed(error, "the graph was not loaded") from error
+            team.fail(error, "the graph was not loaded")
         finally:
             path.unlink(missing_ok=True)
         if refusals:
@@ -188,7 +188,7 @@ def _check(processors: int, threads: int, timeout: float) -> None:
         raise GraphoptError(f"timeout: got {timeout!r}, expected a positive number of seconds")
     if not torch.distributed.is_available():
         raise GraphoptError("processors: this torch was built without torch.distributed, which collectives need")
-    if torch.distributed.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if torch.distributed.is_initialized() or os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
         raise GraphoptError(
             "processors: this process belongs to a group already (torchrun, or init_process_group), whose processes "
             "would each start workers; start the script with plain python to let it start its own"

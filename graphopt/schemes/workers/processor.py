@@ -53,7 +53,6 @@ class Processor:
         self._segments: list[Segment] = []
         self._homes: dict[int, torch.Tensor] = {}
         self._parcel: Segment | None = None
-        self._settings: list[Any] = []
         self._group: Any = None  # collectives find it by name as long as it is kept
 
     def run(self) -> int:
@@ -101,9 +100,8 @@ class Processor:
         )
 
     def _step(self, message: Mapping[str, Any], files: list[int]) -> None:
-        if message.get("settings", self._settings) != self._settings:
-            self._settings = message["settings"]
-            apply(self._settings)
+        if "settings" in message:
+            apply(message["settings"])
         received = [Segment.received(file) for file in files]
         if message.get("outbox"):
             self._jobs[message["job"]].outbox = received.pop()

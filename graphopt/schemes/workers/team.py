@@ -8,7 +8,7 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -27,13 +27,14 @@ _MEETING_SECONDS = 60.0  # to connect, when all have started
 class Team:
     """Workers, the watch over them, and what lives as long as they do: the group, the `Mirror`, the jobs they know.
 
-    A team fails as a whole: whatever happens to one worker, `failed` ends all and names the cause.
+    A team fails as a whole: whatever happens to one worker, `fail` ends all and names the cause.
     """
 
     def __init__(self, processors: int, threads: int, timeout: float, name: str):
         """Start the workers; `ready` waits for them. ``name``: that of the group in collectives."""
         self.mirror = Mirror()
         self.loaded: set[int] = set()
+        self.settings: list[Any] | None = None  # those the workers were told last
         self.workers: list[Worker] = []
         self._processors, self._timeout, self._name = processors, timeout, name
         self._owner = os.getpid()
@@ -81,7 +82,7 @@ class Team:
                     raise WorkerError("\n".join(refusals))
             self._joined = True
         except BaseException as error:
-            raise self.failed(error, "the workers could not be started") from error
+            self.fail(error, "the workers could not be started")
 
     def answers(self) -> list[str]:
         """Wait until every worker has done what it was told last. The refusals; raises EOFError where one is gone."""
@@ -93,15 +94,14 @@ class Team:
         for worker in self.workers:
             worker.tell(message, files)
 
-    def failed(self, error: BaseException, what: str) -> BaseException:
-        """End the team after ``error``; a WorkerError that says ``what`` and why, or ``error`` itself where it is none
-        of ours (an interrupt)."""
+    def fail(self, error: BaseException, what: str) -> NoReturn:
+        """End the team after ``error``, and raise a WorkerError that says ``what`` and why; an interrupt as it is."""
         if isinstance(error, EOFError) or of_a_collective(str(error)):
             self.watch.broken.wait(2 * GRACE + 1)  # the watch finds out who was the first
         self.end()
         if not isinstance(error, Exception):
-            return error
-        return WorkerError(f"{what}: {self._cause() or _own(error)}")
+            raise error
+        raise WorkerError(f"{what}: {self._cause() or _own(error)}") from error
 
     def why_broken(self) -> str:
         """What ended a team that nobody used. Ends it."""

@@ -15,22 +15,24 @@ from pathlib import Path
 from select import POLLHUP, poll
 from typing import IO, Any
 
-import graphopt
 from graphopt.errors import WorkerError
 from graphopt.schemes.workers.protocol import Channel
+from graphopt.schemes.workers.shared_memory import Parcel
 
 _OF_A_COLLECTIVE = re.compile(r"gloo/(transport|rendezvous)|Connection (closed|reset) by peer")
 _LINES = 12  # of a traceback or of what a worker wrote, in an error
 
 
 class Worker:
-    """A worker process of main. ``failed``: the traceback it sent before it ended; ``killed``: main has ended it."""
+    """A worker process of main. ``failed``: the traceback it sent before it ended; ``killed``: main has ended it.
+    ``parcel``: what it gets for a step alone."""
 
     def __init__(self, processor: int, threads: int, directory: Path):
         """Start the process, which says hello when it has imported torch. Raises WorkerError where that cannot be."""
         self.processor = processor
         self.killed = self.stopped = False
         self.failed: str | None = None
+        self.parcel = Parcel()
         self._written = ""
         ours, theirs = socket.socketpair()
         self.channel = Channel(ours)
@@ -150,7 +152,7 @@ def _environment(threads: int) -> dict[str, str]:
     """The environment of a worker: imports as here, few threads from the start, no device, no part in another job."""
     outside = re.compile(r"RANK|WORLD_SIZE|(LOCAL|GROUP|ROLE)_.*|MASTER_(ADDR|PORT)|TORCHELASTIC_.*|PYTHONINSPECT")
     kept = {name: value for name, value in os.environ.items() if not outside.fullmatch(name)}
-    root = str(Path(graphopt.__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[3])  # where graphopt was imported from
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     count = str(threads)
     return kept | {
