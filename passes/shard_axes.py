@@ -121,7 +121,7 @@ class ShardAxes(Pass):
         return PassResult(result, tuple(changes))
 
     def _own(self, node: fx.Node) -> bool:
-        return self.batch_norm == "local" and trains_batch_norm(node) and "backward" not in str(node.target)
+        return self.batch_norm == "local" and trains_batch_norm(node)
 
     def _check_axis(self, found: AxisFlow) -> None:
         if not found.where_inputs():
