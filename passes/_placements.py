@@ -287,7 +287,7 @@ class Placements:
             if source not in but:
                 self._whole(source)
         self._from[node] = [s for s in but if isinstance(self.of.get(s), Partial)]
-        if how != "sum":
+        if how != "sum" and node not in self.reduced:
             self._marked[node] = how
         return Partial(how)
 
