@@ -18,6 +18,7 @@ from torch import fx
 
 from graphopt.graph.axes.factors import ONE, Factor, find
 from graphopt.graph.axes.propagation import Propagation
+from graphopt.graph.op_rules.arguments import operand, operand_names
 from graphopt.graph.sizes import Expr, expression
 from graphopt.graph.training_graph import InputKind, TrainingGraph
 
@@ -30,6 +31,10 @@ UNIFORM = {
 }  # fmt: skip
 """Operators that make a new dimension along which all is the same: a part of it is like any other."""
 
+ARANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
+_LOOKUPS = {aten.index, aten._unsafe_index, aten.index_put, aten._unsafe_index_put}
+_RESHAPES = {aten.view, aten._unsafe_view, aten.unsqueeze, aten.expand, aten.slice, aten.clone, aten.detach, aten.alias}
+
 
 class AxisFlow(Propagation):
     """The batch axis of a joint graph: which dimensions carry it, and where it is not treated index by index.
@@ -37,10 +42,11 @@ class AxisFlow(Propagation):
     ``axis`` is the factor of the batch; `where`, `ordered` and `averaged` are what placements are decided by.
     """
 
-    def __init__(self, graph: TrainingGraph, parts: Collection[fx.Node] = ()):
-        """``parts``: nodes that cut the processor's part out of something whole."""
+    def __init__(self, graph: TrainingGraph, parts: Collection[fx.Node] = (), rows: Collection[fx.Node] = ()):
+        """``parts``: nodes that cut the processor's part out of something whole. ``rows``: operands of lookups that
+        count the rows of the part (those that count the rows of the graph are found)."""
         super().__init__(graph)
-        self.parts = frozenset(parts)
+        self.parts, self._rows = frozenset(parts), frozenset(rows)
         self.symbol: sympy.Symbol = graph.symbols.symbols["batch"]
         self.axis: Factor = ONE
         self._ordered: dict[fx.Node, list[tuple[Factor, str]]] = defaultdict(list)
@@ -65,6 +71,8 @@ class AxisFlow(Propagation):
             dims = list(self.of(node.args[0]))
             dims[node.args[1]] = self.new(self.sizes(node)[node.args[1]])  # type: ignore[call-overload, index]
             return tuple(dims)
+        for index in self.row_indices(node):  # row i is looked up for row i
+            self.unify(next(f for f in self.of(index) if f is not ONE), self.axis)
         result = super()._apply(node)
         if getattr(node.target, "overloadpacket", None) in UNIFORM and not isinstance(result, list):
             size = self.size(self.symbol)
@@ -75,6 +83,8 @@ class AxisFlow(Propagation):
 
     def freeze(self, factor: Factor, reason: str) -> None:
         """As `Factors.freeze`; the operator is remembered whatever was known before."""
+        if isinstance(self.at, fx.Node) and find(factor) is find(self.axis) and self.row_indices(self.at):
+            return
         self._ordered[self.at].append((factor, reason))
         super().freeze(factor, reason)
 
@@ -82,6 +92,32 @@ class AxisFlow(Propagation):
         """As `Propagation.statistics`, remembered too."""
         self._averaged[node].append((factor, f"{node.target} ({node.name}) takes a {what} over it"))
         super().statistics(factor, what, node)
+
+    def row_indices(self, node: fx.Node) -> list[fx.Node]:
+        """Of a lookup, the index that names each row by its own number: ``x[torch.arange(len(x)), y]``."""
+        if getattr(node.target, "overloadpacket", None) not in _LOOKUPS:
+            return []
+        indices: Any = node.args[1]
+        source = node.args[0]
+        size = self.size(self.symbol)
+        return [
+            index
+            for d, index in enumerate(indices)
+            if isinstance(index, fx.Node)
+            and all(isinstance(i, fx.Node) for i in indices[:d])  # position d is dimension d, where no mask is before it
+            and not any(i.meta["val"].dtype is torch.bool for i in indices[: d + 1])
+            and self.sizes(source)[d] == size  # type: ignore[arg-type]
+            and (index in self._rows or self._counts_rows(index))
+        ]
+
+    def _counts_rows(self, node: fx.Node) -> bool:
+        while getattr(node.target, "overloadpacket", None) in _RESHAPES:
+            node = node.args[0]  # type: ignore[assignment]
+        value = node.meta["val"]
+        if node.target not in ARANGES or self.size(value.shape[0]) != self.size(self.symbol):
+            return False
+        names = operand_names(node)
+        return all(operand(node, name) == first for name, first in (("start", 0), ("step", 1)) if name in names)
 
     # -- answers ----------------------------------------------------------------------------------------------------
 

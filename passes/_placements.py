@@ -221,9 +221,10 @@ class Placements:
             for source in self._read(node):
                 self._whole(source)
             return Sharded(dims[0])
-        if self.own(node) and index:
-            return Own()
         read = self._read(node)
+        if self.own(node):
+            sums = any(r.kind == "sum" and r.result == index for r in reductions(node) or ())
+            return self._reduction(node, index or 0) if sums else Own()
         if any(isinstance(self.of[s], Own) for s in read):
             return Own()
         if any(self._is_sharded(s) for s in read):
@@ -286,7 +287,7 @@ class Placements:
             if source not in but:
                 self._whole(source)
         self._from[node] = [s for s in but if isinstance(self.of.get(s), Partial)]
-        if how != "sum":
+        if how != "sum" and node not in self.reduced:
             self._marked[node] = how
         return Partial(how)
 

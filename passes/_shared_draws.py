@@ -19,29 +19,30 @@ from graphopt.graph.draft import Draft, infer
 from graphopt.graph.op_rules import is_random, operand, operand_names, reads, set_operand
 from graphopt.graph.sizes import Expr, expression
 from graphopt.graph.torch_internals import fake_mode_of, without_guards
-from graphopt.passes._axis_flow import AxisFlow
+from graphopt.passes._axis_flow import ARANGES, AxisFlow
 from graphopt.passes._places import Places
 
 aten = torch.ops.aten
 
-_ARANGE = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 _POSITIONS = {aten.linspace, aten.logspace, aten.eye, aten.tril_indices, aten.triu_indices}
 
 
 class SharedDraws:
     """Rewrites random operators and positions of one draft. ``done``: what was rewritten, by node of the original;
-    ``parts``: the nodes that cut a part out of the whole."""
+    ``parts``: the nodes that cut a part out of the whole; ``rows``: those that count the rows of a part."""
 
     def __init__(self, draft: Draft, found: AxisFlow, places: Places):
         self.draft, self.found, self.places = draft, found, places
         self.done: dict[fx.Node, str] = {}
         self.parts: set[fx.Node] = set()
+        self.rows: set[fx.Node] = set()
 
     def rewrite(self) -> None:
         """See the module. Raises PassError for what cannot be drawn whole."""
         for node in self.found.graph.nodes:
             if node.op != "call_function":
                 continue
+            self._look_up(node)
             value = node.meta["val"]
             touched = any(map(self.found.sized, value if isinstance(value, (list, tuple)) else [value]))
             if not touched:
@@ -49,10 +50,21 @@ class SharedDraws:
                     raise PassError(f"{node.target} ({node.name}) draws by values of the whole batch")
             elif is_random(node):
                 self._draw(node)
-            elif node.target in _ARANGE:
+            elif node.target in ARANGES:
                 self._arange(node)
             elif getattr(node.target, "overloadpacket", None) in _POSITIONS:
                 raise PassError(f"{node.target} ({node.name}) gives positions in the whole batch")
+
+    def _look_up(self, node: fx.Node) -> None:
+        """Indices that name rows of the whole batch name those of the part instead, where rows are looked up."""
+        copy = self.draft.node(node)
+        for index in self.found.row_indices(node):
+            rows = self.draft.node(index)
+            local = self.draft.add(aten.sub.Scalar, rows, self.places.begin(), like=copy)
+            indices = [local if i is rows else i for i in copy.args[1]]  # type: ignore[union-attr]
+            copy.update_arg(1, indices)
+            self.rows.add(local)
+            self.done[node] = f"{node.target} looks up rows of the part"
 
     def _draw(self, node: fx.Node) -> None:
         copy, value = self.draft.node(node), node.meta["val"]

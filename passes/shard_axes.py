@@ -105,15 +105,15 @@ class ShardAxes(Pass):
         self._check_axis(found)
         draft = graph.draft()
         places = Places(draft, self.axis, self.processors)
-        rewrites: list[Any] = [SharedDraws(draft, found, places), WholeSums(draft, found, places)]
+        draws = SharedDraws(draft, found, places)
+        rewrites: list[Any] = [draws, WholeSums(draft, found, places)]
         if self.batch_norm == "synchronized":
             rewrites.append(BatchNormSums(draft, found, places))
         for rewrite in rewrites:
             rewrite.rewrite()
         _remove_dead(draft)
-        parts = rewrites[0].parts
         summed = draft.finish()
-        placed = Placements(AxisFlow(summed, parts), self._own)
+        placed = Placements(AxisFlow(summed, draws.parts, draws.rows), self._own)
         result, joined = self._joined(summed, placed)
         changes = [self._change(what, node) for each in rewrites for node, what in each.done.items()]
         changes += [self._change(what, node) for what, node in joined]
@@ -121,7 +121,7 @@ class ShardAxes(Pass):
         return PassResult(result, tuple(changes))
 
     def _own(self, node: fx.Node) -> bool:
-        return self.batch_norm == "local" and trains_batch_norm(node) and "backward" not in str(node.target)
+        return self.batch_norm == "local" and trains_batch_norm(node)
 
     def _check_axis(self, found: AxisFlow) -> None:
         if not found.where_inputs():
