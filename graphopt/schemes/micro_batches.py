@@ -10,18 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
+import numpy as np
 import torch
 
 from graphopt.cost_model import Estimate
 from graphopt.errors import CaptureError, GraphoptError
 from graphopt.graph.assemble import with_update
 from graphopt.graph.lowering import lower
+from graphopt.graph.sizes import nbytes
 from graphopt.graph.training_graph import Input, InputKind, OutputKind, Phase, TrainingGraph
 from graphopt.schemes.base import Machines, Prepared, Runner
 from graphopt.schemes.captured_step import CapturedStep, optimised, part_of
 from graphopt.schemes.flat import Flat
 from graphopt.schemes.graph_step import GraphStep
 from graphopt.schemes.loss_parts import LossParts, loss_parts
+from graphopt.schemes.variants import Form
 
 _FULL = torch.ops.aten.full.default
 
@@ -94,34 +97,46 @@ class MicroBatches(Flat):
         )
 
     def estimate(self, prepared: Prepared, size: int, machines: Machines) -> Estimate | None:
-        """See `Scheme.estimate`. Memory is that of the largest part, with the gradients added so far."""
-        machine = self.machine(prepared, machines)
-        if machine is None:
+        """See `Scheme.estimate`. Memory is that of the largest part, and of all gradients, which wait meanwhile."""
+        machine, form = self.machine(prepared, machines), Form(fused=self.fused)
+        if machine is None or form.why_not(prepared, size):
             return None
         try:
-            step = self.accumulating(prepared)
+            graph = form.of(prepared).graph
         except CaptureError:  # which the runner will raise too, where it counts
             return None
-        assert step.part is not None
         sizes = part_sizes(size, self.count)
-        largest = self.priced(step.graph, sizes[0], machine, self.mode)
-        last = self.priced(step.graph, sizes[-1], machine, self.mode)
-        others = [self.priced(step.part, part, machine, self.mode) for part in sizes[:-1]]
-        if largest is None or last is None or any(other is None for other in others):
+        prices = {part: self.priced(graph, part, machine, self.mode) for part in set(sizes)}
+        found = [price for part in sizes if (price := prices[part]) is not None]
+        if len(found) < len(sizes):
             return None
-        priced = [last, *(other for other in others if other is not None)]
-        seconds = sum(price.seconds for price in priced)
-        return replace(
-            last,
-            seconds=seconds,
-            interval=(seconds * last.interval[0] / last.seconds, seconds * last.interval[1] / last.seconds),
-            terms={term: sum(price.terms[term] for price in priced) for term in last.terms},
-            flops=sum(price.flops for price in priced),
-            bytes_moved=sum(price.bytes_moved for price in priced),
-            bytes_kept=largest.bytes_kept,
-            sizes={**last.sizes, "batch": size},
-            peak=largest.peak,
-        )
+        gradients = graph.input_nodes(InputKind.PARAMETER).values()
+        waiting = sum(int(nbytes(n.meta["val"])) for n in gradients if n.meta["val"].is_floating_point())
+        return _in_turn(found, size, waiting)
+
+
+def _in_turn(parts: Sequence[Estimate], size: int, waiting: int) -> Estimate:
+    """The price of a whole batch from those of its parts, each with an update, of which only one is made. ``waiting``:
+    bytes of gradients so far."""
+    first = parts[0]  # the largest
+    seconds = sum(p.seconds for p in parts) - sum(p.terms["optimizer"] for p in parts[1:])
+    terms = {term: sum(p.terms[term] for p in parts) for term in first.terms} | {"optimizer": first.terms["optimizer"]}
+    updates = np.array([node.meta.get("phase") == Phase.UPDATE for node in first.work.nodes])
+    peak = first.peak
+    return replace(
+        first,
+        seconds=seconds,
+        interval=(seconds * first.interval[0] / first.seconds, seconds * first.interval[1] / first.seconds),
+        terms=terms,
+        flops=sum(p.flops for p in parts),
+        bytes_moved=sum(p.bytes_moved for p in parts) - int(first.counts.bytes[updates].sum()) * (len(parts) - 1),
+        sizes={**first.sizes, "batch": size},
+        peak=replace(
+            peak, total=peak.total + waiting, own=peak.own + waiting, timeline=peak.timeline + waiting,
+            parts={**peak.parts, "gradients so far": waiting},
+        ),
+        node_seconds=np.where(updates, first.node_seconds, sum(p.node_seconds for p in parts)),
+    )  # fmt: skip
 
 
 def part_sizes(size: int, count: int) -> list[int]:

@@ -89,11 +89,12 @@ def test_each_candidate_can_run(build: Any, draw: Any, optimizer: str) -> None:
             assert runner(draw(8)).isfinite()
             if not runner.fresh():  # its first step made a momentum, which the next does not
                 assert optimizer == "sgd dampening"
-                prepared = prepare(model, draw(8), lambda m: list(prepared.task.optimizers))
+                made = list(prepared.task.optimizers)
+                prepared = prepare(model, draw(8), lambda _, made=made: made)
             runner.close()
 
 
-# -- prices -------------------------------------------------------------------------------------------------------------
+# -- prices --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
