@@ -65,7 +65,7 @@ def candidates(task: Task, prepared: Prepared, *, threads: Sequence[int], precis
         for number in numbers:
             found += [Flat(threads=number, channels_last=True, **in_graph)] if images else []
             found += [Flat(threads=number, **in_graph)]
-        found += [Flat()]
+    found += [Flat()]  # without a captured step it says why there is none
     found += [Eager(channels_last=True, **options)] if images else []
     found += [Eager(**options)]
     found += [Eager(threads=number, **options) for number in numbers if prepared.step is None and number is not None]

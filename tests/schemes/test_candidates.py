@@ -56,7 +56,7 @@ def test_what_is_not_feasible_is_not_tried() -> None:
 
 def test_without_a_graph_eager_is_left() -> None:
     plain = prepare(mlp(), rows(), captured=False)
-    assert names(plain, (1, 2)) == ["eager, fused optimizer", "eager, fused optimizer, 2 threads", "eager"]
+    assert names(plain, (1, 2)) == ["flat", "eager, fused optimizer", "eager, fused optimizer, 2 threads", "eager"]
 
 
 def test_convolutions_that_are_a_small_part_are_not_tried_in_channels_last() -> None:
