@@ -151,7 +151,7 @@ class Placements:
         placement = self.of[node]
         if not isinstance(placement, Partial):
             return
-        while is_view(node) and node.target is not getitem and isinstance(self.of[node.args[0]], Partial):
+        while is_view(node) and node.target is not getitem and isinstance(self.of[node.args[0]], Partial):  # type: ignore[index]
             source = node.args[0]
             assert isinstance(source, fx.Node)
             if numel(source.meta["val"]) != numel(node.meta["val"]):
@@ -176,7 +176,7 @@ class Placements:
     def _place(self, node: fx.Node) -> Any:
         if node.target is getitem:
             several, index = self.of[node.args[0]], node.args[1]  # type: ignore[index]
-            return several[index] if isinstance(several, tuple) else several
+            return several[index] if isinstance(several, tuple) else several  # type: ignore[index]
         value = node.meta["val"]
         if zero_if(node, self._zero) or self._makes_zeros(node):
             self._zero.add(node)
@@ -241,7 +241,7 @@ class Placements:
         return _WHOLE
 
     def _sharded_dims(self, node: fx.Node, value: Any, index: int | None) -> tuple[int, ...]:
-        """The dimension that carries the axis, if one does. Raises Misplaced if parts of it are no part of the whole."""
+        """The dimension that carries the axis, if one does. Raises Misplaced where its parts are no part of it."""
         where, sized = self.found.where(node, index), self.found.sized(value)
         if len(where) > 1:
             raise Misplaced(node, "its result has an element for every pair of rows of the batch")

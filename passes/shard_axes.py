@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import fx
 
 from graphopt.errors import PassError
 from graphopt.graph.draft import Draft
 from graphopt.graph.op_rules import is_pure
-from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
+from graphopt.graph.training_graph import InputKind, TrainingGraph
 from graphopt.passes._axis_flow import AxisFlow
 from graphopt.passes._base import Change, Pass, PassResult, Refusal, Tier
 from graphopt.passes._batch_norm_sums import BatchNormSums, trains_batch_norm
@@ -169,9 +167,3 @@ def _remove_dead(draft: Draft) -> None:
     for node in reversed(list(draft.graph.nodes)):
         if node.op == "call_function" and not node.users and is_pure(node):
             draft.graph.erase_node(node)
-
-
-def sharded_outputs(graph: TrainingGraph) -> Iterable[OutputKind]:
-    """The kinds of outputs that lie in parts."""
-    words = graph.signature.tree["placements"]["outputs"]
-    return [o.kind for o, word in zip(graph.outputs, words, strict=True) if word != "replicated"]

@@ -135,12 +135,16 @@ MODELS = {
     "transformer": lambda: (Transformer(), (torch.randint(11, (7, 6)), torch.randint(11, (7, 6))), token_loss),
     "segmentation": lambda: (nn.Conv2d(2, 3, 1), (rows(7, 2, 4, 4), torch.randint(3, (7, 4, 4))), F.cross_entropy),
     "weighted": lambda: (nn.Linear(4, 3), (rows(7, 4), classes()), weighted),
-    "lstm": lambda: (Recurrent(nn.LSTM, batch_first=True, num_layers=2, dropout=0.3), (rows(7, 4, 3), classes()), F.cross_entropy),
+    "lstm": lambda: (
+        Recurrent(nn.LSTM, batch_first=True, num_layers=2, dropout=0.3), (rows(7, 4, 3), classes()), F.cross_entropy,
+    ),
     "gru": lambda: (Recurrent(nn.GRU, batch_first=True), (rows(7, 4, 3), classes()), F.cross_entropy),
     "own rows": lambda: (nn.Linear(4, 3), (rows(7, 4), classes()), picked),
     "standardised": lambda: (nn.Linear(4, 3), (rows(7, 4), rows(7, 3)), standardised),
     **{
-        name: lambda loss=loss: (nn.Sequential(nn.Linear(4, 3), nn.Sigmoid()), (rows(7, 4), torch.rand(7, 3).double()), loss)
+        name: lambda loss=loss: (
+            nn.Sequential(nn.Linear(4, 3), nn.Sigmoid()), (rows(7, 4), torch.rand(7, 3).double()), loss,
+        )
         for name, loss in {
             "mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "huber": F.huber_loss,
             "bce": F.binary_cross_entropy, "bce_logits": F.binary_cross_entropy_with_logits,
@@ -162,6 +166,14 @@ def test_architectures_and_losses(three: Team, name: str) -> None:
 
 def peak(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return ((logits - logits.amax(0)) * target).exp().sum() + logits.amin((0, 1))
+
+
+def test_fused_recurrent_layers(three: Team) -> None:
+    """oneDNN's layer runs in float32 only."""
+    model, x, y = Recurrent(nn.LSTM, batch_first=True), torch.randn(7, 4, 3), classes()
+    graph = graphopt.capture(model, (x, y), loss=F.cross_entropy)
+    assert any("mkldnn_rnn_layer" in str(n.target) for n in graph.nodes)
+    assert_equals_whole(three, graph, values_of(graph, model, (x, y)), (4, 3), tolerance=1e-5)
 
 
 def test_maxima_over_the_batch(three: Team) -> None:

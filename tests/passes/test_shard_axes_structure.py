@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import graphopt
 from graphopt.errors import PassError
-from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
+from graphopt.graph.training_graph import InputKind, TrainingGraph
 from graphopt.passes import DeadCode, NoOps, ShardAxes
 
 
