@@ -12,7 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphopt
+from graphopt.graph.op_rules import operand_names
 from graphopt.graph.training_graph import TrainingGraph
+from graphopt.passes import _placements
+from graphopt.passes._placements import Placements
+from graphopt.passes._places import Places
+from graphopt.passes._whole_sums import WholeSums
 from tests.passes.shards import Team, assert_equals_whole, divided, shard, team
 
 EVEN_AND_ODD = [(4, 3), (4, 2, 1)]
@@ -225,3 +230,39 @@ def test_local_batch_norm_is_that_of_each_part(three: Team) -> None:
     words = dict(zip(map(str, graph.outputs), divided_graph.signature.tree["placements"]["outputs"]))
     assert words["new buffer 1.running_mean"] == words["new buffer 1.running_var"] == "own"
     assert words["new buffer 1.num_batches_tracked"] == "replicated"
+
+
+def _local_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Places, "twin", lambda self, node: node)
+
+
+def _no_sums_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WholeSums, "_count", lambda self, node, places: 7)
+
+
+def _first_rows_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Places, "begin", lambda self, times=1: 0)
+
+
+def _reduced_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Placements, "_whole", lambda self, node: None)
+
+
+def _linear_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_placements, "linear_sets", lambda node: (frozenset(operand_names(node)),))
+    monkeypatch.setattr(Placements, "_sums", lambda self, source: True)
+
+
+@pytest.mark.parametrize(
+    "broken", [_local_counts, _no_sums_of_means, _first_rows_for_all, _reduced_never, _linear_in_all]
+)
+def test_a_broken_rule_is_noticed(three: Team, broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (logits - logits.mean(0)).pow(2).mean(0).exp().sum() + (logits * target).sum() / target.shape[0]
+
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Tanh())
+    graph, values = captured(model, (rows(8, 4), rows(8, 3)), loss)
+    assert_equals_whole(three, graph, values, (4, 2, 2))
+    broken(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_equals_whole(three, graph, values, (4, 2, 2))
