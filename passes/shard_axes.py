@@ -15,7 +15,8 @@ from graphopt.passes._axis_flow import AxisFlow
 from graphopt.passes._base import Change, Pass, PassResult, Refusal, Tier
 from graphopt.passes._batch_norm_sums import BatchNormSums, trains_batch_norm
 from graphopt.passes._collectives import join
-from graphopt.passes._placements import Misplaced, Own, Placement, Placements, Sharded
+from graphopt.passes._placement import Misplaced, Own, Placement, Sharded
+from graphopt.passes._placements import Placements
 from graphopt.passes._places import Places
 from graphopt.passes._shared_draws import SharedDraws
 from graphopt.passes._whole_sums import WholeSums
