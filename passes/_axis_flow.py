@@ -104,7 +104,9 @@ class AxisFlow(Propagation):
             index
             for d, index in enumerate(indices)
             if isinstance(index, fx.Node)
-            and all(isinstance(i, fx.Node) for i in indices[:d])  # position d is dimension d, where no mask is before it
+            and all(
+                isinstance(i, fx.Node) for i in indices[:d]
+            )  # position d is dimension d, where no mask is before it
             and not any(i.meta["val"].dtype is torch.bool for i in indices[: d + 1])
             and self.sizes(source)[d] == size  # type: ignore[arg-type]
             and (index in self._rows or self._counts_rows(index))

@@ -1,11 +1,4 @@
-"""Placements: how each value of a graph lies on processors when one axis is divided, and where that must change.
-
-Every processor runs the same operators on its part. A value is then
-
-- `Replicated`: whole, the same on all processors;
-- `Sharded`: each has a part, along the dimension that carries the axis;
-- `Partial`: as large as the whole, and the whole is the sum (or maximum, minimum) over all processors;
-- `Own`: each has one of its own, made from its part alone (statistics that are not synchronised).
+"""The placement of every node of a graph of which one axis is divided, and where placements must change.
 
 Placements flow forward by what the table of operator rules says. A sum over the divided axis gives a partial value;
 operators that are linear in a partial value keep it so; any other reader needs the whole, so it is summed right behind
@@ -17,60 +10,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from operator import getitem
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import fx
 
-from graphopt.errors import PassError
 from graphopt.graph.op_rules import linear_sets, operand, operand_names, operand_nodes, reads, reductions, rule, zero_if
 from graphopt.graph.sizes import expression, numel
 from graphopt.graph.storages import is_view
 from graphopt.graph.training_graph import OutputKind
 from graphopt.passes._axis_flow import UNIFORM, AxisFlow
+from graphopt.passes._placement import Misplaced, Own, Partial, Placement, Replicated, Sharded
 
 aten = torch.ops.aten
 
-
-@dataclass(frozen=True)
-class Replicated:
-    """The whole, the same on all processors."""
-
-    def __str__(self) -> str:
-        return "replicated"
-
-
-@dataclass(frozen=True)
-class Sharded:
-    """A part along dimension ``dim``."""
-
-    dim: int
-
-    def __str__(self) -> str:
-        return f"sharded {self.dim}"
-
-
-@dataclass(frozen=True)
-class Partial:
-    """The whole is what ``how`` (sum, max, min) makes of all processors' values."""
-
-    how: str = "sum"
-
-    def __str__(self) -> str:
-        return f"partial {self.how}"
-
-
-@dataclass(frozen=True)
-class Own:
-    """Each processor's own value, of its part alone."""
-
-    def __str__(self) -> str:
-        return "own"
-
-
-Placement: TypeAlias = Replicated | Sharded | Partial | Own
 
 _WHOLE = Replicated()
 _ADDS_AT_PLACES = {aten.index_put: "self", aten.index_add: "self", aten.scatter_add: "self"}
@@ -78,14 +32,6 @@ _ADDS_AT_PLACES = {aten.index_put: "self", aten.index_add: "self", aten.scatter_
 _JOINS = {"sum": "sum", "max": "max", "min": "min"}
 _ZEROS = {aten.zeros, aten.new_zeros, aten.zeros_like}
 _FILLS = {aten.full, aten.new_full, aten.full_like}
-
-
-class Misplaced(PassError):
-    """An operator that cannot run on parts; ``node`` is the one."""
-
-    def __init__(self, node: fx.Node, why: str):
-        super().__init__(f"{node.name} ({node.target}): {why}")
-        self.node, self.why = node, why
 
 
 class Placements:
@@ -151,7 +97,7 @@ class Placements:
         placement = self.of[node]
         if not isinstance(placement, Partial):
             return
-        while is_view(node) and node.target is not getitem and isinstance(self.of[node.args[0]], Partial):
+        while is_view(node) and node.target is not getitem and isinstance(self.of[node.args[0]], Partial):  # type: ignore[index]
             source = node.args[0]
             assert isinstance(source, fx.Node)
             if numel(source.meta["val"]) != numel(node.meta["val"]):
@@ -176,7 +122,7 @@ class Placements:
     def _place(self, node: fx.Node) -> Any:
         if node.target is getitem:
             several, index = self.of[node.args[0]], node.args[1]  # type: ignore[index]
-            return several[index] if isinstance(several, tuple) else several
+            return several[index] if isinstance(several, tuple) else several  # type: ignore[index]
         value = node.meta["val"]
         if zero_if(node, self._zero) or self._makes_zeros(node):
             self._zero.add(node)
@@ -241,7 +187,7 @@ class Placements:
         return _WHOLE
 
     def _sharded_dims(self, node: fx.Node, value: Any, index: int | None) -> tuple[int, ...]:
-        """The dimension that carries the axis, if one does. Raises Misplaced if parts of it are no part of the whole."""
+        """The dimension that carries the axis, if one does. Raises Misplaced where its parts are no part of it."""
         where, sized = self.found.where(node, index), self.found.sized(value)
         if len(where) > 1:
             raise Misplaced(node, "its result has an element for every pair of rows of the batch")

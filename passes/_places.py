@@ -114,7 +114,7 @@ class Places:
             return node
         if isinstance(value, torch.SymInt):
             wanted = self.whole(value)
-            if isinstance(wanted, sympy.Symbol) or isinstance(wanted, (sympy.Add, sympy.Mul)) and _plain(wanted):
+            if _plain(wanted):
                 return self.number(wanted)
         if isinstance(node.target, torch._ops.OpOverload):
             raise PassError(f"cannot tell what {node.name} ({node.target}) is for the whole batch")

@@ -59,9 +59,10 @@ class SharedDraws:
         """Indices that name rows of the whole batch name those of the part instead, where rows are looked up."""
         copy = self.draft.node(node)
         for index in self.found.row_indices(node):
-            rows = self.draft.node(index)
-            local = self.draft.add(aten.sub.Scalar, rows, self.places.begin(), like=copy)
-            indices = [local if i is rows else i for i in copy.args[1]]  # type: ignore[union-attr]
+            at = list(node.args[1]).index(index)  # type: ignore[arg-type]
+            indices: list[Any] = list(copy.args[1])  # type: ignore[arg-type]
+            local = self.draft.add(aten.sub.Scalar, indices[at], self.places.begin(), like=copy)
+            indices[at] = local
             copy.update_arg(1, indices)
             self.rows.add(local)
             self.done[node] = f"{node.target} looks up rows of the part"

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import fx
 
 from graphopt.errors import PassError
 from graphopt.graph.draft import Draft
 from graphopt.graph.op_rules import is_pure
-from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
+from graphopt.graph.training_graph import InputKind, TrainingGraph
 from graphopt.passes._axis_flow import AxisFlow
 from graphopt.passes._base import Change, Pass, PassResult, Refusal, Tier
 from graphopt.passes._batch_norm_sums import BatchNormSums, trains_batch_norm
 from graphopt.passes._collectives import join
-from graphopt.passes._placements import Misplaced, Own, Placement, Placements, Sharded
+from graphopt.passes._placement import Misplaced, Own, Placement, Sharded
+from graphopt.passes._placements import Placements
 from graphopt.passes._places import Places
 from graphopt.passes._shared_draws import SharedDraws
 from graphopt.passes._whole_sums import WholeSums
@@ -53,13 +52,18 @@ class ShardAxes(Pass):
                                               %wait_tensor = _c10d_functional.wait_tensor(%all_reduce)
                                               return %wait_tensor
 
+    >>> import torch
     >>> from graphopt.graph.capture import capture
-    >>> net, batch = torch.nn.Linear(3, 2), (torch.randn(4, 3), torch.randint(2, (4,)))
-    >>> graph = capture(net, batch, loss=torch.nn.functional.cross_entropy)
-    >>> result = ShardAxes(processors=2)(graph)
-    >>> [c.what for c in result.changes if "all-reduce" in c.what]
-    ['all-reduce of 8 bytes', 'all-reduce of 4 bytes', 'all-reduce of 4 bytes', 'all-reduce of 24 bytes', \
-'all-reduce of 8 bytes']
+    >>> net, batch = torch.nn.Linear(3, 2), (torch.randn(4, 3), torch.randn(4, 2))
+    >>> graph = capture(net, batch, loss=torch.nn.functional.mse_loss)
+    >>> for change in ShardAxes(processors=2)(graph).changes:
+    ...     print(change.what)
+    aten.mse_loss takes the sum, divided by the size of the whole batch
+    aten.mse_loss_backward takes the sum, divided by the size of the whole batch
+    all-reduce of 4 bytes
+    all-reduce of 24 bytes
+    all-reduce of 8 bytes
+    divided the axis 'batch' over 2 processors
     """
 
     processors: int
@@ -169,9 +173,3 @@ def _remove_dead(draft: Draft) -> None:
     for node in reversed(list(draft.graph.nodes)):
         if node.op == "call_function" and not node.users and is_pure(node):
             draft.graph.erase_node(node)
-
-
-def sharded_outputs(graph: TrainingGraph) -> Iterable[OutputKind]:
-    """The kinds of outputs that lie in parts."""
-    words = graph.signature.tree["placements"]["outputs"]
-    return [o.kind for o, word in zip(graph.outputs, words, strict=True) if word != "replicated"]

@@ -12,7 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphopt
+from graphopt.graph.op_rules import operand_names
 from graphopt.graph.training_graph import TrainingGraph
+from graphopt.passes import _placements
+from graphopt.passes._placements import Placements
+from graphopt.passes._places import Places
+from graphopt.passes._whole_sums import WholeSums
 from tests.passes.shards import Team, assert_equals_whole, divided, shard, team
 
 EVEN_AND_ODD = [(4, 3), (4, 2, 1)]
@@ -135,12 +140,16 @@ MODELS = {
     "transformer": lambda: (Transformer(), (torch.randint(11, (7, 6)), torch.randint(11, (7, 6))), token_loss),
     "segmentation": lambda: (nn.Conv2d(2, 3, 1), (rows(7, 2, 4, 4), torch.randint(3, (7, 4, 4))), F.cross_entropy),
     "weighted": lambda: (nn.Linear(4, 3), (rows(7, 4), classes()), weighted),
-    "lstm": lambda: (Recurrent(nn.LSTM, batch_first=True, num_layers=2, dropout=0.3), (rows(7, 4, 3), classes()), F.cross_entropy),
+    "lstm": lambda: (
+        Recurrent(nn.LSTM, batch_first=True, num_layers=2, dropout=0.3), (rows(7, 4, 3), classes()), F.cross_entropy,
+    ),
     "gru": lambda: (Recurrent(nn.GRU, batch_first=True), (rows(7, 4, 3), classes()), F.cross_entropy),
     "own rows": lambda: (nn.Linear(4, 3), (rows(7, 4), classes()), picked),
     "standardised": lambda: (nn.Linear(4, 3), (rows(7, 4), rows(7, 3)), standardised),
     **{
-        name: lambda loss=loss: (nn.Sequential(nn.Linear(4, 3), nn.Sigmoid()), (rows(7, 4), torch.rand(7, 3).double()), loss)
+        name: lambda loss=loss: (
+            nn.Sequential(nn.Linear(4, 3), nn.Sigmoid()), (rows(7, 4), torch.rand(7, 3).double()), loss,
+        )
         for name, loss in {
             "mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss, "huber": F.huber_loss,
             "bce": F.binary_cross_entropy, "bce_logits": F.binary_cross_entropy_with_logits,
@@ -162,6 +171,14 @@ def test_architectures_and_losses(three: Team, name: str) -> None:
 
 def peak(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return ((logits - logits.amax(0)) * target).exp().sum() + logits.amin((0, 1))
+
+
+def test_fused_recurrent_layers(three: Team) -> None:
+    """oneDNN's layer runs in float32 only."""
+    model, x, y = Recurrent(nn.LSTM, batch_first=True), torch.randn(7, 4, 3), classes()
+    graph = graphopt.capture(model, (x, y), loss=F.cross_entropy)
+    assert any("mkldnn_rnn_layer" in str(n.target) for n in graph.nodes)
+    assert_equals_whole(three, graph, values_of(graph, model, (x, y)), (4, 3), tolerance=1e-5)
 
 
 def test_maxima_over_the_batch(three: Team) -> None:
@@ -213,3 +230,39 @@ def test_local_batch_norm_is_that_of_each_part(three: Team) -> None:
     words = dict(zip(map(str, graph.outputs), divided_graph.signature.tree["placements"]["outputs"]))
     assert words["new buffer 1.running_mean"] == words["new buffer 1.running_var"] == "own"
     assert words["new buffer 1.num_batches_tracked"] == "replicated"
+
+
+def _local_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Places, "twin", lambda self, node: node)
+
+
+def _no_sums_of_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WholeSums, "_count", lambda self, node, places: 7)
+
+
+def _first_rows_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Places, "begin", lambda self, times=1: 0)
+
+
+def _reduced_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Placements, "_whole", lambda self, node: None)
+
+
+def _linear_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_placements, "linear_sets", lambda node: (frozenset(operand_names(node)),))
+    monkeypatch.setattr(Placements, "_sums", lambda self, source: True)
+
+
+@pytest.mark.parametrize(
+    "broken", [_local_counts, _no_sums_of_means, _first_rows_for_all, _reduced_never, _linear_in_all]
+)
+def test_a_broken_rule_is_noticed(three: Team, broken: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return (logits - logits.mean(0)).pow(2).mean(0).exp().sum() + (logits * target).sum() / target.shape[0]
+
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Tanh())
+    graph, values = captured(model, (rows(8, 4), rows(8, 3)), loss)
+    assert_equals_whole(three, graph, values, (4, 2, 2))
+    broken(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_equals_whole(three, graph, values, (4, 2, 2))

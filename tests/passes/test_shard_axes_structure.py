@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphopt
+from graphopt.cost_model.kernels import Family, kernels
 from graphopt.errors import PassError
-from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
+from graphopt.graph.training_graph import InputKind, TrainingGraph
 from graphopt.passes import DeadCode, NoOps, ShardAxes
 
 
@@ -131,6 +132,16 @@ def test_places_are_inputs_and_sizes() -> None:
 def test_other_passes_keep_the_collectives() -> None:
     divided = sharded(graphopt.capture(net(), (rows(7, 2, 6, 6), torch.randint(3, (7,))), loss=F.cross_entropy))
     assert collectives(DeadCode()(NoOps()(divided)).graph) == collectives(divided)
+
+
+def test_a_collective_is_priced_once() -> None:
+    divided = sharded(graphopt.capture(nn.Linear(4, 3).double(), (rows(7, 4), rows(7, 3)), loss=F.mse_loss))
+    found = {n: list(kernels(n, 1)) for n in divided.nodes if "c10d" in str(n.target)}
+    for node, (kernel,) in found.items():
+        waits = "wait" in str(node.target)
+        assert kernel.family is (Family.NONE if waits else Family.COMMUNICATION)
+        assert waits == (kernel.bytes == 0)
+    assert len(found) == 2 * len(collectives(divided)) == 6
 
 
 def test_every_node_has_its_place_in_the_model() -> None:

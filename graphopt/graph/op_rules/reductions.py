@@ -269,6 +269,18 @@ def attention_backward(node: fx.Node) -> tuple[Reduction, ...]:
     return (*scores, Reduction("sum", keys, 0), *(Reduction("sum", queries, i) for i in (1, 2)))
 
 
+def recurrent_layer(node: fx.Node) -> tuple[Reduction, ...]:
+    """Each step of time depends on those before it, on all features and on the whole hidden state; rows are apart."""
+    hidden = rank(node, "hx_") - 1
+    return (Reduction("other", (("input", 0), ("input", 2), ("hx_", hidden)), kept=True),)
+
+
+def recurrent_layer_backward(node: fx.Node) -> tuple[Reduction, ...]:
+    """The same for the gradient of the input; sums over time and rows for the weights and biases."""
+    places = tuple((name, d) for name in ("input", "output") for d in (0, 1))
+    return (*recurrent_layer(node), *(Reduction("sum", places, i) for i in (1, 2, 3, 4)))
+
+
 def embedding_backward(node: fx.Node) -> tuple[Reduction, ...]:
     """Over all positions."""
     gradient = operand_names(node)[0]

@@ -32,9 +32,11 @@ ENTRIES = (
 
     entry("lstm gru rnn_tanh rnn_relu", "recurrent", axes=att.recurrent, flops=cost.recurrent(1, "params"),
           draws=lambda a: a.train and a.dropout != 0),
-    entry("mkldnn_rnn_layer", "recurrent", axes=att.recurrent_layer, flops=cost.recurrent(1, "weight0", "weight1")),
+    entry("mkldnn_rnn_layer", "recurrent", axes=att.recurrent_layer, flops=cost.recurrent(1, "weight0", "weight1"),
+          reduces=red.recurrent_layer),
     entry("mkldnn_rnn_layer_backward", "recurrent", axes=att.recurrent_layer_backward,
-          flops=cost.recurrent(2, "weight1", "weight2"), linear="grad_output + grad_hy + grad_cy"),
+          flops=cost.recurrent(2, "weight1", "weight2"), reduces=red.recurrent_layer_backward,
+          linear="grad_output + grad_hy + grad_cy"),
     entry("_cudnn_rnn", "recurrent", flops=cost.recurrent(1, "weight"), draws=lambda a: a.train and a.dropout != 0),
     entry("_cudnn_rnn_backward", "recurrent", flops=cost.recurrent(2, "weight"),
           linear="grad_output + grad_hy + grad_cy"),
