@@ -118,12 +118,6 @@ step()
     script.nothing_is_left()
 
 
-def test_a_script_that_is_terminated(tmp_path: Path) -> None:
-    script = Script("time.sleep(600)", tmp_path)
-    script.process.terminate()
-    script.nothing_is_left()
-
-
 def test_an_interrupt_waits_for_the_commit(tmp_path: Path) -> None:
     script = Script(
         """
