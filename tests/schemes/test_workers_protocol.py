@@ -138,11 +138,14 @@ def test_a_shelf_copies_what_changed() -> None:
     copies[1][1] = 7  # between samples: a copy would overwrite it
     shelf.refresh(tensors)
     assert copies[1][1] == 7
-    for number, write in enumerate((lambda t: t.data.add_(1), lambda t: t[:2].mul_(2), lambda t: t.fill_(3))):
+    for number, write in enumerate((lambda t: t.data.add_(1), lambda t: t[1:2].add_(2), lambda t: t.fill_(3))):
         for tensor in tensors:
             write(tensor)
         assert not shelf.refresh(tensors), number
         assert all(torch.equal(c, t) for c, t in zip(copies, tensors, strict=True)), number
+    trained.data[1] = small.data[1] = 11  # not counted and between samples
+    shelf.refresh(tensors)
+    assert copies[0][1] == copies[2][1] == 11
     assert shelf.refresh([trained, frozen.clone(), small])
 
 
