@@ -252,7 +252,8 @@ def test_a_batch_that_is_ignored_altogether_is_what_it_is_in_eager() -> None:
 @given(size=st.integers(2, 300), count=st.integers(2, 20))
 def test_parts_are_as_equal_as_can_be(size: int, count: int) -> None:
     parts = part_sizes(size, count)
-    assert sum(parts) == size and len(parts) == count and max(parts) - min(parts) <= 1
+    assert sum(parts) == size and len(parts) == count and parts[0] - parts[-1] <= 1
+    assert parts == sorted(parts, reverse=True)  # the largest, which decides memory, comes first
 
 
 def test_parts_of_one_sample_are_refused() -> None:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphopt
+from graphopt.schemes import Inductor
+from tests.schemes.trials import OPTIMIZERS, assert_trains_like_eager, mlp, rows
 
 
 def small() -> nn.Module:
@@ -81,3 +83,9 @@ def test_a_compiler_that_refuses_is_left_out(monkeypatch: pytest.MonkeyPatch) ->
         step(x, y)
     assert step.plan.chosen == "flat"
     assert "cannot compile" in (step.plan.candidate("inductor").why_not or "")
+
+
+@pytest.mark.slow
+def test_inductor_with_options_trains_like_eager() -> None:
+    scheme = Inductor(fused=True, threads=1)
+    assert_trains_like_eager(scheme, mlp(), OPTIMIZERS["adamw"], [rows() for _ in range(50)])
