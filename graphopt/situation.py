@@ -287,7 +287,8 @@ def as_schemes(schemes: str | Sequence[str | Scheme]) -> tuple[Scheme, ...] | No
         if not isinstance(one, (str, Scheme)):
             raise GraphoptError(f"schemes: expected names or Scheme objects, got {one!r}")
         if isinstance(one, str) and one not in SCHEMES:
-            raise GraphoptError(f"schemes: unknown name {one!r}; expected 'auto', 'exact', {', '.join(SCHEMES)}, or a Scheme")
+            known = "'auto', 'exact', " + ", ".join(SCHEMES)
+            raise GraphoptError(f"schemes: unknown name {one!r}; expected {known}, or a Scheme")
         found.append(SCHEMES[one] if isinstance(one, str) else one)
     if not found:
         raise GraphoptError("schemes: got none; expected 'auto' or at least one")

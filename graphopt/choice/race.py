@@ -26,6 +26,10 @@ PRECISION = 0.01
 OUTLIER = 3.0
 """A step that took this many times as long as its neighbours says something of the machine, not of the candidate."""
 
+HOPELESS, START_SECONDS = 20.0, 2.0
+"""A candidate whose first step took so many times the best one's step, and so many seconds besides, is not timed: two
+threads on a core that others want can be a hundred times slower than one."""
+
 WIDENED = {1: 1.5, 2: 1.2, 3: 1.1, 4: 1.05, 5: 1.05}
 """By number of steps, below six: the ratio between two candidates' extremes from which one of them is slower. So few
 steps give no 95 % interval of their median; what they differ by in bad luck is what this leaves room for."""
@@ -82,9 +86,9 @@ class Race:
         self.lost: dict[str, str] = {}
         self._rounds, self._allowance = rounds, allowance
         self._round = 0
+        self._warming = deque(names)
         self._queue: deque[str] = deque()
         self._ended = False
-        self._fill()
 
     @property
     def running(self) -> list[str]:
@@ -99,12 +103,12 @@ class Race:
     @property
     def turn(self) -> str:
         """The candidate that runs next."""
-        return self._queue[0]
+        return self._warming[0] if self._warming else self._queue[0]
 
     @property
     def warming(self) -> bool:
         """Whether the next step is a first one, which is not timed."""
-        return self.turn not in self.warm_up
+        return bool(self._warming)
 
     @property
     def extra_seconds(self) -> float:
@@ -134,8 +138,8 @@ class Race:
     def record(self, seconds: float) -> None:
         """The candidate whose turn it was took so long for one step."""
         name = self.turn
-        if name not in self.warm_up:
-            self.warm_up[name] = seconds
+        if self._warming:
+            self.warm_up[self._warming.popleft()] = seconds
         else:
             self.samples[name].append(max(seconds, 1e-9))  # a step shorter than the clock can see
             self._queue.popleft()
@@ -146,8 +150,7 @@ class Race:
         """A candidate cannot run."""
         self.lost[name] = why
         self.samples[name] = []
-        if name in self._queue:
-            self._queue.remove(name)
+        self._leave(name)
         if len(self.running) < 2:
             self._ended = True
         self._go_on()
@@ -172,13 +175,22 @@ class Race:
             return
         _, high = interval(self.samples[best])
         for name in self.running:
-            if name == best or not self.samples[name]:
+            if name == best:
+                continue
+            if not self.samples[name]:
+                if self._allowance is not None and self.warm_up[name] > HOPELESS * self.seconds(best) + START_SECONDS:
+                    self.lost[name] = f"not measured: its first step alone took {self.warm_up[name]:.2g} s"
+                    self._leave(name)
                 continue
             ratio = self.seconds(name) / self.seconds(best)
             if ratio > 1 + MARGIN and self._lowest(name) > high:
                 self.lost[name] = f"took {ratio:.2f} times as long as {best}"
-                if name in self._queue:
-                    self._queue.remove(name)
+                self._leave(name)
+
+    def _leave(self, name: str) -> None:
+        for queue in (self._warming, self._queue):
+            if name in queue:
+                queue.remove(name)
 
     def _lowest(self, name: str) -> float:
         samples = self.samples[name]
@@ -193,11 +205,13 @@ class Race:
                 if not self.samples[name]:
                     self.lost[name] = "not measured: what measuring may cost was spent"
             self._ended = True
-        if not self._ended and not self._queue:
-            self._round += 1
-            self._ended = self._round >= self._rounds or self._known()
+        if not self._ended and not self._warming and not self._queue:
+            if any(self.samples.values()):
+                self._round += 1
+                self._ended = self._round >= self._rounds or self._known()
             self._fill()
         if self._ended:
+            self._warming.clear()
             self._queue.clear()
 
     def _spent(self) -> bool:
@@ -213,7 +227,10 @@ class Race:
         return all(len(self.samples[n]) >= 6 and measurement(self.samples[n]).half_width <= PRECISION for n in running)
 
     def _fill(self) -> None:
-        """The next round, in rotated order."""
+        """The next round, in rotated order; the first one by what first steps took, so that it may end early."""
         running = self.running
+        if not self._round:
+            self._queue.extend(sorted(running, key=self.warm_up.__getitem__))
+            return
         first = self._round % max(len(running), 1)
         self._queue.extend(running[first:] + running[:first])
