@@ -166,7 +166,10 @@ class Situation:
             if found is None:
                 threads = torch.get_num_threads()
                 counts = tuple(dict.fromkeys((threads, 1)))
-                found = candidates(self.task, prepared, threads=counts, precision=self.settings.precision)
+                found = candidates(
+                    self.task, prepared, threads=counts, precision=self.settings.precision,
+                    saving_memory=self.settings.memory is not None,
+                )  # fmt: skip
                 if (self.settings.processors or 1) > 1:
                     first, *others = found
                     owner, reduced = data_parallel(self.settings.processors or 1, self.settings.batch_norm)

@@ -22,7 +22,9 @@ PARTS = (2, 4)
 """Numbers of micro-batches that are tried: they save memory, not time."""
 
 
-def candidates(task: Task, prepared: Prepared, *, threads: Sequence[int], precision: str | None) -> tuple[Scheme, ...]:
+def candidates(
+    task: Task, prepared: Prepared, *, threads: Sequence[int], precision: str | None, saving_memory: bool = False
+) -> tuple[Scheme, ...]:
     """The schemes on one processor that are worth a try, about ten, the most promising first.
 
     Options that cannot be met by this task are left out at once. Flat code with the most options comes first; plain
@@ -35,6 +37,7 @@ def candidates(task: Task, prepared: Prepared, *, threads: Sequence[int], precis
         threads: numbers of threads to try; the one that the process has is meant by schemes without a number.
         precision: ``"bf16"`` lets each scheme with options run in it, beside plain flat code and plain eager in full
             precision; None: none does.
+        saving_memory: whether schemes that save memory, not time, are among them (micro-batches).
 
     Example:
         >>> import torch
@@ -51,8 +54,6 @@ def candidates(task: Task, prepared: Prepared, *, threads: Sequence[int], precis
         eager, fused optimizer
         eager
         inductor, fused optimizer
-        2 micro-batches, fused optimizer
-        4 micro-batches, fused optimizer
     """
     fused = why_not_fused(task.optimizers) is None
     options: dict[str, Any] = {"fused": fused, "precision": precision if precision != "fp32" else None}
@@ -71,7 +72,8 @@ def candidates(task: Task, prepared: Prepared, *, threads: Sequence[int], precis
     found += [Eager(threads=number, **options) for number in numbers if prepared.step is None and number is not None]
     found += [Eager()]
     if prepared.step is not None:
-        found += [Inductor(**in_graph), *(MicroBatches(count, fused=in_graph["fused"]) for count in PARTS)]
+        found += [Inductor(**in_graph)]
+        found += [MicroBatches(count, fused=in_graph["fused"]) for count in PARTS if saving_memory]
     return tuple(dict.fromkeys(found))
 
 
