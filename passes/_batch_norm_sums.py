@@ -49,8 +49,8 @@ class BatchNormSums:
     def rewrite(self) -> None:
         """See the module. Raises PassError for an operator of another kind (cuDNN's, one that writes in place)."""
         for node in self.found.graph.nodes:
-            if not trains_batch_norm(node) or not self.found.where(node.args[0]):  # type: ignore[arg-type]
-                continue
+            if not trains_batch_norm(node) or set(self.found.where(node.args[0])) <= {1}:  # type: ignore[arg-type]
+                continue  # instance normalisation has the batch among the channels: no statistic is over it
             if node.target in _FORWARD:
                 self._forward(node)
             elif node.target in _BACKWARD:

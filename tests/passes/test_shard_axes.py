@@ -139,6 +139,10 @@ MODELS = {
     "residual": lambda: (Residual(), (rows(7, 3, 8, 8), classes()), F.cross_entropy),
     "transformer": lambda: (Transformer(), (torch.randint(11, (7, 6)), torch.randint(11, (7, 6))), token_loss),
     "segmentation": lambda: (nn.Conv2d(2, 3, 1), (rows(7, 2, 4, 4), torch.randint(3, (7, 4, 4))), F.cross_entropy),
+    "instance norm": lambda: (
+        nn.Sequential(nn.Conv2d(2, 3, 3), nn.InstanceNorm2d(3, affine=True), nn.Flatten(), nn.Linear(48, 3)),
+        (rows(7, 2, 6, 6), classes()), F.cross_entropy,
+    ),
     "weighted": lambda: (nn.Linear(4, 3), (rows(7, 4), classes()), weighted),
     "lstm": lambda: (
         Recurrent(nn.LSTM, batch_first=True, num_layers=2, dropout=0.3), (rows(7, 4, 3), classes()), F.cross_entropy,
