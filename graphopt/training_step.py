@@ -22,6 +22,7 @@ from graphopt.passes import Pass
 from graphopt.plan import Candidate, Plan
 from graphopt.probe_safety import Before, first_line, out_of_memory
 from graphopt.schemes import SCHEMES, ModelWatch, Scheme, Task
+from graphopt.schemes.data_parallel import threads_of_each
 from graphopt.situation import Settings, Situation
 
 CANNOT_RUN = (CaptureError, PassError, WorkerError)
@@ -66,6 +67,8 @@ class TrainingStep:
         self._clock, self._machines = clock, machines
         self._records = records if records is not None else Records()
         self._run_before = 0
+        if (settings.processors or 1) > 1:  # they start while the first step is captured
+            task.pools.of(settings.processors or 1, threads_of_each(settings.processors or 1))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are refused: a step belongs to its model and its optimizers."""

@@ -42,6 +42,12 @@ class Flat(OneProcessor):
             found = "the optimizer counts steps in tensors that fused kernels do not read (float64, or another device)"
         return found if found is not None else self.form.why_not(prepared, size)
 
+    def start_seconds(self, prepared: Prepared) -> float:
+        """See `Scheme.start_seconds`: another capture takes as long as the first did."""
+        another = self.channels_last or self.precision
+        known = not another or prepared.step is None or prepared.has_variant(self.form)
+        return 0.0 if known else float(prepared.step.seconds)
+
     def lowered(self, graph: TrainingGraph) -> Lowered:
         """How this scheme makes a graph callable."""
         return lower(graph)
