@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -22,6 +23,7 @@ from graphopt.graph.training_graph import Input, InputKind, Output, OutputKind, 
 from graphopt.passes import BucketGradients, GatherAtOwner, ShardAxes
 from graphopt.schemes.base import Machines, Prepared, Runner, Scheme
 from graphopt.schemes.graph_step import GraphStep
+from graphopt.schemes.micro_batches import part_sizes
 from graphopt.schemes.workers import Job, Pool
 
 Synchronise = Literal["all-reduce", "owner"]
@@ -185,9 +187,8 @@ def rows_of_parts(rows: int, processors: int) -> list[tuple[int, int]]:
     >>> rows_of_parts(7, 3)
     [(0, 3), (3, 2), (5, 2)]
     """
-    least, more = divmod(rows, processors)
-    counts = [least + (i < more) for i in range(processors)]
-    return [(sum(counts[:i]), count) for i, count in enumerate(counts)]
+    counts = part_sizes(rows, processors)
+    return list(zip(accumulate(counts, initial=0), counts))
 
 
 class _DividedStep:
