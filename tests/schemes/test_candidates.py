@@ -73,7 +73,10 @@ def test_low_precision_only_where_it_was_asked_for() -> None:
     assert not any("bf16" in name for name in names(prepared))
     assert not any("bf16" in name for name in names(prepared, precision="fp32"))
     asked = names(prepared, precision="bf16")
-    assert asked[:2] == ["flat, fused optimizer, bf16", "flat"] and asked[-2:] == ["eager", "inductor, fused optimizer, bf16"]
+    assert asked[:2] == ["flat, fused optimizer, bf16", "flat"] and asked[-2:] == [
+        "eager",
+        "inductor, fused optimizer, bf16",
+    ]
 
 
 @pytest.mark.parametrize(
