@@ -38,6 +38,10 @@ from graphopt.cost_model.probes import Probe, probes
 _PRIOR_WEIGHT = 0.3
 """Of factors 1: curves and launches were measured just before, so that a factor has a reason to be near."""
 
+_ERROR_OF_MODELS, _LIKE = 0.13, 6
+"""Root mean square of the log errors that prices had over published architectures (benchmarks/cost_accuracy.py), and
+how many networks of a calibration that counts as."""
+
 _CACHE = 2**23
 """Bytes that an update may find in caches when its next step comes: a part of the last level, which others share."""
 
@@ -98,8 +102,8 @@ def calibrate(*, progress: bool = True, seconds: float = SECONDS) -> Machine:
 def fitted(machine: Machine, steps: Sequence[Row]) -> Machine:
     """The machine with its factors and its interval fitted to measured steps; seconds are linear in the factors.
 
-    The interval is Student's for one more network, where a network's log error is normal with mean 0: few networks say
-    little about the next one.
+    The interval is Student's for one more network, where a network's log error is normal with mean 0 and what other
+    models showed before is known as of so many networks: few small ones say little about the next, larger one.
     """
     predict = lambda factors, row: sum(factors[name] * s for name, s in row.by_factor.items())
     measured = [(row, row.seconds) for row in steps]
@@ -114,7 +118,8 @@ def fitted(machine: Machine, steps: Sequence[Row]) -> Machine:
         errors = [math.log(predict(others.parameters, row) / s) for row, s in measured if row.name == name]
         squares.append(float(np.mean(np.square(errors))))
     n = len(networks)
-    spread = float(student.ppf(0.95, n - 1)) * math.sqrt(float(np.mean(squares)) * (1 + 1 / n))
+    variance = (sum(squares) + _LIKE * _ERROR_OF_MODELS**2) / (n + _LIKE)
+    spread = float(student.ppf(0.95, n + _LIKE - 1)) * math.sqrt(variance * (1 + 1 / n))
     return replace(machine, scales=found.parameters, spread=spread)
 
 
