@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import fx
 
+from graphopt.errors import PassError
 from graphopt.graph.draft import Draft
 from graphopt.graph.sizes import expression
 from graphopt.graph.storages import is_view
 from graphopt.graph.training_graph import OutputKind, TrainingGraph
 from graphopt.passes._base import Change, PassResult, Refusal
 
+aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
 
 BUCKET_BYTES = 25 * 2**20
@@ -100,7 +103,9 @@ def buckets(found: Sequence[Summed], nbytes: int) -> Iterator[list[Summed]]:
 def drop_dead(draft: Draft) -> None:
     """Erase collectives (and what lays out their operands) that nobody waits for any more."""
     for node in reversed(list(draft.graph.nodes)):
-        ours = node.target in (c10d.all_reduce.default, c10d.wait_tensor.default) or is_view(node)
+        reduces = node.target is c10d.all_reduce.default
+        waits = node.target is c10d.wait_tensor.default and node.args[0].target is c10d.all_reduce.default  # type: ignore[union-attr]
+        ours = reduces or waits or is_view(node)
         if node.op == "call_function" and ours and not node.users:
             draft.graph.erase_node(node)
 
@@ -132,3 +137,28 @@ def nothing(name: str, graph: TrainingGraph) -> PassResult:
     """The result where there is no gradient to synchronise."""
     why = "no gradient is all-reduced for the outputs alone; divide the graph by ShardAxes first"
     return PassResult(graph, refusals=(Refusal(name, "gradients", "", "", why),))
+
+
+def processors_and_group(graph: TrainingGraph, processor: int) -> tuple[int, str]:
+    """How many processors a graph is divided over, and the name of their group. Raises PassError where ``processor`` is
+    none of them, or the graph is not divided."""
+    record: dict[str, Any] = graph.signature.tree.get("placements", {})
+    if "processors" not in record:
+        raise PassError("the graph is not divided; run ShardAxes first")
+    count = int(record["processors"])
+    if isinstance(processor, bool) or not isinstance(processor, int) or not 0 <= processor < count:
+        raise PassError(f"processor: expected an integer from 0 to {count - 1}, got {processor!r}")
+    return count, str(record["group"])
+
+
+def flat(draft: Draft, values: Sequence[fx.Node], like: fx.Node, before: fx.Node) -> fx.Node:
+    """Tensors of fixed size behind each other in one dimension."""
+    rows = [draft.add(aten.reshape.default, value, [-1], like=like, before=before) for value in values]
+    return rows[0] if len(rows) == 1 else draft.add(aten.cat.default, rows, like=like, before=before)
+
+
+def piece(draft: Draft, message: fx.Node, begin: int, shape: Sequence[Any], like: fx.Node, before: fx.Node) -> fx.Node:
+    """The tensor of a fixed ``shape`` that starts at element ``begin`` of a flat message: a view of it."""
+    sizes = [int(size) for size in shape]
+    part = draft.add(aten.slice.Tensor, message, 0, begin, begin + prod(sizes), like=like, before=before)
+    return draft.add(aten.view.default, part, sizes, like=like, before=before)
