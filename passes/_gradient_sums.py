@@ -153,7 +153,12 @@ def processors_and_group(graph: TrainingGraph, processor: int) -> tuple[int, str
 
 def flat(draft: Draft, values: Sequence[fx.Node], like: fx.Node, before: fx.Node) -> fx.Node:
     """Tensors of fixed size behind each other in one dimension."""
-    rows = [draft.add(aten.reshape.default, value, [-1], like=like, before=before) for value in values]
+    rows = [
+        value
+        if value.meta["val"].dim() == 1
+        else draft.add(aten.reshape.default, value, [-1], like=like, before=before)
+        for value in values
+    ]
     return rows[0] if len(rows) == 1 else draft.add(aten.cat.default, rows, like=like, before=before)
 
 

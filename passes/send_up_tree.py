@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from graphopt.errors import PassError
 from graphopt.graph.draft import Draft
 from graphopt.graph.training_graph import TrainingGraph
 from graphopt.passes._base import Pass, PassResult, Tier
@@ -136,7 +135,7 @@ class _Climb:
             sends[self._processor - step] = size
             message = flat(self._draft, self.totals, like, before)
         else:
-            first = self._draft.add(aten.reshape.default, self.totals[0], [-1], like=like, before=before)
+            first = flat(self._draft, self.totals[:1], like, before)
             message = self._draft.add(aten.slice.Tensor, first, 0, 0, 0, like=like, before=before)
         if self._receives(step):
             receives[self._processor + step] = size

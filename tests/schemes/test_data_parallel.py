@@ -18,7 +18,7 @@ import graphopt
 from graphopt.cost_model import Link
 from graphopt.errors import GraphoptError, GraphoptWarning, WorkerError
 from graphopt.schemes import DataParallel
-from graphopt.schemes.data_parallel import rows_of_parts
+from graphopt.schemes.divided_step import rows_of_parts
 from graphopt.schemes.workers import Pool
 from graphopt.schemes.workers.link import SIZES, measure_link
 from tests.cost_model.machines import simple
