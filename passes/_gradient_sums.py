@@ -84,6 +84,12 @@ def static_bytes(node: fx.Node) -> int | None:
     return value.numel() * value.element_size() if all(isinstance(size, int) for size in sizes) else None
 
 
+def check_nbytes(nbytes: int) -> None:
+    """Raise PassError for the size of a bucket that is none."""
+    if isinstance(nbytes, bool) or not isinstance(nbytes, int) or nbytes < 1:
+        raise PassError(f"nbytes: expected a positive integer (bytes), got {nbytes!r}")
+
+
 def buckets(found: Sequence[Summed], nbytes: int) -> Iterator[list[Summed]]:
     """Neighbours of one dtype, up to so many bytes together."""
     bucket: list[Summed] = []

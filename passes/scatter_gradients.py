@@ -23,6 +23,7 @@ from graphopt.passes._gradient_sums import (
     at_processor,
     buckets,
     change,
+    check_nbytes,
     flat,
     output_words,
     piece,
@@ -69,6 +70,10 @@ class ScatterGradients(Pass):
     tier: ClassVar[Tier] = Tier.REORDERS
     drops_outputs: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        """Raises PassError for a size that is none."""
+        check_nbytes(self.nbytes)
+
     def rewrite(self, graph: TrainingGraph) -> PassResult:
         """See the class. Raises PassError where there is no such processor."""
         processors, _ = processors_and_group(graph, self.processor)
@@ -83,11 +88,7 @@ class ScatterGradients(Pass):
             return self._refused(graph, str(error))
         draft, changes = graph.draft(), []
         of = {draft.node(node): processor for node, processor in owner.gradients.items()}
-        sums = [
-            Summed(*map(draft.node, (s.partial, s.reduce, s.wait, s.whole)), ())
-            for s in found
-            if s.wait in owner.gradients
-        ]
+        sums = [_in_draft(draft, each) for each in found if each.wait in owner.gradients]
         for bucket in buckets(sums, self.nbytes):
             parts = [[each for each in bucket if of[each.wait] == k] for k in range(processors)]
             size = self._scatter(draft, bucket, parts)
@@ -158,6 +159,11 @@ def _read_by_update(graph: TrainingGraph) -> list[Summed]:
     return found
 
 
+def _in_draft(draft: Draft, each: Summed) -> Summed:
+    partial, reduce, wait = map(draft.node, (each.partial, each.reduce, each.wait))
+    return Summed(partial, reduce, wait, wait, ())
+
+
 def _views(node: fx.Node) -> list[fx.Node]:
     """All views of a value outside of the update, each behind what it looks at."""
     found = []
@@ -169,7 +175,7 @@ def _views(node: fx.Node) -> list[fx.Node]:
 
 def _first_reader(draft: Draft, waits: Sequence[fx.Node]) -> fx.Node:
     """The first operator that reads one of these values, not only looks at it in another form."""
-    readers = set()
+    readers: set[fx.Node] = set()
     for wait in waits:
         values = [wait, *_views(wait)]
         readers.update(user for value in values for user in value.users if user not in values)

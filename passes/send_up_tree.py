@@ -19,6 +19,7 @@ from graphopt.passes._gradient_sums import (
     at_processor,
     buckets,
     change,
+    check_nbytes,
     drop_dead,
     flat,
     nothing,
@@ -67,6 +68,10 @@ class SendUpTree(Pass):
     name: ClassVar[str] = "send_up_tree"
     tier: ClassVar[Tier] = Tier.REORDERS
     drops_outputs: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Raises PassError for a size that is none."""
+        check_nbytes(self.nbytes)
 
     def rewrite(self, graph: TrainingGraph) -> PassResult:
         """See the class. Raises PassError where there is no such processor."""

@@ -14,7 +14,6 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from graphopt.errors import PassError
 from graphopt.graph.draft import Draft
 from graphopt.graph.training_graph import TrainingGraph
 from graphopt.passes._base import Pass, PassResult, Tier
@@ -23,6 +22,7 @@ from graphopt.passes._gradient_sums import (
     Summed,
     buckets,
     change,
+    check_nbytes,
     drop_dead,
     nothing,
     output_words,
@@ -99,8 +99,7 @@ class BucketGradients(Pass):
 
     def __post_init__(self) -> None:
         """Raises PassError for a size that is none."""
-        if isinstance(self.nbytes, bool) or not isinstance(self.nbytes, int) or self.nbytes < 1:
-            raise PassError(f"nbytes: expected a positive integer (bytes), got {self.nbytes!r}")
+        check_nbytes(self.nbytes)
 
     def rewrite(self, graph: TrainingGraph) -> PassResult:
         """See the class."""

@@ -91,13 +91,17 @@ def assert_equal_state(one, other):
         torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-7, atol=1e-10, msg=name)
 
 
-@pytest.mark.parametrize("synchronise", ["owner", "all-reduce"])
-@pytest.mark.parametrize("case", CASES)
-def test_fifty_steps_equal_eager_ones_with_parts_of_unequal_size(case, synchronise):
-    eager, shared, a, b, batch = pair(case, schemes=[DataParallel(2, synchronise)])
+@pytest.mark.filterwarnings("ignore:.*take turns on")
+@pytest.mark.parametrize(
+    ("case", "synchronise", "processors"),
+    [(case, how, 2) for case in CASES for how in ("owner", "all-reduce", "scatter", "tree")]
+    + [("tokens", "scatter", 3), ("perceptron", "tree", 3)],
+)
+def test_fifty_steps_equal_eager_ones_with_parts_of_unequal_size(case, synchronise, processors):
+    eager, shared, a, b, batch = pair(case, schemes=[DataParallel(processors, synchronise)])
     for i in range(50):
         advance((eager, shared), batch(7 if i % 3 else 4), i)
-    assert shared.plan.chosen == f"data parallel on 2, {synchronise}", shared.plan.explain()
+    assert shared.plan.chosen == f"data parallel on {processors}, {synchronise}", shared.plan.explain()
     assert_equal_state(a, b)
     shared.close()
 
