@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import threading
 import time
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -17,6 +19,8 @@ from torch.nn import functional as F
 import graphopt
 from graphopt.cost_model import Link
 from graphopt.errors import GraphoptError, GraphoptWarning, WorkerError
+from graphopt.graph.training_graph import InputKind, Output, OutputKind, Phase
+from graphopt.passes import DeadCode
 from graphopt.schemes import DataParallel
 from graphopt.schemes.divided_step import rows_of_parts
 from graphopt.schemes.workers import Pool
@@ -106,10 +110,22 @@ def test_fifty_steps_equal_eager_ones_with_parts_of_unequal_size(case, synchroni
     shared.close()
 
 
-def test_state_of_the_optimizer_stays_with_the_user():
-    eager, shared, a, b, batch = pair("perceptron", optimizer=torch.optim.AdamW, schemes=[DataParallel(2)])
+UPDATES = {
+    "adamw": torch.optim.AdamW,
+    "momentum in lists": lambda ps, lr: torch.optim.SGD(ps, lr=lr, momentum=0.9, dampening=0.1, foreach=True),
+    "fused adam": lambda ps, lr: torch.optim.Adam(ps, lr=lr, fused=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("update", "synchronise"), [("adamw", "owner"), ("adamw", "tree"), *((update, "scatter") for update in UPDATES)]
+)
+def test_state_of_the_optimizer_stays_with_the_user(update, synchronise):
+    scheme = DataParallel(2, synchronise)
+    eager, shared, a, b, batch = pair("perceptron", optimizer=UPDATES[update], schemes=[scheme])
     for i in range(5):
         advance((eager, shared), batch(5), i)
+    assert shared.plan.chosen == scheme.name, shared.plan.explain()
     (one,), (other,) = eager.task.optimizers, shared.task.optimizers
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         for name, value in one.state[p].items():
@@ -156,8 +172,9 @@ def workers(step):
     return [pid for pool in step.task.pools._pools.values() for pid in pool.processes]
 
 
-def test_training_goes_on_without_a_worker_that_was_killed():
-    eager, shared, a, b, batch = pair("perceptron", schemes=[DataParallel(2)])
+@pytest.mark.parametrize("synchronise", ["owner", "scatter", "tree"])
+def test_training_goes_on_without_a_worker_that_was_killed(synchronise):
+    eager, shared, a, b, batch = pair("perceptron", schemes=[DataParallel(2, synchronise)])
     advance((eager, shared), batch(6), 0)
     pids = workers(shared)
     assert pids
@@ -176,26 +193,90 @@ def test_training_goes_on_without_a_worker_that_was_killed():
     assert gone(pids + later)
 
 
-def test_a_required_scheme_stops_training_and_leaves_the_model_as_it_was():
+def snapshot(model, optimizer):
+    state = [value for slots in optimizer.state_dict()["state"].values() for value in slots.values()]
+    return copy.deepcopy([*model.state_dict().values(), *state])
+
+
+@pytest.mark.parametrize("synchronise", ["owner", "scatter", "tree"])
+def test_a_required_scheme_stops_training_and_leaves_model_and_state_as_they_were(synchronise):
     make, _ = CASES["tokens"]
     torch.manual_seed(0)
     model = make().double()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     x, y = tokens(4)
-    step = graphopt.optimize(
-        model, (x, y), loss=F.cross_entropy, optimizer=sgd, schemes=[DataParallel(2, required=True)]
-    )
+    scheme = DataParallel(2, synchronise, required=True)
+    step = graphopt.optimize(model, (x, y), loss=F.cross_entropy, optimizer=sgd, schemes=[scheme])
     step(x, y)
-    before = copy.deepcopy((model.state_dict(), sgd.state_dict()))
+    before = snapshot(model, sgd)
     wrong = x.clone()
     wrong[-1, 0] = 99  # no such token: only the worker's part fails
     pids = workers(step)
     with pytest.raises(WorkerError, match="processor 1"):
         step(wrong, y)
-    for now, then in zip((model.state_dict(), sgd.state_dict()["state"][0]), (before[0], before[1]["state"][0])):
-        assert all(torch.equal(now[k], then[k]) for k in then)
-    assert gone(pids)
+    assert all(map(torch.equal, snapshot(model, sgd), before)) and gone(pids)
     step(x, y)  # a new pool
+    after = snapshot(model, sgd)
+    assert not all(map(torch.equal, after, before))
+    pids = workers(step)
+    threading.Timer(0.05, os.kill, (pids[0], signal.SIGKILL)).start()
+    with pytest.raises(WorkerError, match="SIGKILL"):
+        for _ in range(10_000):  # the worker dies amid one of them
+            after = snapshot(model, sgd)
+            step(x, y)
+    assert all(map(torch.equal, snapshot(model, sgd), after)) and gone(pids)
+    step.close()
+
+
+def reader(model, data):
+    """A graph that gives the parameters it reads."""
+    draft = graphopt.capture(model, data, loss=F.cross_entropy).draft()
+    names = {name: node for name, node in draft.origin.input_nodes(InputKind.PARAMETER).items()}
+    results = [
+        draft.add(torch.ops.aten.clone.default, node, like=node, before=draft.output, phase=Phase.FORWARD)
+        for node in map(draft.node, names.values())
+    ]
+    draft.output.args = (tuple(results),)
+    draft.signature = replace(draft.signature, outputs=tuple(Output(OutputKind.SAVED, name) for name in names))
+    return DeadCode()(draft.finish()).graph
+
+
+@pytest.mark.parametrize("synchronise", ["scatter", "tree"])
+@pytest.mark.filterwarnings("ignore:.*take turns on")
+def test_all_processors_read_the_same_bits_after_fifty_steps(synchronise):
+    _, step, _, model, batch = pair("tokens", schemes=[DataParallel(3, synchronise)])
+    for _ in range(50):
+        step(*batch(5))
+    assert step.plan.chosen.endswith(synchronise)
+    graph = reader(model, batch(4))
+    job = step.task.pools.of(3, 1).load(graph, gathered=graph.outputs)
+    job([model.get_parameter(i.name) for i in job.common], [batch(2)] * 3)
+    for k, output in enumerate(job.outputs):
+        held = job.gathered(k)
+        assert len(held) == 2 and all(torch.equal(one, model.get_parameter(output.name)) for one in held)
+    step.close()
+
+
+def test_gradients_of_other_owners_are_kept_too():
+    eager, shared, a, b, batch = pair("perceptron", schemes=[DataParallel(2, "scatter")], keep_grads=True)
+    for i in range(3):
+        data = batch(5)
+        torch.manual_seed(i)
+        expected = torch.autograd.grad(F.cross_entropy(a.train()(data[0]), data[1]), list(a.parameters()))
+        a.load_state_dict(b.state_dict())
+        torch.manual_seed(i)
+        shared(*data)
+        for parameter, gradient in zip(b.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
+        a.load_state_dict(b.state_dict())
+    assert shared.plan.chosen == "data parallel on 2, scatter"
+    shared.close()
+
+
+def test_an_update_that_reads_all_gradients_cannot_be_scattered():
+    _, step, *_, batch = pair("tokens", schemes=["flat", DataParallel(2, "scatter")], clip=1.0)
+    step(*batch(4))
+    assert "reads gradients of several" in step.plan.candidate("data parallel on 2, scatter").why_not
     step.close()
 
 
@@ -224,6 +305,24 @@ def test_the_price_has_communication_and_falls_with_faster_links():
     assert owner.terms["communication"] < slow.terms["communication"]  # gradients take no collective
     assert slow.seconds == pytest.approx(sum(slow.terms.values())) and slow.terms["optimizer"] > 0
     assert DataParallel(2).estimate(prepared, 8, lambda n: simple()) is None
+    step.close()
+
+
+@pytest.mark.parametrize("processors", [2, 3, 5])
+def test_prices_of_trees_and_of_scattered_updates(processors):
+    _, step, _, model, batch = pair("tokens", optimizer=torch.optim.AdamW, schemes=["flat"])
+    step(*batch(8))
+    prepared = step.situation._prepare(0)
+    names, latency, bandwidth = ("owner", "tree", "scatter"), 1e-9, 1e5
+    owner, tree, scatter = (DataParallel(processors, name).estimate(
+        prepared, 8, lambda n: simple(link=Link(latency, bandwidth, busy=1.0))) for name in names)  # fmt: skip
+    gradients = 8 * sum(p.numel() for p in model.parameters()) / bandwidth
+    rounds = (processors - 1).bit_length()
+    assert tree.terms["communication"] == pytest.approx(rounds * gradients, rel=0.2)
+    assert scatter.terms["communication"] >= (processors - 1) / processors * gradients
+    assert scatter.terms["optimizer"] < owner.terms["optimizer"] == pytest.approx(tree.terms["optimizer"])
+    for price in (tree, scatter):
+        assert price.seconds == pytest.approx(sum(price.terms.values()))
     step.close()
 
 
