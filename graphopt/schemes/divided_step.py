@@ -99,7 +99,7 @@ class _DividedStep:
         self._returned = [k for k in range(len(job.outputs)) if k not in kept]
         updated = self._update.outputs if self._update is not None else ()
         self.outputs: tuple[Output, ...] = (*(job.outputs[k] for k in self._returned), *updated)
-        self.code = self._update.code if self._update is not None else lower(first, in_place=False).code
+        self.code = self._update.code if self._update is not None else job.code
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         given: list[Any] = []

@@ -29,7 +29,8 @@ class Job:
     """A graph loaded by `Pool.load`, or one for each processor. Call it to run one step on all processors.
 
     ``common``: the inputs that are the same on all processors; ``own``: those of which each has its own value (its rows
-    of the batch, its place in it); ``outputs``: what a step gives in this process. All in the order of the graph.
+    of the batch, its place in it); ``outputs``: what a step gives in this process, None where a worker gives it. All in
+    the order of the graph. ``code``: the Python source of this process's part.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Job:
         self._pool = pool
         lowered = lower(graph, in_place=False)
         self.outputs: tuple[Output, ...] = lowered.outputs
-        self._run = lowered.run
+        self._run, self.code = lowered.run, lowered.code
         wanted = [k for k, output in enumerate(self.outputs) if output in gathered]
         self._outboxes: list[Segment | None] = []
         self._places = [_outbox(each, wanted) for each in graphs[1:]]
