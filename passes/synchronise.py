@@ -1,7 +1,8 @@
 """Ways to synchronise gradients: rewrites of a divided graph, each with other collectives.
 
 `ShardAxes` all-reduces each gradient as soon as it is computed and waits for it: right, and slow. These passes change
-how, and what each processor holds afterwards.
+how, and what each processor holds afterwards. Those here give one graph for all; `SendUpTree` and `ScatterGradients`
+give a graph for each processor.
 """
 
 from __future__ import annotations
