@@ -165,8 +165,12 @@ def family(node: fx.Node) -> Family:
 
 
 def collective(node: fx.Node) -> str:
-    """Which of `graphopt.cost_model.communication.COLLECTIVES` an operator of the family ``COMMUNICATION`` is."""
-    return _COLLECTIVES[operator_name(node).removesuffix("_coalesced")]
+    """Which of `graphopt.cost_model.communication.COLLECTIVES` an operator of the family ``COMMUNICATION`` is: an
+    all-to-all in which a processor gives to one partner at most, or gets from one, is a send."""
+    name = operator_name(node).removesuffix("_coalesced")
+    if name == "all_to_all_single" and all(sum(part != 0 for part in parts) <= 1 for parts in node.args[1:3]):  # type: ignore[union-attr, misc]
+        return "send"
+    return _COLLECTIVES[name]
 
 
 _COLLECTIVES = {
@@ -177,9 +181,11 @@ _COLLECTIVES = {
 
 def _message_bytes(node: fx.Node) -> Expr:
     """Bytes of the whole tensor that a collective is about."""
-    if collective(node) == "all_gather":
-        return sum(nbytes(t) for t in tensors(node.meta["val"]))
-    return sum(nbytes(t) for source in nodes_read(node) for t in tensors(source.meta["val"]))
+    given = sum(nbytes(t) for source in nodes_read(node) for t in tensors(source.meta["val"]))
+    got = sum(nbytes(t) for t in tensors(node.meta["val"]))
+    if operator_name(node) == "all_to_all_single" and collective(node) == "send":
+        return given + got  # one of them is empty
+    return got if collective(node) == "all_gather" else given
 
 
 def operator_name(node: fx.Node) -> str:

@@ -27,7 +27,9 @@ from graphopt.passes.frozen_folding import FrozenFolding
 from graphopt.passes.gradient_liveness import GradientLiveness, LivenessResult
 from graphopt.passes.layer_walk import COPIES, WEIGHTLESS, LayerDecision, walk_layers
 from graphopt.passes.no_ops import NoOps
+from graphopt.passes.scatter_gradients import ScatterGradients
 from graphopt.passes.selective_saving import SelectiveSaving
+from graphopt.passes.send_up_tree import SendUpTree
 from graphopt.passes.shard_axes import ShardAxes
 from graphopt.passes.specialise import specialise
 from graphopt.passes.synchronise import BucketGradients, GatherAtOwner
@@ -52,7 +54,9 @@ __all__ = [
     "Pipeline",
     "Refusal",
     "Saving",
+    "ScatterGradients",
     "SelectiveSaving",
+    "SendUpTree",
     "ShardAxes",
     "Tier",
     "ZeroTangents",

@@ -26,8 +26,8 @@ def join(draft: Draft, node: fx.Node, how: str, group: str) -> Expr:
     source = node
     if order is not None:
         source = draft.add(aten.permute.default, node, order, like=node, before=behind)
-    reduced = _call(draft, c10d.all_reduce.default, (source, how, group), source.meta["val"], node, behind)
-    joined = _call(draft, c10d.wait_tensor.default, (reduced,), reduced.meta["val"], node, behind)
+    reduced = collective(draft, c10d.all_reduce.default, (source, how, group), source.meta["val"], node, behind)
+    joined = collective(draft, c10d.wait_tensor.default, (reduced,), reduced.meta["val"], node, behind)
     if order is not None:
         back = [order.index(d) for d in range(len(order))]
         joined = draft.add(aten.permute.default, joined, back, like=node, before=behind)
@@ -36,8 +36,9 @@ def join(draft: Draft, node: fx.Node, how: str, group: str) -> Expr:
     return nbytes(value)
 
 
-def _call(draft: Draft, op: Any, args: tuple[Any, ...], like: Any, place: fx.Node, before: fx.Node) -> fx.Node:
-    """A collective whose result is like a contiguous value; fake kernels need no process group for that."""
+def collective(draft: Draft, op: Any, args: tuple[Any, ...], like: Any, place: fx.Node, before: fx.Node) -> fx.Node:
+    """A collective whose result has the shape and dtype of ``like``, contiguous, before a node and with the origin of
+    ``place``; fake kernels would need a process group to tell."""
     with draft.graph.inserting_before(before):
         node = draft.graph.call_function(op, args)
     node.meta["val"] = like.new_empty(like.shape)

@@ -16,10 +16,11 @@ def prune_lists(draft: Draft) -> bool:
 
     Legal because these operators treat element k of every list apart from the others.
     """
-    return any([_prune(node, draft) for node in list(draft.graph.nodes) if _is_list_operator(node)])
+    return any([_prune(node, draft) for node in list(draft.graph.nodes) if is_list_operator(node)])
 
 
-def _is_list_operator(node: fx.Node) -> bool:
+def is_list_operator(node: fx.Node) -> bool:
+    """Whether a node is an operator of ``_foreach_*`` or ``_fused_*`` that gives lists as long as those it takes."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
     schema = node.target._schema

@@ -606,6 +606,11 @@ def leave_processes(name: str) -> None:
     torch._C._distributed_c10d._unregister_process_group(name)  # type: ignore[arg-type]
 
 
+def unwaited_collectives() -> int:
+    """How many functional collectives of this process nobody has waited for: each keeps its tensors."""
+    return torch._C._distributed_c10d._get_work_registry_size()
+
+
 def keep_for_ever(value: Any) -> None:
     """Never destroy ``value``, not even when the interpreter ends."""
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
-import numpy as np
-import torch
-from torch import fx
-
-from graphopt.cost_model import Estimate, Machine, estimate
-from graphopt.cost_model.kernels import Family
+from graphopt.cost_model import Estimate
 from graphopt.errors import CaptureError, GraphoptError
-from graphopt.graph.halves import Halves, cut_update
-from graphopt.graph.in_place import overwritten
-from graphopt.graph.lowering import Lowered, lower
-from graphopt.graph.sizes import nbytes
-from graphopt.graph.training_graph import Input, InputKind, Output, OutputKind, TrainingGraph
-from graphopt.passes import BucketGradients, GatherAtOwner, ShardAxes
+from graphopt.graph.halves import cut_update
+from graphopt.graph.training_graph import TrainingGraph
+from graphopt.passes import BucketGradients, GatherAtOwner, Pass, ScatterGradients, SendUpTree, ShardAxes
 from graphopt.schemes.base import Machines, Prepared, Runner, Scheme
+from graphopt.schemes.divided_price import price
+from graphopt.schemes.divided_step import Divided, lowered
 from graphopt.schemes.graph_step import GraphStep
-from graphopt.schemes.micro_batches import part_sizes
-from graphopt.schemes.workers import Job, Pool
 
-Synchronise = Literal["all-reduce", "owner"]
-"""How gradients come together: summed by all in buckets, beside backward; or added by the owner of the parameters."""
+Synchronise = Literal["all-reduce", "owner", "scatter", "tree"]
+"""How gradients come together: summed by all in buckets, beside backward; added by the owner of all parameters; summed
+by the processors that own some parameters each; or added up a tree of sends."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +34,10 @@ class DataParallel(Scheme):
         processors: how many take part, at least 2.
         synchronise: ``"all-reduce"``: every processor gets the sums, in buckets that overlap with backward.
             ``"owner"``: each hands its part to this process, through shared memory, which adds them up.
+            ``"tree"``: they are added along a binary tree of sends, whose root is this process. ``"scatter"``: each
+            processor gets the sums for its share of the parameters, updates these and hands them to this process with
+            their state (ZeRO, stage 1), through shared memory. gloo reduce-scatters at the price of an all-reduce, and
+            this process holds all state anyway: it divides the work of the update, no memory.
         batch_norm: ``"synchronized"``: statistics of the whole batch; ``"local"``: of each processor's rows, as DDP.
         threads: of torch on each processor.
 
@@ -97,57 +92,41 @@ class DataParallel(Scheme):
         return prepared.variant(replace(self, threads=1), lambda: self._divided(prepared.step.whole.graph))  # type: ignore[no-any-return]
 
     def _divided(self, whole: TrainingGraph) -> Divided:
+        everyone = range(self.processors)
+        if self.synchronise == "scatter":
+            graph = self._sharded(whole)
+            return Divided(whole, tuple(_rewritten(ScatterGradients(k), graph) for k in everyone))
         halves = cut_update(whole)
-        result = ShardAxes(self.processors, batch_norm=self.batch_norm)(halves.first)
-        if result.graph is halves.first:
-            raise CaptureError(f"the step cannot be divided: {'; '.join(r.why for r in result.refusals)}")
-        if self.synchronise == "owner":
-            return Divided(halves, GatherAtOwner()(result.graph).graph)
-        return Divided(halves, BucketGradients()(result.graph).graph)
+        graph = self._sharded(halves.first)
+        if self.synchronise == "tree":
+            found = tuple(SendUpTree(k)(graph).graph for k in everyone)
+            return Divided(halves.first, found, halves.second)
+        synchronised = GatherAtOwner() if self.synchronise == "owner" else BucketGradients()
+        return Divided(halves.first, (synchronised(graph).graph,) * self.processors, halves.second)
 
-    def _shared_memory_seconds(self, divided: Divided, machine: Machine) -> float:
-        """Seconds of copies: parameters and buffers that a step changes go to the workers; the owner gets each worker's
-        gradients, which all copy at a time, and adds them one after the other."""
-        copy, add = machine.curves[Family.COPY], machine.curves[Family.POINTWISE]
-        graph, symbols = divided.halves.first, divided.first.symbols
-        new = {o.name for o in (*graph.outputs, *divided.halves.second.outputs)}
-        static = [
-            symbols.evaluate(nbytes(node.meta["val"]))
-            for given, node in zip(graph.inputs, graph.placeholders, strict=True)
-            if given.kind in (InputKind.PARAMETER, InputKind.BUFFER) and given.name in new
-        ]
-        gathered = [symbols.evaluate(nbytes(node.meta["val"])) for node in divided.partial]
-        moved = copy.memory_seconds(2.0 * np.array([*static, *gathered], dtype=np.float64)).sum()
-        added = add.memory_seconds(3.0 * np.array(gathered, dtype=np.float64)).sum()
-        return float(moved + (self.processors - 1) * added)
+    def _sharded(self, graph: TrainingGraph) -> TrainingGraph:
+        return _rewritten(ShardAxes(self.processors, batch_norm=self.batch_norm), graph)
 
     def build(self, prepared: Prepared) -> Runner:
         """See `Scheme.build`. Starts the workers, which are ready at the first step."""
         divided = self.divided(prepared)
         pool = prepared.task.pools.of(self.processors, self.threads)
-        return GraphStep(prepared, lambda graph: _lowered(divided, pool, graph))
+        return GraphStep(prepared, lambda graph: lowered(divided, pool, graph))
 
     def estimate(self, prepared: Prepared, size: int, machines: Machines) -> Estimate | None:
         """See `Scheme.estimate`: the largest part and its communication, then the update. None without a link."""
         machine = machines(self.threads)
         if machine is None or machine.link is None:
             return None
-        divided = self.divided(prepared)
-        part = -(-size // self.processors)
-        sizes = {"batch": part, "batch.total": size}
-        if not divided.first.symbols.admits(sizes):
-            return None
-        steps = estimate(divided.first, machine, sizes, processors=self.processors)
-        terms = dict(steps.terms)
-        terms["communication"] += self._shared_memory_seconds(divided, machine)
-        if len(divided.halves.second):
-            update = estimate(divided.halves.second, machine)
-            terms = {name: terms[name] + update.terms[name] for name in terms}
-        seconds = sum(terms.values())
-        share = seconds / steps.seconds
-        return replace(
-            steps, seconds=seconds, terms=terms, interval=(steps.interval[0] * share, steps.interval[1] * share)
-        )
+        return price(self.divided(prepared), size, machine)
+
+
+def _rewritten(rewrite: Pass, graph: TrainingGraph) -> TrainingGraph:
+    """What a pass that must not refuse makes of ``graph``. Raises CaptureError with its reasons."""
+    result = rewrite(graph)
+    if result.graph is graph:
+        raise CaptureError(f"the step cannot be divided: {'; '.join(r.why for r in result.refusals)}")
+    return result.graph
 
 
 def data_parallel(processors: int, batch_norm: str) -> tuple[DataParallel, DataParallel]:
@@ -164,106 +143,3 @@ def threads_of_each(processors: int) -> int:
     """How many threads each of so many processors gets where they share the cores of this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(cores // processors, 1)
-
-
-@dataclass(frozen=True)
-class Divided:
-    """A step cut before its update, and what each processor runs of it."""
-
-    halves: Halves
-    first: TrainingGraph
-
-    @property
-    def partial(self) -> list[fx.Node]:
-        """The values of which each processor has a part of the sum, each once."""
-        words = self.first.signature.tree["placements"]["outputs"]
-        found = (r for r, word in zip(self.first.results, words, strict=True) if word == "partial sum")
-        return [node for node in dict.fromkeys(found) if node is not None]
-
-
-def rows_of_parts(rows: int, processors: int) -> list[tuple[int, int]]:
-    """First row and number of rows of each processor, as equal as can be, the larger parts first.
-
-    >>> rows_of_parts(7, 3)
-    [(0, 3), (3, 2), (5, 2)]
-    """
-    counts = part_sizes(rows, processors)
-    return list(zip(accumulate(counts, initial=0), counts))
-
-
-class _DividedStep:
-    """The divided step as a function of the inputs of the whole one."""
-
-    def __init__(self, divided: Divided, job: Job, inputs: Sequence[Input]):
-        first, second = divided.halves.first, divided.halves.second
-        position = {given: i for i, given in enumerate(inputs)}
-        self._job, self._update = job, lower(second)
-        self._processors = int(divided.first.signature.tree["placements"]["processors"])
-        self._common = [position[i] for i in job.common]
-        words = divided.first.signature.tree["placements"]
-        sharded: dict[str, int] = {name: int(word.split()[1]) for name, word in words["inputs"].items()}
-        self._own = [(i, position.get(i), sharded.get(i.name)) for i in job.own]
-        self._rows = next((p, d) for i, p, d in self._own if p is not None and d is not None)
-        self._partial = [k for k, word in enumerate(words["outputs"]) if word == "partial sum"]
-        targets = overwritten(first)
-        at = {node: i for i, node in enumerate(first.placeholders)}
-        own = {i: position[given] for i, given in enumerate(first.inputs)}
-        self._buffers = [(k, own[at[node]]) for k, node in enumerate(targets) if node is not None]
-        saved = {o.name: k for k, o in enumerate(job.outputs) if o.kind is OutputKind.SAVED}
-        self._arguments = [
-            (True, saved[i.name]) if i.kind is InputKind.SAVED else (False, position[i]) for i in second.inputs
-        ]
-        written = {k for k, _ in self._buffers} | set(saved.values())
-        self._returned = [k for k in range(len(job.outputs)) if k not in written]
-        self.outputs: tuple[Output, ...] = (*(job.outputs[k] for k in self._returned), *self._update.outputs)
-        self.code = self._update.code
-
-    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
-        given: list[Any] = []
-
-        def commit(results: tuple[Any, ...]) -> None:
-            whole = list(results)
-            sums: dict[int, torch.Tensor] = {}  # one value may be several outputs
-            for k in self._partial:
-                known = sums.get(id(results[k]))
-                whole[k] = sums[id(results[k])] = self._sum(k, results[k]) if known is None else known
-            with torch.no_grad():
-                for k, position in self._buffers:
-                    inputs[position].copy_(whole[k])
-                updated = self._update.run(*(whole[k] if kept else inputs[k] for kept, k in self._arguments))
-            given.extend((*(whole[k] for k in self._returned), *updated))
-
-        position, dim = self._rows
-        parts = [self._part(inputs, begin, count) for begin, count in
-                 rows_of_parts(inputs[position].shape[dim], self._processors)]  # fmt: skip
-        self._job([inputs[k] for k in self._common], parts, commit)
-        return tuple(given)
-
-    def _sum(self, position: int, own: torch.Tensor) -> torch.Tensor:
-        """The sum of an output over processors, in their order."""
-        first, *others = self._job.gathered(position)
-        total = own + first
-        for part in others:
-            total += part
-        return total
-
-    def _part(self, inputs: Sequence[Any], begin: int, count: int) -> list[Any]:
-        """The values that one processor has for itself."""
-        position, dim = self._rows
-        values: list[Any] = []
-        for own, at, sharded in self._own:
-            if own.kind is InputKind.PLACE:
-                values.append(inputs[position].shape[dim] if own.field == "total" else begin)
-            else:
-                assert at is not None
-                values.append(inputs[at] if sharded is None else inputs[at].narrow(sharded, begin, count))
-        return values
-
-
-def _lowered(divided: Divided, pool: Pool, whole: TrainingGraph) -> Lowered:
-    partial = [
-        output for output, word in zip(divided.first.outputs, divided.first.signature.tree["placements"]["outputs"])
-        if word == "partial sum"
-    ]  # fmt: skip
-    step = _DividedStep(divided, pool.load(divided.first, gathered=partial), whole.inputs)
-    return Lowered(step, step.outputs, step.code)

@@ -1,12 +1,8 @@
-"""Data-parallel steps against eager ones: what they compute, and what happens when a worker is gone."""
+"""Data-parallel steps against eager ones: what they compute, and what they cost."""
 
 from __future__ import annotations
 
 import copy
-import os
-import signal
-import time
-import warnings
 from itertools import pairwise
 
 import pytest
@@ -16,96 +12,46 @@ from torch.nn import functional as F
 
 import graphopt
 from graphopt.cost_model import Link
-from graphopt.errors import GraphoptError, GraphoptWarning, WorkerError
+from graphopt.errors import GraphoptError
 from graphopt.schemes import DataParallel
-from graphopt.schemes.data_parallel import rows_of_parts
+from graphopt.schemes.divided_step import rows_of_parts
 from graphopt.schemes.workers import Pool
 from graphopt.schemes.workers.link import SIZES, measure_link
 from tests.cost_model.machines import simple
+from tests.schemes.pairs import CASES, advance, assert_equal_state, pair
 
 
-class Tokens(nn.Module):
-    """Embedding, attention, layer norm: a loss over the vocabulary at each place."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.qkv, self.out = nn.Embedding(11, 16), nn.Linear(16, 48), nn.Linear(16, 16)
-        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 11)
-
-    def forward(self, x):
-        x = self.embed(x)
-        q, k, v = self.qkv(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
-        x = self.norm(x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)))
-        return self.head(x).transpose(1, 2)
-
-
-def perceptron():
-    return nn.Sequential(nn.Linear(6, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Dropout(0.3), nn.Linear(32, 5))
-
-
-def convolutions():
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, 2, groups=2),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
-    )  # fmt: skip
-
-
-def tokens(n):
-    targets = torch.randint(11, (n, 7))
-    targets[0] = -100  # ignored, all of them
-    return torch.randint(11, (n, 7)), targets
-
-
-CASES = {
-    "perceptron": (perceptron, lambda n: (torch.randn(n, 6).double(), torch.randint(5, (n,)))),
-    "convolutions": (convolutions, lambda n: (torch.randn(n, 3, 6, 6).double(), torch.randint(5, (n,)))),
-    "tokens": (Tokens, tokens),
-}
-
-
-def pair(case, *, optimizer=torch.optim.SGD, schemes, **options):
-    """The same model twice, one stepped by eager, one by ``schemes``; both steps and both models."""
-    make, batch = CASES[case]
-    torch.manual_seed(0)
-    models = [make().double()]
-    models.append(copy.deepcopy(models[0]))
-    steps = []
-    for model, which, more in zip(models, ("eager", schemes), ({}, options), strict=True):
-        one = optimizer(model.parameters(), lr=1e-2)
-        steps.append(graphopt.optimize(model, batch(4), loss=F.cross_entropy, optimizer=one, schemes=which, **more))
-    return *steps, *models, batch
-
-
-def advance(steps, data, seed):
-    losses = []
-    for step in steps:
-        torch.manual_seed(seed)
-        losses.append((step(*data), torch.rand(1)))
-    (a, after), (b, again) = losses
-    assert torch.equal(after, again), "the random state after the step"
-    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-
-
-def assert_equal_state(one, other):
-    for name, value in one.state_dict().items():
-        torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-7, atol=1e-10, msg=name)
-
-
-@pytest.mark.parametrize("synchronise", ["owner", "all-reduce"])
-@pytest.mark.parametrize("case", CASES)
-def test_fifty_steps_equal_eager_ones_with_parts_of_unequal_size(case, synchronise):
-    eager, shared, a, b, batch = pair(case, schemes=[DataParallel(2, synchronise)])
+@pytest.mark.filterwarnings("ignore:.*take turns on")
+@pytest.mark.parametrize(
+    ("case", "synchronise", "processors"),
+    [(case, how, 2) for case in CASES for how in ("owner", "all-reduce", "scatter", "tree")]
+    + [("tokens", "scatter", 3), ("perceptron", "tree", 3)],
+)
+def test_fifty_steps_equal_eager_ones_with_parts_of_unequal_size(case, synchronise, processors):
+    eager, shared, a, b, batch = pair(case, schemes=[DataParallel(processors, synchronise)])
     for i in range(50):
         advance((eager, shared), batch(7 if i % 3 else 4), i)
-    assert shared.plan.chosen == f"data parallel on 2, {synchronise}", shared.plan.explain()
+    assert shared.plan.chosen == f"data parallel on {processors}, {synchronise}", shared.plan.explain()
     assert_equal_state(a, b)
     shared.close()
 
 
-def test_state_of_the_optimizer_stays_with_the_user():
-    eager, shared, a, b, batch = pair("perceptron", optimizer=torch.optim.AdamW, schemes=[DataParallel(2)])
+UPDATES = {
+    "adamw": torch.optim.AdamW,
+    "momentum in lists": lambda ps, lr: torch.optim.SGD(ps, lr=lr, momentum=0.9, dampening=0.1, foreach=True),
+    "fused adam": lambda ps, lr: torch.optim.Adam(ps, lr=lr, fused=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("update", "synchronise"), [("adamw", "owner"), ("adamw", "tree"), *((update, "scatter") for update in UPDATES)]
+)
+def test_state_of_the_optimizer_stays_with_the_user(update, synchronise):
+    scheme = DataParallel(2, synchronise)
+    eager, shared, a, b, batch = pair("perceptron", optimizer=UPDATES[update], schemes=[scheme])
     for i in range(5):
         advance((eager, shared), batch(5), i)
+    assert shared.plan.chosen == scheme.name, shared.plan.explain()
     (one,), (other,) = eager.task.optimizers, shared.task.optimizers
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         for name, value in one.state[p].items():
@@ -137,62 +83,6 @@ def test_processors_add_candidates_and_small_batches_drop_them():
     _, step, *_, batch = pair("tokens", schemes=["flat", DataParallel(3)])
     step(*batch(2))
     assert "no row for each of 3" in step.plan.candidate("data parallel on 3, owner").why_not
-
-
-def gone(pids, seconds=10.0):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if not any(os.path.exists(f"/proc/{pid}") for pid in pids):
-            return True
-        time.sleep(0.02)
-    return False
-
-
-def workers(step):
-    return [pid for pool in step.task.pools._pools.values() for pid in pool.processes]
-
-
-def test_training_goes_on_without_a_worker_that_was_killed():
-    eager, shared, a, b, batch = pair("perceptron", schemes=[DataParallel(2)])
-    advance((eager, shared), batch(6), 0)
-    pids = workers(shared)
-    assert pids
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    data = batch(6)
-    with pytest.warns(GraphoptWarning):
-        advance((eager, shared), data, 1)
-    for i in range(2, 5):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", GraphoptWarning)
-            advance((eager, shared), batch(6), i)
-    assert_equal_state(a, b)
-    later = workers(shared)
-    shared.close()
-    assert gone(pids + later)
-
-
-def test_a_required_scheme_stops_training_and_leaves_the_model_as_it_was():
-    make, _ = CASES["tokens"]
-    torch.manual_seed(0)
-    model = make().double()
-    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    x, y = tokens(4)
-    step = graphopt.optimize(
-        model, (x, y), loss=F.cross_entropy, optimizer=sgd, schemes=[DataParallel(2, required=True)]
-    )
-    step(x, y)
-    before = copy.deepcopy((model.state_dict(), sgd.state_dict()))
-    wrong = x.clone()
-    wrong[-1, 0] = 99  # no such token: only the worker's part fails
-    pids = workers(step)
-    with pytest.raises(WorkerError, match="processor 1"):
-        step(wrong, y)
-    for now, then in zip((model.state_dict(), sgd.state_dict()["state"][0]), (before[0], before[1]["state"][0])):
-        assert all(torch.equal(now[k], then[k]) for k in then)
-    assert gone(pids)
-    step(x, y)  # a new pool
-    step.close()
 
 
 def test_rows_are_divided_as_equally_as_can_be():

@@ -1,4 +1,4 @@
-"""A job: one graph that all processors of a pool run, each on its part."""
+"""A job: what all processors of a pool run together, each on its part."""
 
 from __future__ import annotations
 
@@ -26,36 +26,39 @@ _OWN_KINDS = ("batch", "tangent", "place")
 
 
 class Job:
-    """A graph loaded by `Pool.load`. Call it to run one step on all processors.
+    """A graph loaded by `Pool.load`, or one for each processor. Call it to run one step on all processors.
 
     ``common``: the inputs that are the same on all processors; ``own``: those of which each has its own value (its rows
-    of the batch, its place in it); ``outputs``: what a step gives in this process. All in the order of the graph.
+    of the batch, its place in it); ``outputs``: what a step gives in this process, None where a worker gives it. All in
+    the order of the graph. ``code``: the Python source of this process's part.
     """
 
     def __init__(
-        self, pool: Pool, number: int, graph: TrainingGraph, own: Collection[Input] | None,
+        self, pool: Pool, number: int, graphs: Sequence[TrainingGraph], own: Collection[Input] | None,
         gathered: Collection[Output] = (),
     ):  # fmt: skip
-        """Made by `Pool.load`."""
-        self.graph = graph
+        """Made by `Pool.load`, from a graph for each processor."""
+        graph = graphs[0]
+        self.graph, self.graphs = graph, graphs
         self.number = number
         self._pool = pool
         lowered = lower(graph, in_place=False)
         self.outputs: tuple[Output, ...] = lowered.outputs
-        self._run = lowered.run
-        self._gathered = [k for k, output in enumerate(self.outputs) if output in gathered]
-        self._outboxes: list[Segment] = []
-        self._places = _outbox(graph, self._gathered)
+        self._run, self.code = lowered.run, lowered.code
+        wanted = [k for k, output in enumerate(self.outputs) if output in gathered]
+        self._outboxes: list[Segment | None] = []
+        self._places = [_outbox(each, wanted) for each in graphs[1:]]
         mine = [i.kind in _OWN_KINDS if own is None else i in own for i in graph.inputs]
         self._common = [k for k, m in enumerate(mine) if not m]
         self._own = [k for k, m in enumerate(mine) if m]
         self.common: tuple[Input, ...] = tuple(graph.inputs[k] for k in self._common)
         self.own: tuple[Input, ...] = tuple(graph.inputs[k] for k in self._own)
+        self._read = [[bool(each.placeholders[k].users) for k in self._common] for each in graphs[1:]]
+        needed = [any(reads) for reads in zip(*self._read, strict=True)]
         self._random = any(is_random(n) for n in graph.nodes if n.op == "call_function")
         written = {o.name for o in graph.outputs}
-        self._changing = [
-            i.kind not in (InputKind.PARAMETER, InputKind.BUFFER) or i.name in written for i in self.common
-        ]
+        self._sent = [(k, i.kind not in (InputKind.PARAMETER, InputKind.BUFFER) or i.name in written)
+                      for k, (i, yes) in enumerate(zip(self.common, needed, strict=True)) if yes]  # fmt: skip
         self._team: Team | None = None
 
     def __call__(
@@ -90,40 +93,47 @@ class Job:
         return results
 
     def gathered(self, position: int) -> list[torch.Tensor]:
-        """What the workers gave for the output at ``position`` in the last step, in their order. The memory is theirs:
-        the next step overwrites it."""
-        place = self._places[self._gathered.index(position)]
-        return [outbox.view(place) for outbox in self._outboxes]
+        """What the workers that have the output at ``position`` gave for it in the last step, in their order. The
+        memory is theirs: the next step overwrites it."""
+        return [
+            outbox.view(places[position])
+            for outbox, places in zip(self._outboxes, self._places, strict=True)
+            if outbox is not None and position in places
+        ]
 
     # -- called by the pool ---------------------------------------------------------------------------------------
 
-    def description(self, path: str) -> dict[str, Any]:
-        """The message that lets a worker load the graph saved at ``path``."""
+    def description(self, worker: int, path: str) -> dict[str, Any]:
+        """The message that lets a worker (the first is number 0) load its graph, saved at ``path``."""
+        read = self._read[worker]
         return {
             "do": "load", "job": self.number, "path": path,
-            "common": self._common, "own": self._own, "random": self._random,
-            "gathered": [[k, place] for k, place in zip(self._gathered, self._places, strict=True)],
+            "common": [k for k, yes in zip(self._common, read, strict=True) if yes],
+            "own": self._own, "random": self._random,
+            "gathered": [[k, place] for k, place in self._places[worker].items()],
         }  # fmt: skip
 
     def send(self, team: Team, number: int, common: Sequence[Any], parts: Sequence[Sequence[Any]]) -> None:
         """Tell every worker of ``team`` to do its part of step ``number``."""
-        tensors = [value for value in common if isinstance(value, torch.Tensor)]
+        tensors = [common[k] for k, _ in self._sent if isinstance(common[k], torch.Tensor)]
         if team is not self._team:
-            changing = [c for c, value in zip(self._changing, common, strict=True) if isinstance(value, torch.Tensor)]
+            changing = [changes for k, changes in self._sent if isinstance(common[k], torch.Tensor)]
             self._team, self._shelf = team, Shelf(team.mirror, changing)
             self._told: Any = None
-            nbytes = place_end(self._places[-1]) if self._places else 0
-            self._outboxes = [Segment.new(nbytes) for _ in team.workers] if nbytes else []
+            sizes = [max(map(place_end, places.values()), default=0) for places in self._places]
+            self._outboxes = [Segment.new(nbytes) if nbytes else None for nbytes in sizes]
             self._posted = False
         homes = self._shelf.refresh(tensors)
         shared: dict[str, Any] = {"do": "step", "job": self.number, "number": number}
         if (now := settings()) != team.settings:
             shared["settings"] = team.settings = now
         numbers = [value for value in common if not isinstance(value, torch.Tensor)]
+        given: dict[int, Any] | None = None
         if homes or numbers != self._told:
             self._told = numbers
             names = iter(self._shelf.homes)
-            shared["common"] = [{"home": next(names)} if isinstance(value, torch.Tensor) else value for value in common]
+            given = {k: {"home": next(names)} if isinstance(common[k], torch.Tensor) else common[k]
+                     for k, _ in self._sent}  # fmt: skip
         described, segments = team.mirror.news()
         if described:
             shared["homes"] = described
@@ -132,18 +142,21 @@ class Job:
             own = [value for value in part if isinstance(value, torch.Tensor)]
             places, fresh = worker.parcel.pack([*own, *state])
             message = {**shared, "parcel": fresh is not None}
+            if given is not None:
+                message["common"] = [given[k] for k, yes in enumerate(self._read[i]) if yes]
             if state:
                 message["random"] = places.pop()
             rest = iter(places)
             message["own"] = [{"place": next(rest)} if isinstance(value, torch.Tensor) else value for value in part]
             new = [*segments, *([fresh] if fresh is not None else [])]
-            if self._outboxes and not self._posted:
-                new.append(self._outboxes[i])
+            outbox = self._outboxes[i]
+            if outbox is not None and not self._posted:
+                new.append(outbox)
                 message["outbox"] = True
             worker.tell(message, [segment.file for segment in new])
             if fresh is not None:
                 fresh.release()
-        for segment in [*segments, *(() if self._posted else self._outboxes)]:
+        for segment in [*segments, *(() if self._posted else filter(None, self._outboxes))]:
             segment.release()
         self._posted = True
 
@@ -163,13 +176,18 @@ class Job:
         return self._random
 
 
-def _outbox(graph: TrainingGraph, positions: Sequence[int]) -> list[Place]:
-    """Where a worker puts the outputs at these positions."""
-    places: list[Place] = []
+def _outbox(graph: TrainingGraph, positions: Sequence[int]) -> dict[int, Place]:
+    """Where a worker puts those of the outputs at these positions that its graph gives."""
+    places: dict[int, Place] = {}
+    end = 0
     for position in positions:
-        value = graph.results[position].meta["val"]  # type: ignore[union-attr]
+        result = graph.results[position]
+        if result is None:
+            continue
+        value = result.meta["val"]
         if not all(isinstance(expression(size), int) for size in value.shape):
             raise GraphoptError(f"gathered: {graph.outputs[position]} has no fixed size")
         like = torch.empty(tuple(map(int, value.shape)), dtype=value.dtype, device="meta")
-        places.append(place_of(like, place_end(places[-1]) if places else 0))
+        places[position] = place_of(like, end)
+        end = place_end(places[position])
     return places

@@ -9,15 +9,18 @@ import warnings
 import weakref
 from collections.abc import Collection, Sequence
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 
 from graphopt.errors import GraphoptError, GraphoptWarning, WorkerError
 from graphopt.graph.training_graph import Input, Output, TrainingGraph
 from graphopt.schemes.workers.job import Job
 from graphopt.schemes.workers.team import Team
 
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
 _UNCHANGED = "The step was not made: parameters, buffers, optimizer state and random numbers are as before it"
 
 
@@ -57,23 +60,33 @@ class Pool:
         self._finalizer = weakref.finalize(self, _end, self._teams)
 
     def load(
-        self, graph: TrainingGraph, *, own: Collection[Input] | None = None, gathered: Collection[Output] = ()
+        self,
+        graph: TrainingGraph | Sequence[TrainingGraph],
+        *,
+        own: Collection[Input] | None = None,
+        gathered: Collection[Output] = (),
     ) -> Job:
         """Send ``graph`` to all processors, to be run as often as one likes.
 
         Args:
             graph: what every processor runs on its part: forward, backward up to gradients, and functional collectives.
                 Those of whatever group are made collectives of this pool. It holds no update: that is the caller's,
-                when all have finished (`Job.__call__`, ``commit``).
+                when all have finished (`Job.__call__`, ``commit``). Or one for each processor: with the same inputs
+                and outputs (None where another processor gives it) and the same collectives in the same order. A
+                worker is sent what its graph reads.
             own: the inputs that differ between processors; by default those of the batch, tangents and places.
-            gathered: outputs of which main gets every processor's value (`Job.gathered`), through shared memory.
+            gathered: outputs of which main gets every worker's value (`Job.gathered`), through shared memory.
 
         Raises:
-            GraphoptError: the graph cannot be saved, or is not on the CPU.
+            GraphoptError: the graph cannot be saved, or is not on the CPU; graphs that do not fit together.
             WorkerError: a worker cannot load it (an operator is not registered there), or is gone.
         """
-        graph = _joined(graph, self._name)
-        job = Job(self, next(self._jobs), graph, own, gathered)
+        if isinstance(graph, TrainingGraph):
+            graphs = [_joined(graph, self._name)] * self.processors
+        else:
+            check_together(graph, self.processors)
+            graphs = [_joined(each, self._name) for each in graph]
+        job = Job(self, next(self._jobs), graphs, own, gathered)
         with self._lock:
             self._send(self._ready(), job)
         weakref.finalize(job, self._forgotten.append, job.number)
@@ -136,18 +149,23 @@ class Pool:
         """Let the workers load what they have not."""
         if job.number in team.loaded:
             return
-        path = team.directory / f"{job.number}.graph"
-        job.graph.save(path)
+        paths: dict[int, Path] = {}
+        for worker, graph in zip(team.workers, job.graphs[1:], strict=True):
+            if id(graph) not in paths:
+                paths[id(graph)] = team.directory / f"{job.number}-{worker.processor}.graph"
+                graph.save(paths[id(graph)])
         try:
             with team.watch.deadline(self.timeout):
                 while self._forgotten:
                     team.tell({"do": "forget", "jobs": [self._forgotten.pop()]})
-                team.tell(job.description(str(path)))
+                for i, (worker, graph) in enumerate(zip(team.workers, job.graphs[1:], strict=True)):
+                    worker.tell(job.description(i, str(paths[id(graph)])))
                 refusals = team.answers()
         except BaseException as error:
             team.fail(error, "the graph was not loaded")
         finally:
-            path.unlink(missing_ok=True)
+            for path in paths.values():
+                path.unlink(missing_ok=True)
         if refusals:
             raise WorkerError("the graph was not loaded: " + "\n".join(refusals))
         team.loaded.add(job.number)
@@ -156,6 +174,35 @@ class Pool:
 def _end(teams: list[Team]) -> None:
     for team in teams:
         team.end(politely=True)
+
+
+def check_together(graphs: Sequence[TrainingGraph], processors: int) -> None:
+    """Raise GraphoptError where ``graphs`` are not those of so many processors: others would wait for ever for a
+    collective that one of them does not run."""
+    if len(graphs) != processors:
+        raise GraphoptError(f"graph: got {len(graphs)} graphs, expected one for each of {processors} processors")
+    first = graphs[0]
+    expected = [str(node.target) for node in collectives(first)]
+    for i, graph in enumerate(graphs):
+        if graph.inputs != first.inputs or graph.outputs != first.outputs:
+            raise GraphoptError(f"graph: that of processor {i} has other inputs or outputs than that of processor 0")
+        found = [str(node.target) for node in collectives(graph)]
+        if found != expected:
+            k = next((k for k, (a, b) in enumerate(zip(found, expected)) if a != b), min(len(found), len(expected)))
+            got, wanted = ([*names, "none"][min(k, len(names))] for names in (found, expected))
+            raise GraphoptError(
+                f"graph: collective {k} of processor {i} is {got}, that of processor 0 is {wanted}; all processors "
+                "must run the same collectives in the same order"
+            )
+
+
+def collectives(graph: TrainingGraph) -> list[fx.Node]:
+    """The operators of ``graph`` that communicate, in order; waits are none."""
+    return [node for node in graph.nodes if _communicates(node) and node.target is not _WAIT]
+
+
+def _communicates(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "namespace", "") == "_c10d_functional"
 
 
 def _joined(graph: TrainingGraph, name: str) -> TrainingGraph:
@@ -169,7 +216,7 @@ def _joined(graph: TrainingGraph, name: str) -> TrainingGraph:
             )
     draft = graph.draft()
     for node in draft.graph.nodes:
-        if node.op == "call_function" and getattr(node.target, "namespace", "") == "_c10d_functional":
+        if _communicates(node):
             names = [a.name for a in node.target._schema.arguments]
             if "group_name" in names:
                 at = names.index("group_name")
