@@ -185,7 +185,7 @@ def test_a_model_that_python_steers_runs_in_eager():
     step = optimize(model, (5, 4), loss=cross_entropy, optimizer=SGD(model.parameters(), lr=0.1), verify=True)
     with one_warning("does not compute what eager computes: loss is off by"):
         losses = {float(step(*batch)) for batch in [rows()] * 3}
-    assert len(losses) == 3 and step.plan.chosen == "eager"
+    assert len(losses) == 3 and step.plan.chosen.startswith("eager")
 
 
 def test_a_wrong_capture_is_found_by_its_gradients():

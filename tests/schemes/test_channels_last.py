@@ -133,7 +133,7 @@ def test_the_form_is_captured_once_for_all_sizes(monkeypatch: pytest.MonkeyPatch
     original = captured_step.capture_step
     monkeypatch.setattr(captured_step, "capture_step", lambda *a, **k: captures.append(1) or original(*a, **k))
     model = Images()
-    step = stepped(model, [Flat(), Flat(channels_last=True)], images(6), steps=12)
+    step = stepped(model, [Flat(channels_last=True)], images(6), steps=12)
     for _ in range(12):
         step(*images(4))
     assert len(captures) == 2
