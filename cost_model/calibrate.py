@@ -48,6 +48,9 @@ _CACHE = 2**23
 SECONDS = 60.0
 """What a calibration may take; stages that would take longer measure less."""
 
+_MARGIN = 0.8
+"""Of the time that is left, what whole steps may plan with: each network takes at least some steps."""
+
 _LARGEST_KEPT = 32 * 2**20
 """glibc's malloc maps larger blocks at each request (DEFAULT_MMAP_THRESHOLD_MAX on 64 bits)."""
 
@@ -65,26 +68,25 @@ def calibrate(*, progress: bool = True, seconds: float = SECONDS) -> Machine:
         settle_allocator()
         launch = chains()
         bar.update(task, completed=5)
-        timed = [(replace(probe.kernel(), node=_NOWHERE), probe) for probe in probes()]
-        operators = [(probe.kernel(), probe) for probe in operator_probes()]
-        taken_by: dict[str, tuple[Kernel, float]] = {}
+        kernels: dict[int, Kernel] = {}
         samples: dict[tuple[int, Kernel], float] = {}
+        operators = [probe.kernel() for probe in operator_probes()]
+        taken_by = [math.inf] * len(operators)
         for sweep in range(2):  # apart in time: a machine that others share is slower for some seconds now and then
-            for i, (kernel, probe) in enumerate(timed):
-                for found, taken in _timed(kernel, probe):
+            for i, probe in enumerate(probes()):  # made anew: together they hold half a gigabyte
+                if i not in kernels:
+                    kernels[i] = replace(probe.kernel(), node=_NOWHERE)
+                for found, taken in _timed(kernels[i], probe):
                     samples[i, found] = min(taken, samples.get((i, found), taken))
-                bar.update(task, completed=5 + 20 * (sweep + i / len(timed)))
-            for kernel, probe in operators:
-                name = operator_name(kernel.node)
-                taken = time_of(_elsewhere(probe, _IN_CACHES))
-                if name not in taken_by or taken < taken_by[name][1]:
-                    taken_by[name] = kernel, taken
+                bar.update(task, completed=5 + 20 * (sweep + min(i / 300, 1)))
+            for i, probe in enumerate(operator_probes()):
+                taken_by[i] = min(taken_by[i], time_of(_elsewhere(probe, _IN_CACHES)))
         found_curves = curves([(k, taken) for (_, k), taken in samples.items()], launch["flat"], _precision_rates())
         machine = Machine(
             name=processor_name(),
             device="cpu",
             curves=found_curves,
-            relative=_relative(taken_by, found_curves, launch["flat"]),
+            relative=_relative(list(zip(operators, taken_by)), found_curves, launch["flat"]),
             launch=launch,
             memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             touch=_touch_seconds(),
@@ -95,7 +97,7 @@ def calibrate(*, progress: bool = True, seconds: float = SECONDS) -> Machine:
             source="measured on this machine",
         )
         machine = replace(machine, launch=in_steps(machine))
-        left = seconds - (perf_counter() - began)
+        left = _MARGIN * (seconds - (perf_counter() - began))
         return fitted(machine, rows(machine, left, lambda share: bar.update(task, completed=50 + 50 * share)))
 
 
@@ -175,13 +177,13 @@ def curves(
 
 
 def _relative(
-    taken: Mapping[str, tuple[Kernel, float]], found: Mapping[Family, Curve], launch: float
+    operators: Sequence[tuple[Kernel, float]], found: Mapping[Family, Curve], launch: float
 ) -> dict[str, float]:
-    """Seconds of operators relative to the curves of their families."""
+    """Seconds of timed operators relative to the curves of their families, by name."""
     return {
-        name: max(seconds - launch, seconds * 0.02)
+        operator_name(kernel.node): max(seconds - launch, seconds * 0.02)
         / float(found[kernel.family].memory_seconds(np.array([float(kernel.bytes)]))[0])
-        for name, (kernel, seconds) in taken.items()
+        for kernel, seconds in operators
     }
 
 

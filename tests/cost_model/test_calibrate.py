@@ -1,6 +1,7 @@
 """Calibration: curves from timed kernels, factors from timed steps, the whole of it on a few probes."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,8 +93,9 @@ def test_probed_operators_are_kernels_that_only_bytes_decide_and_none_comes_twic
 
 def test_operators_are_timed_relative_to_the_curve_of_their_family():
     curve = Curve(points=((1e3, 1e-6), (1e6, 1e-3)))
-    kernel = Kernel(None, Family.TRANSCENDENTAL, 0, 10**6)
-    found = calibration._relative({"tanh": (kernel, 3e-3 + LAUNCH)}, {Family.TRANSCENDENTAL: curve}, LAUNCH)
+    probe = next(p for p in operator_probes.operator_probes() if p.function is torch.ops.aten.tanh.default)
+    kernel = replace(probe.kernel(), bytes=10**6)
+    found = calibration._relative([(kernel, 3e-3 + LAUNCH)], {Family.TRANSCENDENTAL: curve}, LAUNCH)
     assert found == {"tanh": pytest.approx(3.0)}
 
 
