@@ -222,8 +222,9 @@ class Situation:
         return self._runner(self._by_name[scheme], self.admitting(size))
 
     def compiles(self, scheme: str) -> bool:
-        """Whether a feasible candidate takes long to start."""
-        return self._by_name[scheme].compiles
+        """Whether a candidate of this name takes long to start."""
+        given = (one for schemes in self._schemes.values() for one in schemes)
+        return any(one.compiles for one in given if one.name == scheme)
 
     def discard(self, scheme: str) -> None:
         """This scheme cannot run: its runners are closed."""
