@@ -63,7 +63,10 @@ class Landscape:
             measured, source = points[size]
             return Belief(measured.seconds, measured.low, measured.high, source)
         if points:
-            seconds, (low, high) = self._curve(scheme).at(size)
+            try:
+                seconds, (low, high) = self._curve(scheme).at(size)
+            except CostModelError:  # no price at this size, for which the graph does not hold: straight lines
+                seconds, (low, high) = BatchCurve(self.measured_at(scheme)).at(size)
             return Belief(seconds, low, high, "interpolated")
         priced = self._price(scheme, size)
         return None if priced is None else Belief(*priced, "priced")
