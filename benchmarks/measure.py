@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from graphopt.cost_model.machine import processor_name
+from graphopt.cost_model.machine import available_cores, processor_name
 from graphopt.graph.collector import no_garbage_collection
 
 __all__ = [
@@ -282,12 +282,11 @@ def eager_step(
 
 def machine_description() -> dict[str, Any]:
     """What a reader of timings must know about this machine: processor, cores, memory, versions, threads, GPU."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "cpu": processor_name(),
-        "cores": cores,
+        "cores": available_cores(),
         "memory_bytes": pages,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

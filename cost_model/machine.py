@@ -154,10 +154,9 @@ _CURRENT: dict[tuple[tuple[str, Any], ...], Machine] = {}
 
 def fingerprint() -> tuple[tuple[str, Any], ...]:
     """What measured times hold for: processor, cores, memory, torch, threads, GPU, and how threads are bound."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return (
         ("processor", processor_name()),
-        ("cores", cores),
+        ("cores", available_cores()),
         ("gpu", torch.cuda.get_device_name() if torch.cuda.is_available() else None),
         ("torch", str(torch.__version__)),
         ("threads", torch.get_num_threads()),
@@ -185,6 +184,11 @@ def kept(threads: int | None = None) -> Machine | None:
             return None
         _CURRENT[now] = found
     return _CURRENT[now]
+
+
+def available_cores() -> int:
+    """How many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor_name() -> str:

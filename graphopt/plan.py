@@ -59,12 +59,12 @@ class Candidate:
     def row(self, chosen: bool) -> tuple[str, ...]:
         """Cells of a table for a person: mark, scheme, measured seconds, interval and steps, price, why it lost."""
         took = self.median_seconds
-        measured = "not measured" if took is None else _time(took)
+        measured = "not measured" if took is None else duration(took)
         spread = ""
         if self.measurement is not None:
             m = self.measurement
-            spread = f"{_time(m.low)} to {_time(m.high)}, {_count(m.runs, 'step')}"
-        expected = "" if self.predicted is None else f"{_time(self.predicted[0])} {self.predicted[3]}"
+            spread = f"{duration(m.low)} to {duration(m.high)}, {_count(m.runs, 'step')}"
+        expected = "" if self.predicted is None else f"{duration(self.predicted[0])} {self.predicted[3]}"
         why = f"left out, {self.why_not}" if self.why_not else self.lost
         if self.why_not and took is None:
             measured = ""
@@ -74,10 +74,10 @@ class Candidate:
         """The price by term, for a person; empty without one."""
         if self.estimate is None:
             return ""
-        parts = [f"{name} {_time(seconds)}" for name, seconds in self.estimate.terms.items() if seconds > 0]
+        parts = [f"{name} {duration(seconds)}" for name, seconds in self.estimate.terms.items() if seconds > 0]
         if self.estimate.compile_seconds:
-            parts.append(f"once to compile {_time(self.estimate.compile_seconds)}")
-        return f"{self.scheme}: {_time(self.estimate.seconds)} = {' + '.join(parts)}"
+            parts.append(f"once to compile {duration(self.estimate.compile_seconds)}")
+        return f"{self.scheme}: {duration(self.estimate.seconds)} = {' + '.join(parts)}"
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data (JSON-able)."""
@@ -174,7 +174,7 @@ class Plan:
                 f"     operators      {f.operators[0]:,} -> {f.operators[1]:,}",
                 f"     FLOPs          {f.flops[0]:,} -> {f.flops[1]:,}",
                 f"     bytes kept     {f.bytes_kept[0]:,} -> {f.bytes_kept[1]:,} for backward",
-                f"     captured and rewritten in {_time(f.capture_seconds)}",
+                f"     captured and rewritten in {duration(f.capture_seconds)}",
             ]
         if self.valid_where:
             lines.append(f"     valid for batch sizes with {' and '.join(self.valid_where)}")
@@ -239,7 +239,12 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def _time(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds for a person.
+
+    >>> duration(0.0123)
+    '12.3 ms'
+    """
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"

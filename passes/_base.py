@@ -52,6 +52,11 @@ class Saving:
         )
 
 
+def place(node: fx.Node) -> tuple[str, str]:
+    """Where in the user's model a node comes from: module path and source line, both may be empty."""
+    return node.meta.get("module", ""), node.meta.get("source", "")
+
+
 @dataclass(frozen=True)
 class Change:
     """One thing a pass did: ``what`` in words, and where in the user's model (both may be empty)."""

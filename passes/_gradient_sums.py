@@ -15,7 +15,7 @@ from graphopt.graph.draft import Draft
 from graphopt.graph.sizes import expression
 from graphopt.graph.storages import is_view
 from graphopt.graph.training_graph import OutputKind, TrainingGraph
-from graphopt.passes._base import Change, PassResult, Refusal
+from graphopt.passes._base import Change, PassResult, Refusal, place
 
 aten = torch.ops.aten
 c10d = torch.ops._c10d_functional
@@ -39,16 +39,21 @@ class Summed:
     outputs: tuple[int, ...]
 
 
+def sums_over_processors(graph: fx.Graph) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """The all-reduces that give sums, each with the wait that alone reads it, in order."""
+    for node in graph.nodes:
+        if node.target is c10d.all_reduce.default and node.args[1] == "sum" and len(node.users) == 1:
+            (wait,) = node.users
+            yield node, wait
+
+
 def summed_gradients(draft: Draft) -> Iterator[Summed]:
     """The gradients of a divided graph that only its outputs read, in the order in which they are computed."""
     positions: dict[fx.Node, list[int]] = {}
     for i, (output, node) in enumerate(zip(draft.signature.outputs, draft.results, strict=True)):
         if node is not None and output.kind in (OutputKind.GRADIENT, OutputKind.SAVED):
             positions.setdefault(node, []).append(i)
-    for node in draft.graph.nodes:
-        if node.target is not c10d.all_reduce.default or node.args[1] != "sum" or len(node.users) != 1:
-            continue
-        (wait,) = node.users
+    for node, wait in sums_over_processors(draft.graph):
         whole = wait
         while len(whole.users) == 1 and is_view(next(iter(whole.users))):
             whole = next(iter(whole.users))
@@ -136,7 +141,7 @@ def set_words(draft: Draft, words: list[str]) -> None:
 
 def change(name: str, what: str, node: fx.Node) -> Change:
     """What a pass did, at the place of ``node``."""
-    return Change(name, what, node.meta.get("module", ""), node.meta.get("source", ""))
+    return Change(name, what, *place(node))
 
 
 def nothing(name: str, graph: TrainingGraph) -> PassResult:

@@ -15,7 +15,7 @@ from graphopt.graph.op_rules import bytes_moved, flops, is_pure
 from graphopt.graph.sizes import nbytes
 from graphopt.graph.storages import Storage, kept_for_backward
 from graphopt.graph.training_graph import TrainingGraph
-from graphopt.passes._base import Change, PassResult, Refusal, Saving
+from graphopt.passes._base import Change, PassResult, Refusal, Saving, place
 
 CONSTANT_PREFIX = "folded_"
 """Names of the constants that passes make start with this; others may be tensors of the model."""
@@ -103,7 +103,7 @@ class Rewriting:
 
     def refuse(self, node: fx.Node, what: str, why: str) -> None:
         """Record that ``node`` was looked at and left alone."""
-        self._refusals.append(Refusal(self._name, what, *_place(node), why=why))
+        self._refusals.append(Refusal(self._name, what, *place(node), why=why))
 
     def finish(self) -> PassResult:
         """The graph as it is now, with the changes and what each saves."""
@@ -119,7 +119,7 @@ class Rewriting:
         draft.constants = {name: value for name, value in draft.constants.items() if name in used}
         after = draft.finish()
         kept = self._kept_savings(after)
-        changes = (Change(self._name, s.what, *_place(s.at), self._saving(s, kept)) for s in self._steps)
+        changes = (Change(self._name, s.what, *place(s.at), self._saving(s, kept)) for s in self._steps)
         return PassResult(after, tuple(changes), tuple(self._refusals))
 
     def _record(self, step: _Step) -> None:
@@ -174,7 +174,3 @@ class Rewriting:
                 found = (owner[n] for owner in (makers, readers) for n in touched if n in owner)
                 credit(next(found, self._steps[0]), storage, -1)
         return savings
-
-
-def _place(node: fx.Node) -> tuple[str, str]:
-    return node.meta.get("module", ""), node.meta.get("source", "")

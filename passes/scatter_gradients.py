@@ -30,6 +30,7 @@ from graphopt.passes._gradient_sums import (
     processors_and_group,
     set_words,
     static_bytes,
+    sums_over_processors,
 )
 from graphopt.passes._owners import OWNED, owners
 from graphopt.passes._prune_lists import prune_lists
@@ -147,10 +148,7 @@ def _read_by_update(graph: TrainingGraph) -> list[Summed]:
     """The gradients of fixed size that only the update and the outputs of parameters read, as they are ready."""
     others = {r for o, r in zip(graph.outputs, graph.results, strict=True) if o.kind not in OWNED}
     found = []
-    for node in graph.nodes:
-        if node.target is not c10d.all_reduce.default or node.args[1] != "sum" or len(node.users) != 1:
-            continue
-        (wait,) = node.users
+    for node, wait in sums_over_processors(graph.graph):
         values = [wait, *_views(wait)]
         readers = {user for value in values for user in value.users if user not in values}
         late = all(user.meta.get("phase") == Phase.UPDATE or user.op == "output" for user in readers)

@@ -17,7 +17,7 @@ from graphopt.graph.op_rules import is_pure, masked_form, operand, operand_names
 from graphopt.graph.sizes import Expr, expression, numel
 from graphopt.graph.storages import Storage, is_view, kept_for_backward, storage_root, viewed
 from graphopt.graph.training_graph import InputKind, Phase, TrainingGraph
-from graphopt.passes._base import Change, Pass, PassResult, Refusal, Saving, Tier
+from graphopt.passes._base import Change, Pass, PassResult, Refusal, Saving, Tier, place
 from graphopt.passes._storage import geometry
 
 
@@ -277,12 +277,10 @@ class _Work:
     # -- records ---------------------------------------------------------------------------------------------------
 
     def _record(self, node: fx.Node, what: str, saved: int) -> None:
-        place = node.meta.get("module", ""), node.meta.get("source", "")
-        self.changes.append(Change(self.name, what, *place, saving=Saving(bytes_kept=saved)))
+        self.changes.append(Change(self.name, what, *place(node), saving=Saving(bytes_kept=saved)))
 
     def _refuse(self, node: fx.Node, what: str, why: str) -> None:
-        place = node.meta.get("module", ""), node.meta.get("source", "")
-        self.refusals.append(Refusal(self.name, what, *place, why=why))
+        self.refusals.append(Refusal(self.name, what, *place(node), why=why))
 
 
 def _uses(storage: Storage) -> Iterator[_Use]:

@@ -12,7 +12,7 @@ from graphopt.graph.draft import Draft
 from graphopt.graph.op_rules import is_pure
 from graphopt.graph.training_graph import InputKind, TrainingGraph
 from graphopt.passes._axis_flow import AxisFlow
-from graphopt.passes._base import Change, Pass, PassResult, Refusal, Tier
+from graphopt.passes._base import Change, Pass, PassResult, Refusal, Tier, place
 from graphopt.passes._batch_norm_sums import BatchNormSums, trains_batch_norm
 from graphopt.passes._collectives import join
 from graphopt.passes._placement import Misplaced, Own, Placement, Sharded
@@ -100,7 +100,7 @@ class ShardAxes(Pass):
 
     def _refused(self, graph: TrainingGraph, why: str, node: fx.Node | None = None) -> PassResult:
         what = f"the axis {self.axis!r} over {self.processors} processors"
-        module, source = (node.meta.get(key, "") if node is not None else "" for key in ("module", "source"))
+        module, source = place(node) if node is not None else ("", "")
         why = f"{node.name} ({node.target}): {why}" if node is not None else why
         return PassResult(graph, refusals=(Refusal(self.name, what, module, source, why),))
 
@@ -134,7 +134,7 @@ class ShardAxes(Pass):
             raise PassError(f"it is split at {found.axis.place}")
 
     def _change(self, what: str, node: fx.Node) -> Change:
-        return Change(self.name, what, node.meta.get("module", ""), node.meta.get("source", ""))
+        return Change(self.name, what, *place(node))
 
     def _joined(self, graph: TrainingGraph, placed: Placements) -> tuple[TrainingGraph, list[tuple[str, fx.Node]]]:
         """The graph with collectives, and a word and a place for each."""

@@ -12,7 +12,7 @@ from torch import fx
 from graphopt.errors import PassError
 from graphopt.graph.op_rules import bytes_moved, flops, is_pure, zero_if
 from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
-from graphopt.passes._base import Change, Pass, PassResult, Saving, Tier
+from graphopt.passes._base import Change, Pass, PassResult, Saving, Tier, place
 from graphopt.passes._storage import geometry
 
 
@@ -57,9 +57,8 @@ class ZeroTangents(Pass):
         changes = []
         for node in reversed(draft.graph.nodes):
             if node.op == "call_function" and not node.users and is_pure(node):
-                place = node.meta.get("module", ""), node.meta.get("source", "")
                 what = f"removed {str(node.target).removeprefix('aten.').removesuffix('.default')}"
-                changes.append(Change(self.name, what, *place, saving=self._saving(graph, node)))
+                changes.append(Change(self.name, what, *place(node), saving=self._saving(graph, node)))
                 draft.graph.erase_node(node)
         return PassResult(draft.finish(), tuple(reversed(changes))) if changes or not all(keep) else PassResult(graph)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
-from graphopt.choice.contenders import contenders, text
+from graphopt.choice.contenders import contenders
 from graphopt.choice.landscape import Belief, Landscape
 from graphopt.choice.pace import WINDOW, Pace
 from graphopt.choice.payback import worth_a_start
 from graphopt.choice.race import MARGIN, ROUNDS, WIDENED, Race, measurement
 from graphopt.choice.rechecks import Rechecks
 from graphopt.choice.terms import Terms
-from graphopt.plan import Plan
+from graphopt.plan import Plan, duration
 from graphopt.schemes import Runner, Scheme
 
 log = logging.getLogger("graphopt")
@@ -203,7 +203,7 @@ class Choice:
         """One step says whether what was measured before still holds."""
         room = WIDENED[1]
         if not belief.low / room <= seconds <= belief.high * room:
-            note = f"a step took {text(seconds)}, not {text(belief.seconds)} as {belief.source}: measured again"
+            note = f"a step took {duration(seconds)}, not {duration(belief.seconds)} as {belief.source}: measured again"
             self.plan.notes.append(note)
             self._measure_again(chosen)
             return

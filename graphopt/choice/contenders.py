@@ -44,15 +44,3 @@ def contenders(names: Sequence[str], beliefs: Mapping[str, Belief | None]) -> tu
     for name in (*unknown[places:], *entrants[MOST:]):
         lost[name] = f"not measured: not among the {MOST} most promising"
     return entrants[:MOST], lost
-
-
-def text(seconds: float) -> str:
-    """Seconds for a person.
-
-    >>> text(0.0123)
-    '12.3 ms'
-    """
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from graphopt.choice.contenders import text
 from graphopt.choice.landscape import Landscape
-from graphopt.plan import Plan
+from graphopt.plan import Plan, duration
 
 GUESS = 0.2
 """Share of a step that a candidate without a price is taken to gain."""
@@ -64,11 +63,11 @@ def worth_a_start(
         if payback.worth(remaining):
             return name
         if gain <= 0:
-            candidate.lost = f"not tried: expected at {text(best.seconds - gain)}, no gain over {plan.chosen}"
+            candidate.lost = f"not tried: expected at {duration(best.seconds - gain)}, no gain over {plan.chosen}"
         else:
-            by = f"{'at a guess ' * (likely is None)}{text(gain)} a step less"
+            by = f"{'at a guess ' * (likely is None)}{duration(gain)} a step less"
             candidate.lost = (
-                f"not tried: {text(payback.cost)} to start and {by} pay back after {payback.steps:,.0f} steps; "
+                f"not tried: {duration(payback.cost)} to start and {by} pay back after {payback.steps:,.0f} steps; "
                 f"{remaining:,.0f} are expected"
             )
     return None

@@ -597,7 +597,7 @@ def join_processes(file: str, processor: int, processors: int, name: str, connec
     group._set_default_backend(ProcessGroup.BackendType.GLOO)
     group._register_backend(torch.device("cpu"), ProcessGroup.BackendType.GLOO, backend)
     group._set_group_name(name)  # type: ignore[arg-type]
-    torch._C._distributed_c10d._register_process_group(name, group)  # type: ignore[arg-type]
+    name_process_group(name, group)
     return group
 
 

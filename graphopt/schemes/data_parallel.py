@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, get_args
 
 from graphopt.cost_model import Estimate
+from graphopt.cost_model.machine import available_cores
 from graphopt.errors import CaptureError, GraphoptError
 from graphopt.graph.halves import cut_update
 from graphopt.graph.training_graph import TrainingGraph
@@ -141,5 +141,4 @@ def data_parallel(processors: int, batch_norm: str) -> tuple[DataParallel, DataP
 
 def threads_of_each(processors: int) -> int:
     """How many threads each of so many processors gets where they share the cores of this machine."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // processors, 1)
+    return max(available_cores() // processors, 1)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.cost_model.machine import available_cores
 from graphopt.errors import GraphoptError, GraphoptWarning, WorkerError
 from graphopt.graph.training_graph import Input, Output, TrainingGraph
 from graphopt.schemes.workers.job import Job
@@ -240,7 +241,7 @@ def _check(processors: int, threads: int, timeout: float) -> None:
             "processors: this process belongs to a group already (torchrun, or init_process_group), whose processes "
             "would each start workers; start the script with plain python to let it start its own"
         )
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cores()
     if processors * threads > cores:
         warnings.warn(
             f"{processors} processors with {threads} threads each take turns on {cores} cores",
