@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from operator import getitem
 from typing import Any
 
-import networkx as nx
 import torch
 from torch import fx
 
@@ -38,6 +37,8 @@ def owners(graph: TrainingGraph, sums: Collection[fx.Node], processors: int) -> 
     Parameters stay together where an update reads gradients of both, or one gradient serves both. ``sums``: the
     gradients to divide, nodes of ``graph``. Raises PassError with the reason where all parameters hang together.
     """
+    import networkx as nx  # a tenth of a second, which every import of graphopt would pay
+
     parameters = graph.input_nodes(InputKind.PARAMETER)
     links, mixed = nx.Graph(), None
     reads = _reads(graph, frozenset(sums))
