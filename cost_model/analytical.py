@@ -28,7 +28,7 @@ from graphopt.graph.training_graph import TrainingGraph
 GROUPS: dict[str, frozenset[Family]] = {
     "gemm": frozenset([Family.GEMM]),
     "convolution": frozenset([*CONVOLUTIONS, *IMAGEWISE]),
-    "depthwise": frozenset(DEPTHWISE),
+    "depthwise": frozenset([*DEPTHWISE, Family.DEPTHWISE_NARROW]),
     "attention": frozenset([Family.ATTENTION, Family.ATTENTION_BACKWARD, Family.RECURRENT]),
     "pointwise": frozenset([Family.POINTWISE, Family.TRANSCENDENTAL, Family.FILL, Family.RANDOM]),
     "normalisation": frozenset(
@@ -161,9 +161,11 @@ def _kernel_seconds(
         if family in (Family.NONE, Family.COMMUNICATION):
             continue
         curve = machine.curves[family]
-        found = curve.memory_seconds(moved[at]) * relative[at]
+        least = curve.points[0][1] if curve.points else 0.0  # of any call: an operator is slower by what it does
+        found = least + relative[at] * (curve.memory_seconds(moved[at]) - least)
         if family is Family.UPDATE:
-            found = (1 - streams) * found + streams * machine.curves[Family.UPDATE_STREAM].memory_seconds(moved[at])
+            streamed = machine.curves[Family.UPDATE_STREAM].memory_seconds(moved[at])
+            found = (1 - streams) * found + streams * np.maximum(found, streamed)
         if family in LOOPS and curve.rates:
             products = curve.product_seconds(dims[:, at], rates[at])
             by_compute[at] = (products > found) & (counts.kernel_flops[at] > 0)
@@ -179,6 +181,9 @@ def _streams(moved: float, machine: Machine) -> float:
     tensors = moved / _TIMES_MOVED
     return min(max(math.log(max(tensors, 1.0) / machine.cache_bytes) / math.log(16.0) + 0.5, 0.0), 1.0)
 
+
+IN_UPDATES = "update "
+"""Before the names of operators of updates in `Machine.relative`: they are of another family."""
 
 _TIMES_MOVED = 5.0
 """Bytes that an update of AdamW moves for each byte of parameter, gradient and state: 20 for 4."""
@@ -205,9 +210,10 @@ def _rate(work: Work, kernel: int, machine: Machine, precision: str | None) -> f
 def _relative(work: Work, kernel: int, machine: Machine) -> float:
     """What the operator of a kernel takes relative to its family; further kernels of a node are as others."""
     one = work.kernels[kernel]
-    if work.updating[kernel] or one.family in LOOPS or not one.items:
+    if one.family in LOOPS or not one.items:
         return 1.0
-    return machine.relative.get(operator_name(one.node), 1.0)
+    name = operator_name(one.node)
+    return machine.relative.get(f"{IN_UPDATES}{name}" if work.updating[kernel] else name, 1.0)
 
 
 def _launch_seconds(work: Work, machine: Machine) -> np.ndarray:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import resource
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -25,18 +26,22 @@ from rich.progress import Progress
 from scipy.optimize import least_squares
 from scipy.stats import t as student
 
-from graphopt.cost_model.analytical import FACTORS
+from graphopt.cost_model.analytical import FACTORS, IN_UPDATES
 from graphopt.cost_model.calibration_steps import Row, rows
 from graphopt.cost_model.curves import Curve, increasing
 from graphopt.cost_model.fit import fit
 from graphopt.cost_model.kernels import DEPTHWISE, IMAGEWISE, LOOPS, Family, Kernel, operator_name
 from graphopt.cost_model.launches import chains, in_steps, time_of
 from graphopt.cost_model.machine import Machine, fingerprint, processor_name
+from graphopt.cost_model.measured import spin, why_busy
 from graphopt.cost_model.operator_probes import operator_probes
 from graphopt.cost_model.probes import Probe, probes
+from graphopt.errors import GraphoptWarning
 
-_PRIOR_WEIGHT = 0.3
-"""Of factors 1: curves and launches were measured just before, so that a factor has a reason to be near."""
+_PRIOR_WEIGHT = 2.0
+"""Of factors 1: curves and launches were measured just before. The networks of a calibration share one heap and small
+tensors, which makes their steps up to a fifth slower than the same kernels in a process of their own; a weaker prior
+lets single factors take that up (0.3 doubled updates), and larger networks are priced too high."""
 
 _ERROR_OF_MODELS, _LIKE = 0.13, 6
 """Root mean square of the log errors that prices had over published architectures (benchmarks/cost_accuracy.py), and
@@ -61,8 +66,11 @@ def calibrate(*, progress: bool = True, seconds: float = SECONDS) -> Machine:
     Args:
         progress: show a progress bar.
         seconds: the most it may take.
+
+    Warns (`GraphoptWarning`) where other work made the machine slower meanwhile: its figures are then too high.
     """
     began = perf_counter()
+    fixed: list[float] = []
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("calibrating this machine", total=100)
         settle_allocator()
@@ -76,6 +84,8 @@ def calibrate(*, progress: bool = True, seconds: float = SECONDS) -> Machine:
             for i, probe in enumerate(probes()):  # made anew: together they hold half a gigabyte
                 if i not in kernels:
                     kernels[i] = replace(probe.kernel(), node=_NOWHERE)
+                if i % 20 == 0:
+                    fixed.append(_seconds_of(spin))
                 for found, taken in _timed(kernels[i], probe):
                     samples[i, found] = min(taken, samples.get((i, found), taken))
                 bar.update(task, completed=5 + 20 * (sweep + min(i / 300, 1)))
@@ -98,7 +108,16 @@ def calibrate(*, progress: bool = True, seconds: float = SECONDS) -> Machine:
         )
         machine = replace(machine, launch=in_steps(machine))
         left = _MARGIN * (seconds - (perf_counter() - began))
-        return fitted(machine, rows(machine, left, lambda share: bar.update(task, completed=50 + 50 * share)))
+        steps = rows(machine, left, lambda share: bar.update(task, completed=50 + 50 * share))
+    if busy := why_busy(fixed):
+        warnings.warn(f"{busy}; prices will be too high. Calibrate again when nothing else runs", GraphoptWarning)
+    return fitted(machine, steps)
+
+
+def _seconds_of(call: Callable[[], Any]) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start
 
 
 def fitted(machine: Machine, steps: Sequence[Row]) -> Machine:
@@ -179,12 +198,15 @@ def curves(
 def _relative(
     operators: Sequence[tuple[Kernel, float]], found: Mapping[Family, Curve], launch: float
 ) -> dict[str, float]:
-    """Seconds of timed operators relative to the curves of their families, by name."""
-    return {
-        operator_name(kernel.node): max(seconds - launch, seconds * 0.02)
-        / float(found[kernel.family].memory_seconds(np.array([float(kernel.bytes)]))[0])
-        for kernel, seconds in operators
-    }
+    """Seconds of timed operators beyond the least of any, relative to the curves of their families, by name."""
+    relative = {}
+    for kernel, seconds in operators:
+        curve = found[kernel.family]
+        least = curve.points[0][1]
+        beyond = float(curve.memory_seconds(np.array([float(kernel.bytes)]))[0]) - least
+        name = (IN_UPDATES if kernel.family is Family.UPDATE else "") + operator_name(kernel.node)
+        relative[name] = max(seconds - launch - least, seconds * 0.02) / max(beyond, seconds * 0.02)
+    return relative
 
 
 def _points(samples: Sequence[tuple[Kernel, float]]) -> tuple[tuple[float, float], ...]:

@@ -35,6 +35,7 @@ class Family(StrEnum):
     DEPTHWISE = "depthwise convolution"
     DEPTHWISE_INPUT = "depthwise input gradient"
     DEPTHWISE_WEIGHT = "depthwise weight gradient"
+    DEPTHWISE_NARROW = "depthwise on narrow images"  # oneDNN's plain loops, 30 times slower
     ATTENTION = "attention"
     ATTENTION_BACKWARD = "attention backward"
     RECURRENT = "recurrent layer"
@@ -238,6 +239,12 @@ def _result(node: fx.Node) -> tuple[Expr, ...]:
     return tuple(map(expression, tensors(node.meta["val"])[0].shape))
 
 
+def _is_narrow(kind: Family, width: Expr, window: Expr) -> bool:
+    """Whether an image is too narrow for the vectorised kernels of a depthwise convolution."""
+    least = {Family.DEPTHWISE: window // 2, Family.DEPTHWISE_WEIGHT: window}.get(kind)
+    return least is not None and isinstance(width, int) and bool(width < least)
+
+
 def _convolution(node: fx.Node, kind: Family, threads: int | None) -> Iterator[Kernel]:
     """Forward: one kernel. Backward: one for each gradient that is wanted."""
     backward = "backward" in operator_name(node)
@@ -261,7 +268,10 @@ def _convolution(node: fx.Node, kind: Family, threads: int | None) -> Iterator[K
             image[0] * channels * product(a + b for a, b in zip(image[2:-1], outer[2:-1])),
         )
         for found in chosen:
-            yield Kernel(node, found, each, moved, rows, 1, depth, often)
+            if threads is not None and _is_narrow(found, image[-1], weight[-1]):
+                yield Kernel(node, Family.DEPTHWISE_NARROW, each, moved, product(outer), 1, depth, 1)
+            else:
+                yield Kernel(node, found, each, moved, rows, 1, depth, often)
     elif threads is None:
         places = product([small[0], *small[2:]])
         for found in chosen:

@@ -21,7 +21,7 @@ import torch
 from graphopt.errors import CostModelError
 from graphopt.graph.collector import no_garbage_collection
 
-__all__ = ["Measurement", "measure", "median_interval", "spin"]
+__all__ = ["Measurement", "measure", "median_interval", "spin", "why_busy"]
 
 MOST_DRIFT = 1.15
 """Ratio between the medians of the first and the second half of the runs above which a measurement is noisy."""
@@ -33,6 +33,8 @@ MOST_PROBE_SPREAD = 1.25
 """Ratio between the upper quartile and the minimum of the probe above which the machine is noisy. It is about 1.1 on
 an ordinary machine, and 1.3 or more when other processes want its cores."""
 
+BURST, MOST_CALLS = 0.01, 50
+"""Seconds that the calls of one candidate in one round take together at least, by at most so many calls."""
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -94,13 +96,19 @@ class Measurement:
         return cls(middle, low, high, len(samples), _why_noisy(bare, samples, probe))
 
 
+def why_busy(probe: Sequence[float]) -> str | None:
+    """Why times that were taken between these of fixed work (`spin`) are not worth keeping; None if they are."""
+    if len(probe) < 2 or min(probe) <= 0:
+        return None
+    spread = quantiles(probe, n=4, method="inclusive")[2] / min(probe)
+    if spread <= MOST_PROBE_SPREAD:
+        return None
+    return f"the machine was busy: fixed work took {spread:.2f} times its shortest time in a quarter of the runs"
+
+
 def _why_noisy(measured: Measurement, samples: Sequence[float], probe: Sequence[float]) -> str | None:
-    if len(probe) > 1 and min(probe) > 0:
-        spread = quantiles(probe, n=4, method="inclusive")[2] / min(probe)
-        if spread > MOST_PROBE_SPREAD:
-            return (
-                f"the machine was busy: fixed work took {spread:.2f} times its shortest time in a quarter of the runs"
-            )
+    if busy := why_busy(probe):
+        return busy
     if measured.runs < 6:  # extremes of five runs miss the median more often than once in twenty
         return f"only {measured.runs} runs, too few for a 95 % interval"
     half = measured.runs // 2
@@ -159,9 +167,11 @@ def measure(
     """Time candidates in turn: once a round each, in rotated order, until their times are told apart or known.
 
     A candidate may change state (a training step updates the model): it is called ``warmup`` times, then once a round.
-    After the least rounds, measuring stops when the interval of the fastest lies below those of all others, or when
-    each is narrower than ``precision``. Asked after each round up to the fiftieth, that two 95 % intervals do not meet
-    takes one of two equal candidates for the faster in about one case of fifty.
+    One that is shorter than `BURST` is called several times in a row, after a call that is not timed: so it runs in
+    training, and alone it would pay for the caches that the others left. After the least rounds, measuring stops when
+    the interval of the fastest lies below those of all others, or when each is narrower than ``precision``. Asked after
+    each round up to the fiftieth, that two 95 % intervals do not meet takes one of two equal candidates for the faster
+    in about one case of fifty.
 
     Args:
         candidates: by name, what to call.
@@ -194,18 +204,25 @@ def measure(
         )
     names = list(candidates)
     begun = clock()
+    calls = dict.fromkeys(names, 1)
     for name in names:
         for _ in range(warmup):
+            start = clock()
             candidates[name]()
+            synchronize()
+            calls[name] = min(math.ceil(BURST / max(clock() - start, BURST / MOST_CALLS)), MOST_CALLS)
     taken: dict[Name, list[float]] = {name: [] for name in names}
     probed: list[float] = []
 
-    def sample(call: Callable[[], Any]) -> float:
+    def sample(call: Callable[[], Any], calls: int = 1) -> float:
+        if calls > 1:
+            call()
         synchronize()
         start = clock()
-        call()
+        for _ in range(calls):
+            call()
         synchronize()
-        return clock() - start
+        return (clock() - start) / calls
 
     gc.collect()
     with no_garbage_collection():
@@ -216,7 +233,7 @@ def measure(
             if probe is not None:
                 probed.append(sample(probe))
             for name in names[first:] + names[:first]:
-                taken[name].append(sample(candidates[name]))
+                taken[name].append(sample(candidates[name], calls[name]))
             gc.collect(1)  # the young only: what the round left must not pile up
             if turn + 1 >= least and _settled(list(taken.values()), precision):
                 break

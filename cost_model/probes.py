@@ -41,6 +41,7 @@ _PRODUCTS = (
     (1, 512, 512), (8, 512, 512), (32, 256, 512), (64, 64, 64), (128, 512, 512), (256, 1024, 256), (512, 512, 512),
     (512, 64, 576), (1024, 1024, 512), (2048, 256, 64), (64, 2048, 256), (4, 2048, 1024),
 )  # fmt: skip
+_WEIGHT_GRADIENTS = ((512, 512, 4), (1024, 256, 8), (512, 512, 16), (256, 1024, 64), (512, 512, 256))
 _BATCHED = ((24, 64, 64, 32), (48, 128, 32, 128), (16, 197, 197, 64))
 
 _CONVOLUTIONS = (
@@ -68,7 +69,7 @@ _DEPTHWISE = tuple(
         (8, 96, 14, 2),
         (16, 192, 7, 1),
     )
-)
+) + ((4, 480, 480, 2, 3, 1, 480), (8, 240, 240, 1, 3, 1, 240), (2, 192, 192, 3, 5, 1, 192))
 
 _HEADS = ((1, 2, 32, 32), (4, 8, 64, 32), (2, 12, 197, 64), (8, 4, 256, 32))
 
@@ -91,7 +92,6 @@ def _memory_bound() -> Iterator[Probe]:
         yield Probe(lambda g, t: aten.threshold_backward.default(g, t, 0), (x, y))
         yield Probe(lambda t: aten._foreach_add.Scalar([t], 1.0), (x,))
         yield Probe(lambda t: aten.mul.Tensor(t, 0.9), (x,), lambda t: t.mul_(0.9))
-        yield Probe(aten.sqrt.default, (x.abs(),), torch.sqrt)
         yield Probe(lambda t: aten.div.Tensor(t, 1.1), (x,), lambda t: t / 1.1)
         yield Probe(aten.addcdiv.default, (x, y, x.clone()), lambda t, a, b: t.addcdiv_(a, b, value=-1e-3))
         if n > 2**20:  # slow ones: in proportion from there on
@@ -151,6 +151,8 @@ def _pool_backward(settings: tuple[list[int], ...], g: torch.Tensor, x: torch.Te
 def _products() -> Iterator[Probe]:
     for m, n, k in _PRODUCTS:
         yield Probe(aten.mm.default, (torch.randn(m, k), torch.randn(n, k).t()))
+    for m, n, k in _WEIGHT_GRADIENTS:
+        yield Probe(aten.mm.default, (torch.randn(k, m).t(), torch.randn(k, n)))
     for b, m, n, k in _BATCHED:
         yield Probe(aten.bmm.default, (torch.randn(b, m, k), torch.randn(b, k, n)))
 

@@ -19,6 +19,7 @@ from graphopt.cost_model.calibration_steps import Row
 from graphopt.cost_model.curves import Curve, increasing
 from graphopt.cost_model.kernels import LOOPS, Family, Kernel, operator_name
 from graphopt.cost_model.machine import LAUNCHES, Machine, fingerprint
+from graphopt.errors import GraphoptWarning
 from tests.cost_model.machines import simple
 
 LAUNCH = 1e-6
@@ -71,10 +72,10 @@ def test_factors_are_fitted_to_steps_and_the_interval_to_what_is_left():
     generator = np.random.default_rng(0)
     true = {name: 1.0 for name in FACTORS} | {"gemm": 1.6, "eager launch": 0.7}
     rows = []
-    for i in range(24):
+    for i in range(240):
         parts = dict.fromkeys(FACTORS, 5e-5) | {FACTORS[i % len(FACTORS)]: 1e-3}
         seconds = sum(true[n] * s for n, s in parts.items()) * np.exp(generator.normal(0, 0.02))
-        rows.append(Row(f"net {i}", "flat", 4, float(seconds), parts))
+        rows.append(Row(f"net {i % 24}", "flat", 4, float(seconds), parts))
     found = fitted(simple(), rows)
     assert found.scales["gemm"] == pytest.approx(1.6, rel=0.15)
     assert found.scales["eager launch"] == pytest.approx(0.7, rel=0.2) and 0.02 < found.spread < 0.2
@@ -87,7 +88,7 @@ def test_every_probe_is_one_kernel_and_most_families_have_some():
 
 def test_probed_operators_are_kernels_that_only_bytes_decide_and_none_comes_twice():
     kernels = [probe.kernel() for probe in operator_probes.operator_probes()]
-    names = [operator_name(kernel.node) for kernel in kernels]
+    names = [(kernel.family is Family.UPDATE, operator_name(kernel.node)) for kernel in kernels]
     assert len(set(names)) == len(names) >= 40 and not {kernel.family for kernel in kernels} & LOOPS
 
 
@@ -95,8 +96,13 @@ def test_operators_are_timed_relative_to_the_curve_of_their_family():
     curve = Curve(points=((1e3, 1e-6), (1e6, 1e-3)))
     probe = next(p for p in operator_probes.operator_probes() if p.function is torch.ops.aten.tanh.default)
     kernel = replace(probe.kernel(), bytes=10**6)
-    found = calibration._relative([(kernel, 3e-3 + LAUNCH)], {Family.TRANSCENDENTAL: curve}, LAUNCH)
+    least = 1e-6
+    taken = LAUNCH + least + 3 * (1e-3 - least)
+    found = calibration._relative([(kernel, taken)], {Family.TRANSCENDENTAL: curve}, LAUNCH)
     assert found == {"tanh": pytest.approx(3.0)}
+    in_update = replace(kernel, family=Family.UPDATE)
+    found = calibration._relative([(in_update, taken)], {Family.UPDATE: curve}, LAUNCH)
+    assert found == {"update tanh": pytest.approx(3.0)}
 
 
 @pytest.fixture
@@ -109,6 +115,7 @@ def quick(monkeypatch, tmp_path):
     some = [probe for probe in operator_probes.operator_probes() if probe.function is torch.ops.aten.tanh.default]
     monkeypatch.setattr(calibration, "operator_probes", lambda: iter(some))
     monkeypatch.setattr(calibration_steps, "CASES", calibration_steps.CASES[:1])
+    monkeypatch.setattr(calibration, "_seconds_of", lambda call: 0.001)  # tests run beside each other
     return tmp_path
 
 
@@ -119,6 +126,13 @@ def test_a_calibration_gives_a_machine_that_holds_here(quick):
     assert 1e8 < machine.curves[Family.GEMM].rates["fp32"] < 1e13
     assert set(machine.relative) == {"tanh"} and machine.relative["tanh"] > 0
     assert set(machine.scales) == set(FACTORS) and machine.spread > 0
+
+
+def test_a_calibration_on_a_busy_machine_says_so(quick, monkeypatch):
+    taken = itertools.cycle([0.001, 0.002])
+    monkeypatch.setattr(calibration, "_seconds_of", lambda call: next(taken))
+    with pytest.warns(GraphoptWarning, match="the machine was busy.*Calibrate again"):
+        calibration.calibrate(progress=False, seconds=3.0)
 
 
 def test_the_command_measures_keeps_and_checks(quick):

@@ -60,6 +60,25 @@ def test_candidates_run_once_a_round_in_rotated_order():
     assert "".join(clock.called) == "aabbcc" + "abc" + "bca" + "cab"
 
 
+def test_short_candidates_run_several_times_in_a_row_after_a_call_that_pays_for_the_change():
+    clock = Clock()
+    last = [""]
+
+    def candidate(name, seconds):
+        def call():
+            clock.called.append(name)
+            clock.now += seconds * (1 if last[0] == name else 3)  # caches hold what another one left
+            last[0] = name
+
+        return call
+
+    steps = {"a": candidate("a", 2**-10), "b": candidate("b", 2**-8), "c": candidate("c", 0.125)}
+    found = measure(steps, clock=clock, warmup=2, rounds=(2, 2), probe=None, precision=0)
+    assert [found[name].seconds for name in "abc"] == [2**-10, 2**-8, 0.375]
+    rounds = "".join(clock.called)[6:]
+    assert rounds == "a" * 12 + "b" * 4 + "c" + "b" * 4 + "c" + "a" * 12
+
+
 def test_the_probe_runs_in_each_round():
     clock = Clock()
     run(clock, {"a": [1.0]}, rounds=(2, 2))
