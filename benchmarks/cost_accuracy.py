@@ -187,7 +187,8 @@ def _unseen(rows: Sequence[Row]) -> Iterator[float]:
     """Absolute errors at batch sizes between those that `bracket` chooses to measure."""
     curves: dict[tuple[str, str, int], dict[int, Row]] = defaultdict(dict)
     for row in rows:
-        curves[row.model, row.mode, row.threads][row.batch] = row
+        if row.batch > 1:  # a batch of 1 runs another graph
+            curves[row.model, row.mode, row.threads][row.batch] = row
     for curve in curves.values():
         if len(curve) < 4:
             continue

@@ -66,7 +66,7 @@ class Landscape:
             try:
                 seconds, (low, high) = self._curve(scheme).at(size)
             except CostModelError:  # no price at this size, for which the graph does not hold: straight lines
-                seconds, (low, high) = BatchCurve(self.measured_at(scheme)).at(size)
+                seconds, (low, high) = BatchCurve(self._of_one_graph(scheme)).at(size)
             return Belief(seconds, low, high, "interpolated")
         priced = self._price(scheme, size)
         return None if priced is None else Belief(*priced, "priced")
@@ -85,13 +85,18 @@ class Landscape:
 
     def _curve(self, scheme: str) -> BatchCurve:
         if scheme not in self._curves:
-            points = self.measured_at(scheme)
+            points = self._of_one_graph(scheme)
             try:
                 shape = None if self._price(scheme, max(points)) is None else self._shape(scheme)
                 self._curves[scheme] = BatchCurve(points, shape=shape)
             except CostModelError:  # no price at one of the sizes: straight lines
                 self._curves[scheme] = BatchCurve(points)
         return self._curves[scheme]
+
+    def _of_one_graph(self, scheme: str) -> Mapping[int, Measurement]:
+        """What was measured; a batch of 1 runs another graph, of which larger ones say as little as it does of them."""
+        points = self.measured_at(scheme)
+        return {size: measured for size, measured in points.items() if size > 1} or points
 
     def _shape(self, scheme: str) -> Callable[[int], float]:
         def seconds(size: int) -> float:
