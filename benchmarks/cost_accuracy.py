@@ -15,12 +15,10 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from functools import partial
 from itertools import combinations
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, TypeAlias
@@ -31,7 +29,7 @@ from rich.progress import Progress
 
 import graphopt
 from benchmarks import zoo
-from benchmarks.measure import eager_step, machine_description, peak_bytes, print_table, write_json
+from benchmarks.measure import eager_step, in_own_process, machine_description, peak_bytes, print_table, write_json
 from graphopt.cost_model import Machine, estimate
 from graphopt.cost_model.calibrate import settle_allocator
 from graphopt.cost_model.interpolation import BatchCurve, bracket
@@ -124,7 +122,7 @@ def rows_of(case: zoo.Case, machines: Mapping[int, Machine], seconds: float) -> 
 
 
 def _rows_of(name: str, threads: Sequence[int], seconds: float) -> list[Row]:
-    """`rows_of`, in a process of its own: one that has trained another model before has another heap, and is slower."""
+    """`rows_of`, for a process of its own."""
     case = next(c for c in zoo.CASES if c.name == name)
     return list(rows_of(case, _machines(threads), seconds))
 
@@ -279,10 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not cases:
         parser.error(f"no model matches {options.only!r}")
     rows: list[Row] = []
-    spawn = get_context("spawn")
-    with Progress() as bar, ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as one:
+    with Progress() as bar:
         for case in bar.track(cases, description="models"):
-            found = one.submit(_rows_of, case.name, options.threads, options.seconds).result()
+            found = in_own_process(_rows_of, case.name, options.threads, options.seconds)
             rows += found
             report(rows, machines)  # an interrupted run loses nothing
             errors = "  ".join(f"{r.batch}{r.mode[0]}{r.threads} {r.error:+.0%}" for r in found)

@@ -12,12 +12,14 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -32,12 +34,25 @@ __all__ = [
     "bytes_kept_by_compile",
     "bytes_kept_by_eager",
     "eager_step",
+    "in_own_process",
     "interleaved",
     "machine_description",
     "peak_bytes",
     "print_table",
     "write_json",
 ]
+
+Result = TypeVar("Result")
+
+
+# -- processes ------------------------------------------------------------------------------------------------------
+
+
+def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """The result of a function that is run in a new process: one that has trained another model before has another
+    heap, and is slower. Raises what the function raised."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as one:
+        return one.submit(function, *arguments).result()
 
 
 # -- time -----------------------------------------------------------------------------------------------------------

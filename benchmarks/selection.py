@@ -1,6 +1,6 @@
 """How good the choice of a scheme is: every candidate measured in turn, and what was chosen beside the best of them.
 
-    python -m benchmarks.selection [--only PATTERN ...] [--batches N ...] [--seconds N] [--compilers] [--no-schedule]
+    python -m benchmarks.selection [--only PATTERN ...] [--batches N ...] [--seconds N] [--samples N] [--compilers]
 
 For each model and batch size: the regret of the choice (the chosen candidate and the best one re-measured in fresh
 interleaved runs; 0 where their intervals meet), the step beside eager as written, eager with a fused optimizer and,
@@ -36,7 +36,7 @@ from torch import nn
 
 import graphopt
 from benchmarks import zoo
-from benchmarks.measure import eager_step, machine_description, print_table, write_json
+from benchmarks.measure import eager_step, in_own_process, machine_description, print_table, write_json
 from graphopt.cost_model.cache import cache_dir
 from graphopt.cost_model.calibrate import settle_allocator
 from graphopt.cost_model.machine import kept
@@ -216,16 +216,38 @@ def claims(rows: Sequence[Row], schedules: Sequence[Schedule]) -> list[dict[str,
     return [{"claim": name, "bar": bar, "measured": value} for name, bar, value in made]
 
 
-def _rows(case: zoo.Case, sizes: Sequence[int], compilers: bool, seconds: float) -> Iterator[Row]:
-    written = baselines(case, compilers)
-    for size in sorted(sizes):
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a model: batch sizes, seconds a measurement, samples at each size of the schedule (0: none)."""
+
+    batches: tuple[int, ...]
+    seconds: float
+    samples: int
+    compilers: bool
+
+
+def _of_model(name: str, asked: Asked) -> tuple[list[Row], list[Schedule]]:
+    """All of one model, for a process of its own."""
+    warnings.simplefilter("ignore", graphopt.GraphoptWarning)  # the plan says the same
+    settle_allocator()
+    case = next(c for c in zoo.CASES if c.name == name)
+    rows = list(_rows(case, asked))
+    if not asked.samples:
+        return rows, []
+    own = dict.fromkeys(r.chosen for r in rows)
+    return rows, [schedule(case, asked.samples, asked.compilers, list(own))]
+
+
+def _rows(case: zoo.Case, asked: Asked) -> Iterator[Row]:
+    written = baselines(case, asked.compilers)
+    for size in sorted(asked.batches):
         batch = _given(case.batch(size))
         written[EAGER](*batch)
         start = perf_counter()
         written[EAGER](*batch)
         if perf_counter() - start > LONGEST:
             return
-        yield row(case, size, written, seconds)
+        yield row(case, size, written, asked.seconds)
 
 
 def _own_cache() -> tempfile.TemporaryDirectory[str]:
@@ -245,32 +267,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", metavar="PATTERN", nargs="+", default=list(MODELS), help="names of models")
     parser.add_argument("--batches", metavar="N", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--seconds", type=float, default=6.0, help="for each measurement (%(default)s)")
-    parser.add_argument("--samples", type=int, default=2048, help="at each size of the schedule (%(default)s)")
+    parser.add_argument(
+        "--samples", type=int, default=2048, help="at each size of the schedule; 0: no schedule (%(default)s)"
+    )
     parser.add_argument("--compilers", action="store_true", help="torch.compile as a baseline too")
-    parser.add_argument("--no-schedule", action="store_true", help="without the run of doubling batches")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the JSON to write")
     options = parser.parse_args(arguments)
     cases = [c for c in zoo.CASES if c.captures and any(fnmatch(c.name, p) for p in options.only)]
     if not cases:
         parser.error(f"no model matches {options.only!r}")
-    warnings.simplefilter("ignore", graphopt.GraphoptWarning)  # the plan says the same
-    settle_allocator()
+    asked = Asked(tuple(options.batches), options.seconds, options.samples, options.compilers)
     rows: list[Row] = []
     schedules: list[Schedule] = []
     with _own_cache(), Progress() as bar:
         calibrated = kept() is not None
         for case in bar.track(cases, description="models"):
-            for found in _rows(case, options.batches, options.compilers, options.seconds):
-                rows.append(found)
-                speed = "  ".join(f"{s:.2f} x {name}" for name, s in found.speedup.items())
+            found, doubled = in_own_process(_of_model, case.name, asked)
+            for one in found:
+                speed = "  ".join(f"{s:.2f} x {name}" for name, s in one.speedup.items())
                 bar.console.print(
-                    f"{case.name} {found.batch}: {found.chosen} after {found.probed_steps} steps, best {found.best}, "
-                    f"regret {found.regret:.1%}  {speed}"
+                    f"{case.name} {one.batch}: {one.chosen} after {one.probed_steps} steps, best {one.best}, "
+                    f"regret {one.regret:.1%}  {speed}"
                 )
-            if not options.no_schedule:
-                own = dict.fromkeys(r.chosen for r in rows if r.model == case.name)
-                schedules.append(schedule(case, options.samples, options.compilers, list(own)))
-                bar.console.print(f"{case.name}: {schedules[-1]}")
+            for each in doubled:
+                bar.console.print(each)
+            rows, schedules = rows + found, schedules + doubled
             _write(options.output, rows, schedules, calibrated)  # an interrupted run loses nothing
     print_table(claims(rows, schedules), title="the choice" + ("" if calibrated else ", without prices"))
     return 0
