@@ -12,6 +12,7 @@ from graphopt.errors import BatchError, CaptureError, GraphoptError, LossError, 
 from graphopt.passes import Pass
 from graphopt.schemes import ModelWatch, Task
 from graphopt.schemes.flat import CapturedStep, capture_task
+from graphopt.schemes.world.ranks import synchronises_itself
 from graphopt.situation import Situation
 from graphopt.verify import drop_failing
 
@@ -80,6 +81,10 @@ class Capturing:
             return "a hook is registered on a parameter; it has to see the gradient when autograd computes it"
         if watch.backward_hooks:
             return "a module has backward hooks, which only autograd calls"
+        if synchronises_itself(self.task.model):
+            return (
+                "the model (DistributedDataParallel, FSDP) brings the gradients of ranks together itself, in autograd"
+            )
         return None
 
     def _check_tensors(self, error: GraphoptError) -> None:

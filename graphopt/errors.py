@@ -98,6 +98,14 @@ class WorkerError(GraphoptError):
     """
 
 
+class RankError(GraphoptError):
+    """Raised when the ranks of a `torch.distributed` world cannot take a step together.
+
+    One is gone, has failed or did not answer within the timeout of the group, or ranks are in different states (other
+    batches, modes, options of an optimizer). On this rank the model is that before the step.
+    """
+
+
 class GraphoptWarning(UserWarning):
     """Given once for each cause when graphopt does less than it was asked to.
 

@@ -18,6 +18,8 @@ from graphopt.plan import Candidate, Crossover, GraphFacts, Plan
 from graphopt.schemes import EXACT, SCHEMES, ModelWatch, Prepared, Runner, Scheme, Task, candidates
 from graphopt.schemes.data_parallel import data_parallel
 from graphopt.schemes.flat import CapturedStep
+from graphopt.schemes.world.candidates import candidates_in_world
+from graphopt.schemes.world.eager import EagerInWorld
 
 UNKNOWN_START = 30.0
 """Seconds that a compiler is taken to need where there is no price of it."""
@@ -154,7 +156,12 @@ class Situation:
             feasible[scheme.name] = scheme
         if not feasible:
             self._stand_in(plan, feasible, too_large)
-        if unpriced and len(given) > 1 and self.prices.machine(torch.get_num_threads()) is None:
+        if (
+            unpriced
+            and len(given) > 1
+            and self.task.world is None
+            and self.prices.machine(torch.get_num_threads()) is None
+        ):
             plan.notes.append(UNCALIBRATED)
         self._by_name |= feasible
         return feasible, late
@@ -162,7 +169,11 @@ class Situation:
     def _given(self, prepared: Prepared, index: int | None) -> tuple[Scheme, ...]:
         key = -1 if index is None else index
         if key not in self._schemes:
-            found = self.settings.schemes
+            found, world = self.settings.schemes, self.task.world
+            if found is None and world is not None:
+                found = candidates_in_world(
+                    world, self.task, prepared, precision=self.settings.precision, batch_norm=self.settings.batch_norm
+                )
             if found is None:
                 threads = torch.get_num_threads()
                 counts = tuple(dict.fromkeys((threads, 1)))
@@ -187,10 +198,16 @@ class Situation:
                 f"no candidate fits memory={self.settings.memory:,}; {name} needs the least, {too_large[name][0]:,}"
             )
             return
-        eager = SCHEMES["eager"]
+        eager = self.eager
         if eager.name not in {candidate.scheme for candidate in plan.candidates}:
             plan.candidates.append(Candidate(eager.name))
         feasible[eager.name] = eager
+
+    @property
+    def eager(self) -> Scheme:
+        """What stands in where no candidate can run."""
+        world = self.task.world
+        return SCHEMES["eager"] if world is None else EagerInWorld(world.size)
 
     def _incumbent(self, size: int, feasible: Mapping[str, Scheme]) -> str:
         """Who runs at the nearest batch size, or the first candidate."""

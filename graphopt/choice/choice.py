@@ -102,6 +102,11 @@ class Choice:
             self._built[self.turn] = self._terms.build(self.schemes[self.turn])
         return self._built[self.turn]
 
+    @property
+    def built(self) -> bool:
+        """Whether `runner` has nothing left to build."""
+        return self.turn in self._built
+
     def fresh(self) -> bool:
         """Whether what runs next still fits the optimizers."""
         if self.run is not None:
