@@ -15,6 +15,7 @@ from graphopt.schemes.flat import CapturedStep, capture_task
 from graphopt.schemes.world.ranks import synchronises_itself
 from graphopt.situation import Situation
 from graphopt.verify import drop_failing
+from graphopt.verify_forms import check_form
 
 log = logging.getLogger("graphopt")
 
@@ -25,7 +26,7 @@ class Capturing:
     Args:
         task: what is trained.
         passes: run on each captured step.
-        verify: check each against eager and a float64 reference.
+        verify: check each, and each of its forms that is about to run, against eager and a float64 reference.
         warn: says something to the user, once.
     """
 
@@ -41,6 +42,8 @@ class Capturing:
             BatchError, LossError: eager would fail too.
             StaleGraphError: the model has lost parameters or buffers.
         """
+        if self._verify:
+            situation.check, situation.sample = check_form, list(tensors)
         if reason := self._eager_only(situation.watch):
             situation.failed = reason
             self._warn(f"the step runs in eager mode: {reason}")

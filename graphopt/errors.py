@@ -82,7 +82,7 @@ class PassError(GraphoptError):
 
 
 class VerificationError(GraphoptError):
-    """Raised by strict verification when a graph does not compute what eager computes.
+    """Raised when a graph, or another form of a step, does not compute what eager computes.
 
     Outputs, gradients, new buffers or new parameters differ from eager's by more than eager itself
     differs from a float64 reference. The message names the first value that differs and by how much.

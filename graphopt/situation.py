@@ -12,7 +12,7 @@ from graphopt.choice.choice import close
 from graphopt.choice.prices import UNCALIBRATED
 from graphopt.choice.terms import Terms
 from graphopt.cost_model.measured import Measurement
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, VerificationError
 from graphopt.graph.batch import BatchLayout
 from graphopt.plan import Candidate, Crossover, GraphFacts, Plan
 from graphopt.schemes import EXACT, SCHEMES, ModelWatch, Prepared, Runner, Scheme, Task, candidates
@@ -24,6 +24,8 @@ from graphopt.schemes.world.eager import EagerInWorld
 UNKNOWN_START = 30.0
 """Seconds that a compiler is taken to need where there is no price of it."""
 
+
+Check = Callable[[Scheme, Prepared, Sequence[torch.Tensor]], str | None]
 
 MOMENTS = 0.3
 """Seconds up to which a start is not worth a thought."""
@@ -51,6 +53,8 @@ class Situation:
     Attributes:
         failed: why the step cannot be a graph.
         notes: for all plans.
+        check: what is wrong with the form of the step that a scheme is about to run, tried on batches like ``sample``;
+            None: forms are not verified.
     """
 
     task: Task
@@ -64,6 +68,8 @@ class Situation:
     choices: dict[int, Choice] = field(default_factory=dict)
     failed: str | None = None
     notes: list[str] = field(default_factory=list)
+    check: Check | None = None
+    sample: Sequence[torch.Tensor] = ()
 
     def __post_init__(self) -> None:
         self.landscape = Landscape(self._price)
@@ -224,10 +230,13 @@ class Situation:
         return self._prepared[key]
 
     def _runner(self, scheme: Scheme, index: int | None) -> Runner:
-        """A runner, one for all batch sizes of a captured step."""
+        """A runner, one for all batch sizes of a captured step. Raises VerificationError for a wrong one."""
         place = scheme.name, -1 if index is None or not scheme.needs_graph else index
         if place not in self._runners:
-            self._runners[place] = scheme.build(self._prepare(index))
+            prepared = self._prepare(index)
+            if self.check is not None and (wrong := self.check(scheme, prepared, self.sample)):
+                raise VerificationError(f"verification: {wrong}")
+            self._runners[place] = scheme.build(prepared)
         return self._runners[place]
 
     def runner(self, scheme: str, size: int) -> Runner:

@@ -80,8 +80,8 @@ def optimize(
             ``"local"`` by those of each processor's rows, as DistributedDataParallel does.
         memory: bytes that a step may need at its peak, parameters and optimizer state included; schemes that need more
             are left out.
-        verify: check each captured step against eager and a float64 reference before it runs; a pass that fails is
-            left out and the plan says so.
+        verify: check each captured step, and each of its forms that is about to run (channels-last, bf16, fused
+            update), against eager and a float64 reference; what fails is left out and the plan says so.
         keep_grads: leave gradients in ``.grad`` after the step (None otherwise).
 
     Raises:

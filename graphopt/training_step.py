@@ -13,7 +13,14 @@ from graphopt.capturing import Capturing
 from graphopt.choice import Choice, Prices, Records
 from graphopt.cost_model import Machine
 from graphopt.cost_model.machine import kept
-from graphopt.errors import CaptureError, GraphoptError, GraphoptWarning, PassError, WorkerError
+from graphopt.errors import (
+    CaptureError,
+    GraphoptError,
+    GraphoptWarning,
+    PassError,
+    VerificationError,
+    WorkerError,
+)
 from graphopt.graph.batch import BatchLayout, flatten, one_batch
 from graphopt.graph.batch_shape import check_dimensions, dimensions
 from graphopt.graph.hyper_parameters import structure_key
@@ -25,7 +32,7 @@ from graphopt.schemes import ModelWatch, Runner, Task
 from graphopt.schemes.data_parallel import threads_of_each
 from graphopt.situation import Settings, Situation
 
-CANNOT_RUN = (CaptureError, PassError, WorkerError)
+CANNOT_RUN = (CaptureError, PassError, VerificationError, WorkerError)
 """What a runner raises that cannot run, before anything was changed: another candidate takes the batch."""
 
 
@@ -189,7 +196,8 @@ class TrainingStep:
         name = choice.turn
         if choice.schemes[name].required or (not choice.needs_graph and not choice.has_others):
             raise error
-        if self._settings.schemes is not None or isinstance(error, WorkerError):  # what nobody asked for is not missed
+        # a candidate that nobody asked for is not missed where it just does not exist
+        if self._settings.schemes is not None or isinstance(error, (VerificationError, WorkerError)):
             self._warn(f"scheme {name!r} is left out: {error}")
         situation.discard(name)
         if not choice.fail(name, str(error)):
