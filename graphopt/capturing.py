@@ -32,7 +32,8 @@ class Capturing:
 
     def __init__(self, task: Task, passes: Sequence[Pass], verify: bool, warn: Callable[[str], None]):
         self.task = task
-        self._passes, self._verify, self._warn = tuple(passes), verify, warn
+        self.verify = verify
+        self._passes, self._warn = tuple(passes), warn
         self._names = set(_names(task.model))
 
     def capture(self, situation: Situation, tensors: Sequence[torch.Tensor], size: int) -> None:
@@ -42,7 +43,7 @@ class Capturing:
             BatchError, LossError: eager would fail too.
             StaleGraphError: the model has lost parameters or buffers.
         """
-        if self._verify:
+        if self.verify:
             situation.check, situation.sample = check_form, list(tensors)
         if reason := self._eager_only(situation.watch):
             situation.failed = reason
@@ -68,7 +69,7 @@ class Capturing:
         situation.steps.append(step)
 
     def _captured(self, situation: Situation, batch: object) -> CapturedStep:
-        if not self._verify:
+        if not self.verify:
             return capture_task(self.task, batch, self._passes)
         step, notes = drop_failing(self.task, batch, self._passes)
         situation.notes += notes

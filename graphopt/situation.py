@@ -9,6 +9,7 @@ import torch
 
 from graphopt.choice import Choice, Landscape, Prices, Records
 from graphopt.choice.choice import close
+from graphopt.choice.first_capture import capture_seconds
 from graphopt.choice.prices import UNCALIBRATED
 from graphopt.choice.terms import Terms
 from graphopt.cost_model.measured import Measurement
@@ -29,6 +30,10 @@ Check = Callable[[Scheme, Prepared, Sequence[torch.Tensor]], str | None]
 
 MOMENTS = 0.3
 """Seconds up to which a start is not worth a thought."""
+
+
+class CaptureNow(Exception):
+    """A candidate is to run for which the step has to be captured first. Never reaches a user."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Situation:
     Attributes:
         failed: why the step cannot be a graph.
         notes: for all plans.
+        waiting: whether the capture waits until it is known to pay back.
         check: what is wrong with the form of the step that a scheme is about to run, tried on batches like ``sample``;
             None: forms are not verified.
     """
@@ -68,6 +74,7 @@ class Situation:
     choices: dict[int, Choice] = field(default_factory=dict)
     failed: str | None = None
     notes: list[str] = field(default_factory=list)
+    waiting: bool = False
     check: Check | None = None
     sample: Sequence[torch.Tensor] = ()
 
@@ -107,6 +114,8 @@ class Situation:
         prepared = self._prepare(index)
         plan = Plan(size, [], "", "", notes=list(self.notes), over_sizes=self._crossovers)
         feasible, late = self._candidates(plan, prepared, index, size)
+        if self.waiting and index is None:
+            plan.notes.append(f"steps={self.settings.steps}: eager runs first, a capture has to pay back")
         if index is not None:
             step = self.steps[index]
             plan.graph = lambda: GraphFacts.of(step.before, step.graph, size, step.seconds)
@@ -119,7 +128,7 @@ class Situation:
         terms = Terms(
             build=lambda scheme: self._runner(scheme, index),
             start_cost=lambda scheme: self._start_cost(scheme, prepared, size),
-            remaining=self._remaining,
+            remaining=self.remaining,
             keep=lambda measured: self._keep(index, size, measured),
             parts=self.task.accumulate,
             timed=all(device.type == "cpu" for device in self.layout.devices),
@@ -156,7 +165,7 @@ class Situation:
                     candidate.lost = "not tried: without a price nobody knows whether its compilation pays back"
                     unpriced = True
                     continue
-            elif self._start_cost(scheme, prepared, size) > MOMENTS:
+            elif (self.waiting and scheme.needs_graph) or self._start_cost(scheme, prepared, size) > MOMENTS:
                 late.append(scheme.name)
             unpriced = unpriced or (candidate.estimate is None and scheme.needs_graph)
             feasible[scheme.name] = scheme
@@ -173,6 +182,8 @@ class Situation:
         return feasible, late
 
     def _given(self, prepared: Prepared, index: int | None) -> tuple[Scheme, ...]:
+        if self.waiting and index is None:
+            return SCHEMES["eager"], SCHEMES["flat"]
         key = -1 if index is None else index
         if key not in self._schemes:
             found, world = self.settings.schemes, self.task.world
@@ -231,6 +242,8 @@ class Situation:
 
     def _runner(self, scheme: Scheme, index: int | None) -> Runner:
         """A runner, one for all batch sizes of a captured step. Raises VerificationError for a wrong one."""
+        if scheme.needs_graph and index is None:
+            raise CaptureNow
         place = scheme.name, -1 if index is None or not scheme.needs_graph else index
         if place not in self._runners:
             prepared = self._prepare(index)
@@ -266,13 +279,15 @@ class Situation:
         return None if found is None else (found.seconds, *found.interval)
 
     def _start_cost(self, scheme: Scheme, prepared: Prepared, size: int) -> float:
+        if scheme.needs_graph and prepared.step is None:
+            return capture_seconds(self.task.model)
         seconds = 0.0 if any(name == scheme.name for name, _ in self._runners) else scheme.start_seconds(prepared)
         if scheme.compiles and len(self.landscape.measured_at(scheme.name)) < 2:  # then it is compiled for free sizes
             found = self.prices.of(scheme, prepared, size)
             seconds += UNKNOWN_START if found is None else found.compile_seconds
         return seconds
 
-    def _remaining(self, run: int) -> float:
+    def remaining(self, run: int = 0) -> float:
         """Steps to come: what ``steps=`` leaves, or as many as there were so far."""
         return run if self.settings.steps is None else max(self.settings.steps - self.run_so_far(), 0)
 

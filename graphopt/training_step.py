@@ -11,6 +11,7 @@ import torch
 
 from graphopt.capturing import Capturing
 from graphopt.choice import Choice, Prices, Records
+from graphopt.choice.first_capture import has_to_pay
 from graphopt.cost_model import Machine
 from graphopt.cost_model.machine import kept
 from graphopt.errors import (
@@ -30,7 +31,7 @@ from graphopt.plan import Candidate, Plan
 from graphopt.probe_safety import Before, first_line, out_of_memory
 from graphopt.schemes import ModelWatch, Runner, Task
 from graphopt.schemes.data_parallel import threads_of_each
-from graphopt.situation import Settings, Situation
+from graphopt.situation import CaptureNow, Settings, Situation
 
 CANNOT_RUN = (CaptureError, PassError, VerificationError, WorkerError)
 """What a runner raises that cannot run, before anything was changed: another candidate takes the batch."""
@@ -74,6 +75,7 @@ class TrainingStep:
         self._clock, self._machines = clock, machines
         self._records = records if records is not None else Records()
         self._run_before = 0
+        self._paying: set[int] = set()  # batch sizes at which a capture is known to pay back
         if task.world is None and (settings.processors or 1) > 1:  # they start while the first step is captured
             task.pools.of(settings.processors or 1, threads_of_each(settings.processors or 1))
 
@@ -175,6 +177,9 @@ class TrainingStep:
                     situation, choice = self._renewed(situation, choice, tensors)
                     continue
                 loss = runner(tensors)
+            except CaptureNow:
+                situation, choice = self._capture_now(situation, choice, tensors)
+                continue
             except CANNOT_RUN as error:
                 self._leave_out(situation, choice, error)
                 continue
@@ -237,8 +242,28 @@ class TrainingStep:
         """A choice for a batch size that is new in this situation."""
         wanted = self._settings.schemes is None or any(s.needs_graph for s in self._settings.schemes)
         if wanted and not situation.failed and situation.admitting(size) is None:
-            self._capturing.capture(situation, tensors, size)
+            situation.waiting = self._capture_has_to_pay(situation, size)
+            if not situation.waiting:
+                self._capturing.capture(situation, tensors, size)
         situation.choose(size)
+
+    def _capture_has_to_pay(self, situation: Situation, size: int) -> bool:
+        """Whether eager steps are measured before it is known that a capture pays back: the user said that there are
+        few, and has named nothing that needs one."""
+        asked = self._settings
+        if asked.steps is None or asked.schemes is not None or (asked.processors or 1) > 1:
+            return False
+        weighed = self.task.world is None and not self._capturing.verify and size not in self._paying
+        return weighed and has_to_pay(self.task.model, situation.remaining())
+
+    def _capture_now(
+        self, situation: Situation, choice: Choice, tensors: Sequence[torch.Tensor]
+    ) -> tuple[Situation, Choice]:
+        """The choice for the same batch size, with the step as a graph."""
+        self._paying.add(choice.size)
+        self._run_before += choice.steps
+        del situation.choices[choice.size]
+        return self._renewed(situation, choice, tensors)
 
     def _renewed(
         self, situation: Situation, choice: Choice, tensors: Sequence[torch.Tensor]
