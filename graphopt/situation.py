@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from graphopt.choice import Choice, Landscape, Prices, Records
-from graphopt.choice.choice import close
-from graphopt.choice.first_capture import capture_seconds
+from graphopt.choice.first_capture import capture_seconds, has_to_pay
 from graphopt.choice.prices import UNCALIBRATED
 from graphopt.choice.terms import Terms
 from graphopt.cost_model.measured import Measurement
-from graphopt.errors import GraphoptError, VerificationError
+from graphopt.errors import VerificationError
 from graphopt.graph.batch import BatchLayout
 from graphopt.plan import Candidate, Crossover, GraphFacts, Plan
-from graphopt.schemes import EXACT, SCHEMES, ModelWatch, Prepared, Runner, Scheme, Task, candidates
+from graphopt.schemes import SCHEMES, ModelWatch, Prepared, Runner, Scheme, Task, candidates
 from graphopt.schemes.data_parallel import data_parallel
 from graphopt.schemes.flat import CapturedStep
 from graphopt.schemes.world.candidates import candidates_in_world
 from graphopt.schemes.world.eager import EagerInWorld
+from graphopt.settings import Settings
 
 UNKNOWN_START = 30.0
 """Seconds that a compiler is taken to need where there is no price of it."""
@@ -34,21 +34,6 @@ MOMENTS = 0.3
 
 class CaptureNow(Exception):
     """A candidate is to run for which the step has to be captured first. Never reaches a user."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `optimize` was asked for beside the task: which schemes, and what bounds them.
-
-    ``schemes`` is None for ``"auto"``. ``memory`` in bytes, ``steps`` in whole training steps.
-    """
-
-    schemes: tuple[Scheme, ...] | None = None
-    processors: int | None = None
-    steps: int | None = None
-    precision: str | None = None
-    batch_norm: str = "synchronized"
-    memory: int | None = None
 
 
 @dataclass
@@ -94,7 +79,7 @@ class Situation:
     def close(self) -> None:
         """Give back what runners hold."""
         for runner in self._runners.values():
-            close(runner)
+            runner.close()
         self._runners.clear()
 
     def admitting(self, size: int) -> int | None:
@@ -171,12 +156,8 @@ class Situation:
             feasible[scheme.name] = scheme
         if not feasible:
             self._stand_in(plan, feasible, too_large)
-        if (
-            unpriced
-            and len(given) > 1
-            and self.task.world is None
-            and self.prices.machine(torch.get_num_threads()) is None
-        ):
+        unpriced = unpriced and len(given) > 1 and self.task.world is None
+        if unpriced and self.prices.machine(torch.get_num_threads()) is None:
             plan.notes.append(UNCALIBRATED)
         self._by_name |= feasible
         return feasible, late
@@ -268,7 +249,7 @@ class Situation:
     def discard(self, scheme: str) -> None:
         """This scheme cannot run: its runners are closed."""
         for place in [place for place in self._runners if place[0] == scheme]:
-            close(self._runners.pop(place))
+            self._runners.pop(place).close()
 
     def _price(self, name: str, size: int) -> tuple[float, float, float] | None:
         index = self.admitting(size)
@@ -290,6 +271,13 @@ class Situation:
     def remaining(self, run: int = 0) -> float:
         """Steps to come: what ``steps=`` leaves, or as many as there were so far."""
         return run if self.settings.steps is None else max(self.settings.steps - self.run_so_far(), 0)
+
+    def has_to_pay(self) -> bool:
+        """Whether eager steps are measured before it is known that a capture pays back: the user said that there are
+        few, and has named nothing that needs one."""
+        asked = self.settings
+        free = asked.schemes is None and (asked.processors or 1) == 1 and self.task.world is None
+        return free and asked.steps is not None and has_to_pay(self.task.model, self.remaining())
 
     def _crossovers(self) -> list[Crossover]:
         settled = {size: c.plan.chosen for size, c in self.choices.items() if c.run is not None}
@@ -315,26 +303,3 @@ class Situation:
     def _keep(self, index: int | None, size: int, measured: Mapping[str, Measurement]) -> None:
         if index is not None and len(measured) > 1:
             self.records.keep(self._hash(index), [(name, size, found) for name, found in measured.items()])
-
-
-def as_schemes(schemes: str | Sequence[str | Scheme]) -> tuple[Scheme, ...] | None:
-    """The schemes that a user named, None for ``"auto"``.
-
-    Raises:
-        GraphoptError: an unknown name, or something that is no scheme.
-    """
-    if isinstance(schemes, str):
-        if schemes == "auto":
-            return None
-        schemes = EXACT if schemes == "exact" else (schemes,)
-    found = []
-    for one in schemes if isinstance(schemes, Iterable) else (schemes,):
-        if not isinstance(one, (str, Scheme)):
-            raise GraphoptError(f"schemes: expected names or Scheme objects, got {one!r}")
-        if isinstance(one, str) and one not in SCHEMES:
-            known = "'auto', 'exact', " + ", ".join(SCHEMES)
-            raise GraphoptError(f"schemes: unknown name {one!r}; expected {known}, or a Scheme")
-        found.append(SCHEMES[one] if isinstance(one, str) else one)
-    if not found:
-        raise GraphoptError("schemes: got none; expected 'auto' or at least one")
-    return tuple(found)

@@ -26,7 +26,7 @@ from graphopt.passes import (
 from graphopt.schemes import Scheme, Task
 from graphopt.schemes.world.candidates import schemes_in_world
 from graphopt.schemes.world.ranks import find_world
-from graphopt.situation import Settings, as_schemes
+from graphopt.settings import Settings, as_schemes
 from graphopt.training_step import TrainingStep
 from graphopt.world_step import WorldStep
 

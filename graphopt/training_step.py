@@ -11,7 +11,6 @@ import torch
 
 from graphopt.capturing import Capturing
 from graphopt.choice import Choice, Prices, Records
-from graphopt.choice.first_capture import has_to_pay
 from graphopt.cost_model import Machine
 from graphopt.cost_model.machine import kept
 from graphopt.errors import (
@@ -31,7 +30,8 @@ from graphopt.plan import Candidate, Plan
 from graphopt.probe_safety import Before, first_line, out_of_memory
 from graphopt.schemes import ModelWatch, Runner, Task
 from graphopt.schemes.data_parallel import threads_of_each
-from graphopt.situation import CaptureNow, Settings, Situation
+from graphopt.settings import Settings
+from graphopt.situation import CaptureNow, Situation
 
 CANNOT_RUN = (CaptureError, PassError, VerificationError, WorkerError)
 """What a runner raises that cannot run, before anything was changed: another candidate takes the batch."""
@@ -242,19 +242,10 @@ class TrainingStep:
         """A choice for a batch size that is new in this situation."""
         wanted = self._settings.schemes is None or any(s.needs_graph for s in self._settings.schemes)
         if wanted and not situation.failed and situation.admitting(size) is None:
-            situation.waiting = self._capture_has_to_pay(situation, size)
+            situation.waiting = size not in self._paying and not self._capturing.verify and situation.has_to_pay()
             if not situation.waiting:
                 self._capturing.capture(situation, tensors, size)
         situation.choose(size)
-
-    def _capture_has_to_pay(self, situation: Situation, size: int) -> bool:
-        """Whether eager steps are measured before it is known that a capture pays back: the user said that there are
-        few, and has named nothing that needs one."""
-        asked = self._settings
-        if asked.steps is None or asked.schemes is not None or (asked.processors or 1) > 1:
-            return False
-        weighed = self.task.world is None and not self._capturing.verify and size not in self._paying
-        return weighed and has_to_pay(self.task.model, situation.remaining())
 
     def _capture_now(
         self, situation: Situation, choice: Choice, tensors: Sequence[torch.Tensor]

@@ -18,7 +18,8 @@ from graphopt.passes import Pass
 from graphopt.schemes import ModelWatch, Runner, Task
 from graphopt.schemes.world.ranks import World
 from graphopt.schemes.world.sameness import Touched, equalise
-from graphopt.situation import Settings, Situation
+from graphopt.settings import Settings
+from graphopt.situation import Situation
 from graphopt.training_step import CANNOT_RUN, TrainingStep, check_mode, quick_key
 
 

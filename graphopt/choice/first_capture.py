@@ -10,8 +10,8 @@ SHORTEST = 1e-3
 """Seconds of a step below which hardly any lies: whoever runs so many that even then a capture pays need not weigh."""
 
 FIXED_SECONDS, SECONDS_A_LAYER = 0.25, 0.03
-"""What a capture with its passes takes: at all, and for each module with parameters besides. Measured on one core: 0.3 s
-for two layers, 0.5 s for five, 1.0 to 1.6 s for forty; a `torch.nn.TransformerEncoder` of six layers took 4.6 s."""
+"""What a capture with its passes takes: at all, and for each module with parameters besides. Measured on one core:
+0.3 s for two layers, 0.5 s for five, 1.0 to 1.6 s for forty (4.6 s for six of `torch.nn.TransformerEncoderLayer`)."""
 
 
 def capture_seconds(model: nn.Module) -> float:
