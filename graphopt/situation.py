@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 import torch
 
 from graphopt.choice import Choice, Landscape, Prices, Records
-from graphopt.choice.first_capture import capture_seconds, has_to_pay
+from graphopt.choice.first_capture import has_to_pay
 from graphopt.choice.prices import UNCALIBRATED
+from graphopt.choice.starts import Starts
 from graphopt.choice.terms import Terms
 from graphopt.cost_model.measured import Measurement
 from graphopt.errors import VerificationError
@@ -21,10 +22,6 @@ from graphopt.schemes.flat import CapturedStep
 from graphopt.schemes.world.candidates import candidates_in_world
 from graphopt.schemes.world.eager import EagerInWorld
 from graphopt.settings import Settings
-
-UNKNOWN_START = 30.0
-"""Seconds that a compiler is taken to need where there is no price of it."""
-
 
 Check = Callable[[Scheme, Prepared, Sequence[torch.Tensor]], str | None]
 
@@ -71,6 +68,7 @@ class Situation:
         self._admitting: dict[int, int] = {}
         self._hashes: dict[int, str] = {}
         self._by_name: dict[str, Scheme] = {}
+        self._starts = Starts(self.prices, self.landscape)
 
     def fresh(self) -> bool:
         """Whether all that was built still fits the optimizers."""
@@ -81,6 +79,7 @@ class Situation:
         for runner in self._runners.values():
             runner.close()
         self._runners.clear()
+        self._starts.close()
 
     def admitting(self, size: int) -> int | None:
         """The index of a captured step that is valid at a batch size, None if there is none."""
@@ -113,6 +112,7 @@ class Situation:
         terms = Terms(
             build=lambda scheme: self._runner(scheme, index),
             start_cost=lambda scheme: self._start_cost(scheme, prepared, size),
+            ahead=lambda scheme: self._starts.ahead(scheme, prepared, size),
             remaining=self.remaining,
             keep=lambda measured: self._keep(index, size, measured),
             parts=self.task.accumulate,
@@ -260,13 +260,8 @@ class Situation:
         return None if found is None else (found.seconds, *found.interval)
 
     def _start_cost(self, scheme: Scheme, prepared: Prepared, size: int) -> float:
-        if scheme.needs_graph and prepared.step is None:
-            return capture_seconds(self.task.model)
-        seconds = 0.0 if any(name == scheme.name for name, _ in self._runners) else scheme.start_seconds(prepared)
-        if scheme.compiles and len(self.landscape.measured_at(scheme.name)) < 2:  # then it is compiled for free sizes
-            found = self.prices.of(scheme, prepared, size)
-            seconds += UNKNOWN_START if found is None else found.compile_seconds
-        return seconds
+        built = any(name == scheme.name for name, _ in self._runners)
+        return self._starts.cost(scheme, prepared, size, built=built)
 
     def remaining(self, run: int = 0) -> float:
         """Steps to come: what ``steps=`` leaves, or as many as there were so far."""

@@ -16,6 +16,7 @@ from graphopt.choice.terms import Terms
 from graphopt.choice.verdict import slower, verdict
 from graphopt.plan import Plan, duration
 from graphopt.schemes import Runner, Scheme
+from graphopt.schemes.base import UnderWay
 
 log = logging.getLogger("graphopt")
 
@@ -60,6 +61,7 @@ class Choice:
         self._elapsed, self._calls, self._steps = 0.0, 0, 0
         self._rechecks = Rechecks()
         self._weigh_at = 0
+        self._under_way: UnderWay | None = None
         self._open(incumbent)
 
     # -- what runs --------------------------------------------------------------------------------------------------
@@ -220,6 +222,10 @@ class Choice:
 
     def look(self) -> None:
         """A window of steps is full: measure again where the machine has changed, or what pays by now."""
+        if self._under_way is not None:  # which slows the machine down, but not for long
+            if self._under_way.done:
+                self._weigh_late()
+            return
         ratio = self.pace.drifted()
         if ratio is not None and len(self.schemes) - len(self._late) > 1:
             self._note_drift(ratio)
@@ -263,9 +269,15 @@ class Choice:
         cost = lambda name: self._terms.start_cost(self.schemes[name])
         remaining = self._terms.remaining(self.steps)
         name = worth_a_start(self._late, others, self.plan, self._landscape, cost, remaining)
-        if name is not None:
-            self._late.remove(name)
-            self._start([self.plan.chosen, name], bounded=False)  # its cost was weighed
+        if name is None:
+            return
+        self._under_way = self._terms.ahead(self.schemes[name])
+        if self._under_way is not None and not self._under_way.done:
+            self.plan.candidate(name).lost = "is compiled in another process, to be tried when that is done"
+            return
+        self._under_way = None
+        self._late.remove(name)
+        self._start([self.plan.chosen, name], bounded=False)  # its cost was weighed
 
     # -- failures ---------------------------------------------------------------------------------------------------
 
