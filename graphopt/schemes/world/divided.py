@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import fx
 
 from graphopt.cost_model import Estimate
 from graphopt.errors import CaptureError
@@ -25,6 +26,8 @@ from graphopt.schemes.flat import Flat
 from graphopt.schemes.graph_step import GraphStep
 from graphopt.schemes.workers.interrupts import InterruptsWait
 from graphopt.schemes.world.ranks import World
+
+_WAIT = torch.ops._c10d_functional.wait_tensor.default
 
 OWN = "own"
 """How outputs lie that each rank has of its rows alone: statistics of local batch normalisation."""
@@ -82,7 +85,7 @@ class InWorld(Flat):
         result = shard(halves.first)
         if result.graph is halves.first:
             raise CaptureError(f"the step cannot be divided: {'; '.join(r.why for r in result.refusals)}")
-        graph = BucketGradients()(result.graph).graph
+        graph = waiting_late(BucketGradients()(result.graph).graph)
         return Divided(halves.first, (graph,) * self.ranks, halves.second)
 
     def runner(self, prepared: Prepared) -> Runner:
@@ -97,6 +100,24 @@ class InWorld(Flat):
     def estimate(self, prepared: Prepared, size: int, machines: Machines) -> Estimate | None:
         """None: what collectives cost between ranks is not calibrated."""
         return None
+
+
+def waiting_late(graph: TrainingGraph) -> TrainingGraph:
+    """``graph`` with the sums that only outputs read (the loss, running statistics), and what is computed of them, behind
+    all the rest: their collectives run beside it, and ranks need not keep step meanwhile."""
+    draft = graph.draft()
+    joined: set[fx.Node] = set()  # waits, and what depends on them
+    for node in draft.graph.nodes:
+        if node.target is _WAIT or (node.op == "call_function" and not joined.isdisjoint(node.all_input_nodes)):
+            joined.add(node)
+    late: set[fx.Node] = {draft.output}
+    for node in reversed(draft.graph.nodes):
+        if node in joined and not is_random(node) and late.issuperset(node.users):
+            late.add(node)
+    for node in list(draft.graph.nodes):
+        if node in late and node is not draft.output:
+            draft.output.prepend(node)
+    return draft.finish()
 
 
 def lowered(divided: Divided, whole: TrainingGraph, world: World) -> Lowered:
