@@ -73,12 +73,13 @@ for i in range(30):
         raise SystemExit
 """
 ENDINGS = {
+    "between steps": "os._exit(9)",
     "amid a step": "step.task.world.meet = lambda *a, meet=step.task.world.meet, **k: (meet(*a, **k), os._exit(9))",
     "by an operator": "y = torch.full((4,), 7)",
 }
 
 
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ending", [pytest.param(e, marks=[pytest.mark.slow] * (e != "amid a step")) for e in ENDINGS])
 def test_a_rank_that_is_lost_ends_the_others_with_an_error_and_whole_models(ending: str) -> None:
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     code = LOSING.replace("LAST", ENDINGS[ending])

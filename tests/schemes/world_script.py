@@ -23,6 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import graphopt
 from graphopt.errors import BatchError, GraphoptError, RankError
+from graphopt.schemes.world.divided import InWorld
+from graphopt.schemes.world.sameness import digest, held
 from tests.schemes import pairs
 from tests.schemes.trials import FACTOR, Images, images, values_of
 
@@ -51,8 +53,6 @@ def mine(whole: Any) -> list[torch.Tensor]:
 
 def assert_same_on_all_ranks(step: Any) -> None:
     """Parameters, buffers and state of all ranks have the same bits, and the same scheme was chosen."""
-    from graphopt.schemes.world.sameness import digest, held
-
     world = step.task.world
     digests = world.digests([digest(t) for _, t in held(step.task)])
     assert len(set(map(tuple, digests))) == 1, digests
@@ -93,11 +93,6 @@ def dropout_and_batch_norm() -> None:
 
 
 @case
-def convolutions() -> None:
-    trained("convolutions", "sgd")
-
-
-@case
 def ignored_targets() -> None:
     trained("tokens", "sgd")
 
@@ -107,20 +102,21 @@ def accumulated_gradients() -> None:
     trained("tokens", "adamw", accumulate=2)
 
 
-@case
-def float32_is_as_near_to_float64_as_one_processor_is() -> None:
+def as_near_to_float64_as_one_processor(low: bool = False, **options: Any) -> None:
+    """50 steps of all ranks, of one processor in eager (``low``: under autocast to bf16), and of that in float64."""
     torch.manual_seed(0)
     models = [Images()]
     models += [copy.deepcopy(models[0]), copy.deepcopy(models[0]).double()]
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in models]
-    step = graphopt.optimize(models[0], images(6), loss=F.cross_entropy, optimizer=optimizers[0])
+    step = graphopt.optimize(models[0], images(6), loss=F.cross_entropy, optimizer=optimizers[0], **options)
     losses: list[list[torch.Tensor]] = [[], [], []]
     for i in range(50):
         torch.manual_seed(i)
         x, y = images(6)
         losses[0].append(step(*mine((x, y))))
         for k, given in ((1, x), (2, x.double())):
-            value = F.cross_entropy(models[k](given), y)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low and k == 1):
+                value = F.cross_entropy(models[k](given), y)
             value.backward()
             losses[k].append(value.detach())
             optimizers[k].step()
@@ -131,6 +127,17 @@ def float32_is_as_near_to_float64_as_one_processor_is() -> None:
         error, own = (max(float((v[n].double() - exact[n]).abs().max()) for n in names) for v in (ours, eager))
         assert error <= FACTOR * own + 1e-6, f"{kind}: off by {error:.3g}, one processor by {own:.3g}"
     assert_same_on_all_ranks(step)
+
+
+@case
+def float32() -> None:
+    as_near_to_float64_as_one_processor()
+
+
+@case
+def all_options() -> None:
+    scheme = InWorld(2, fused=True, channels_last=True, precision="bf16")
+    as_near_to_float64_as_one_processor(low=True, schemes=[scheme])
 
 
 def like_ddp(model: nn.Module, **options: Any) -> Any:

@@ -103,8 +103,8 @@ class InWorld(Flat):
 
 
 def waiting_late(graph: TrainingGraph) -> TrainingGraph:
-    """``graph`` with the sums that only outputs read (the loss, running statistics), and what is computed of them, behind
-    all the rest: their collectives run beside it, and ranks need not keep step meanwhile."""
+    """``graph`` with the sums that only outputs read (the loss, running statistics), and what is computed of them,
+    behind all the rest: their collectives run beside it, and ranks need not keep step meanwhile."""
     draft = graph.draft()
     joined: set[fx.Node] = set()  # waits, and what depends on them
     for node in draft.graph.nodes:
@@ -137,9 +137,9 @@ class _RankStep:
         self._first, self._update = lower(first, in_place=False), lower(update)
         position = {given: i for i, given in enumerate(inputs)}
         self._inputs = [(i, position.get(i)) for i in first.inputs]
-        random = [n for n in first.nodes if n.op == "call_function" and is_random(n)]
-        self._random = bool(random)
-        self._devices = list({n.meta["val"].device for n in random if isinstance(n.meta["val"], torch.Tensor)})
+        self._random = any(n.op == "call_function" and is_random(n) for n in first.nodes)
+        given = (n.meta["val"] for n in first.placeholders)
+        self._devices = list({value.device for value in given if isinstance(value, torch.Tensor)})
         self._own = [k for k, word in enumerate(divided.words) if word == OWN]
         at = {node: i for i, node in enumerate(first.placeholders)}
         targets = [None if node is None else position[first.inputs[at[node]]] for node in overwritten(first)]

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 import torch
 
 from graphopt.cost_model import Estimate
-from graphopt.errors import GraphoptError
+from graphopt.errors import GraphoptError, RankError
 from graphopt.schemes.base import Machines, Prepared, Runner
 from graphopt.schemes.eager import Eager, EagerStep
+from graphopt.schemes.task import clear_gradients
 from graphopt.schemes.world.ranks import World
 
 BUCKET_BYTES = 25 * 2**20
@@ -48,14 +49,17 @@ class _EagerRank(EagerStep):
     """Eager steps of one rank."""
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """See `EagerStep`. Buffers of all ranks are those of rank 0 afterwards."""
-        loss = super().__call__(tensors)
+        """See `EagerStep`. Where another rank is gone buffers are put back, and gradients dropped."""
         buffers = list(self.task.model.buffers())
-        with torch.no_grad():
-            for buffer, value in zip(buffers, self._world.of_first(buffers), strict=True):
-                if self._world.rank:
+        before = [buffer.clone() for buffer in buffers]
+        try:
+            return super().__call__(tensors)
+        except RankError:
+            with torch.no_grad():
+                for buffer, value in zip(buffers, before, strict=True):
                     buffer.copy_(value)
-        return loss
+            clear_gradients(self.task)
+            raise
 
     @property
     def _world(self) -> World:
@@ -73,10 +77,16 @@ class _EagerRank(EagerStep):
         return super().scaled(loss) * self._share
 
     def backward(self, batch: Any) -> torch.Tensor:
-        """See `EagerStep.backward`: with the sum over ranks, where a step ends; the loss is that of all rows."""
+        """See `EagerStep.backward`: gradients are summed over ranks where a step ends, buffers are those of rank 0, the
+        loss is that of all rows. All that ranks exchange is exchanged before the update."""
         loss = super().backward(batch)
         if self.task.ends:
             self._add_gradients()
+        buffers = list(self.task.model.buffers())
+        with torch.no_grad():
+            for buffer, value in zip(buffers, self._world.of_first(buffers), strict=True):
+                if self._world.rank:
+                    buffer.copy_(value)
         return self._world.add((loss * self._share).contiguous())
 
     def _add_gradients(self) -> None:
