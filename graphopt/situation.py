@@ -269,9 +269,10 @@ class Situation:
 
     def has_to_pay(self) -> bool:
         """Whether eager steps are measured before it is known that a capture pays back: the user said that there are
-        few, and has named nothing that needs one."""
+        few, and asked for nothing that needs one."""
         asked = self.settings
-        free = asked.schemes is None and (asked.processors or 1) == 1 and self.task.world is None
+        free = asked.schemes is None and asked.memory is None and (asked.processors or 1) == 1
+        free = free and self.task.world is None
         return free and asked.steps is not None and has_to_pay(self.task.model, self.remaining())
 
     def _crossovers(self) -> list[Crossover]:

@@ -13,7 +13,7 @@ from graphopt.choice.payback import HORIZON, allowance, time_for_another, worth_
 from graphopt.choice.race import ROUNDS, WIDENED, Race, measurement
 from graphopt.choice.rechecks import Rechecks
 from graphopt.choice.terms import Terms
-from graphopt.choice.verdict import slower, verdict
+from graphopt.choice.verdict import say_drift, say_expected, slower, verdict
 from graphopt.plan import Plan, duration
 from graphopt.schemes import Runner, Scheme
 from graphopt.schemes.base import UnderWay
@@ -112,10 +112,7 @@ class Choice:
 
     def _open(self, incumbent: str) -> None:
         beliefs = {name: self._landscape.belief(name, self.size) for name in self.schemes}
-        for name, belief in beliefs.items():
-            if belief is not None:
-                shown = belief.seconds, belief.low, belief.high, belief.source
-                self.plan.candidate(name).predicted = shown
+        say_expected(self.plan, beliefs)
         names = [name for name in self.schemes if name not in self._late]
         found = opening(names, beliefs, incumbent, others_wait=bool(self._late))
         self._lose(found.lost)
@@ -224,11 +221,12 @@ class Choice:
         """A window of steps is full: measure again where the machine has changed, or what pays by now."""
         if self._under_way is not None:  # which slows the machine down, but not for long
             if self._under_way.done:
+                self._under_way = None
                 self._weigh_late()
             return
         ratio = self.pace.drifted()
         if ratio is not None and len(self.schemes) - len(self._late) > 1:
-            self._note_drift(ratio)
+            say_drift(self.plan, self.steps, ratio)
             self._rechecks.drifted(self.plan.chosen)
             self._measure_again(self.plan.chosen)
         elif ratio is not None:
@@ -246,12 +244,6 @@ class Choice:
         seconds = self.pace.seconds or 0.0
         if time_for_another(self.steps, seconds):
             self._start([self.plan.chosen, self._waiting.pop(0)])
-
-    def _note_drift(self, ratio: float) -> None:
-        begins = "the machine changed: "
-        self.plan.notes[:] = [note for note in self.plan.notes if not note.startswith(begins)]
-        how = f"after {self.steps:,} steps one took {ratio:.2f} times as long as decided on"
-        self.plan.notes.append(f"{begins}{how}; measured again")
 
     def _measure_again(self, first: str) -> None:
         """A race of all that was measured here, or may be."""
