@@ -34,7 +34,7 @@ def say_expected(plan: Plan, beliefs: Mapping[str, Belief | None]) -> None:
 
 
 def say_drift(plan: Plan, steps: int, ratio: float) -> None:
-    """Say in the plan that steps take ``ratio`` times as long as decided on, in place of what it said of that before."""
+    """Say in the plan that steps take ``ratio`` times as long as decided on; what it said of that before is gone."""
     begins = "the machine changed: "
     plan.notes[:] = [note for note in plan.notes if not note.startswith(begins)]
     plan.notes.append(f"{begins}after {steps:,} steps one took {ratio:.2f} times as long as decided on; measured again")
