@@ -12,8 +12,10 @@ from graphopt.errors import BatchError, CaptureError, GraphoptError, LossError, 
 from graphopt.passes import Pass
 from graphopt.schemes import ModelWatch, Task
 from graphopt.schemes.flat import CapturedStep, capture_task
+from graphopt.schemes.world.ranks import synchronises_itself
 from graphopt.situation import Situation
 from graphopt.verify import drop_failing
+from graphopt.verify_forms import check_form
 
 log = logging.getLogger("graphopt")
 
@@ -24,13 +26,14 @@ class Capturing:
     Args:
         task: what is trained.
         passes: run on each captured step.
-        verify: check each against eager and a float64 reference.
+        verify: check each, and each of its forms that is about to run, against eager and a float64 reference.
         warn: says something to the user, once.
     """
 
     def __init__(self, task: Task, passes: Sequence[Pass], verify: bool, warn: Callable[[str], None]):
         self.task = task
-        self._passes, self._verify, self._warn = tuple(passes), verify, warn
+        self.verify = verify
+        self._passes, self._warn = tuple(passes), warn
         self._names = set(_names(task.model))
 
     def capture(self, situation: Situation, tensors: Sequence[torch.Tensor], size: int) -> None:
@@ -40,6 +43,8 @@ class Capturing:
             BatchError, LossError: eager would fail too.
             StaleGraphError: the model has lost parameters or buffers.
         """
+        if self.verify:
+            situation.check, situation.sample = check_form, list(tensors)
         if reason := self._eager_only(situation.watch):
             situation.failed = reason
             self._warn(f"the step runs in eager mode: {reason}")
@@ -64,7 +69,7 @@ class Capturing:
         situation.steps.append(step)
 
     def _captured(self, situation: Situation, batch: object) -> CapturedStep:
-        if not self._verify:
+        if not self.verify:
             return capture_task(self.task, batch, self._passes)
         step, notes = drop_failing(self.task, batch, self._passes)
         situation.notes += notes
@@ -80,6 +85,10 @@ class Capturing:
             return "a hook is registered on a parameter; it has to see the gradient when autograd computes it"
         if watch.backward_hooks:
             return "a module has backward hooks, which only autograd calls"
+        if synchronises_itself(self.task.model):
+            return (
+                "the model (DistributedDataParallel, FSDP) brings the gradients of ranks together itself, in autograd"
+            )
         return None
 
     def _check_tensors(self, error: GraphoptError) -> None:

@@ -82,7 +82,7 @@ class PassError(GraphoptError):
 
 
 class VerificationError(GraphoptError):
-    """Raised by strict verification when a graph does not compute what eager computes.
+    """Raised when a graph, or another form of a step, does not compute what eager computes.
 
     Outputs, gradients, new buffers or new parameters differ from eager's by more than eager itself
     differs from a float64 reference. The message names the first value that differs and by how much.
@@ -95,6 +95,14 @@ class WorkerError(GraphoptError):
     A worker died, hung, ran out of memory, or its part of the batch made an operator fail. The message names the
     processor and the cause. Parameters, buffers, optimizer state and random numbers are those before the step, and no
     worker is left running.
+    """
+
+
+class RankError(GraphoptError):
+    """Raised when the ranks of a `torch.distributed` world cannot take a step together.
+
+    One is gone, has failed or did not answer within the timeout of the group, or ranks are in different states (other
+    batches, modes, options of an optimizer). On this rank the model is that before the step.
     """
 
 

@@ -2,44 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from graphopt.choice import Choice, Landscape, Prices, Records
-from graphopt.choice.choice import close
+from graphopt.choice.first_capture import has_to_pay
 from graphopt.choice.prices import UNCALIBRATED
+from graphopt.choice.starts import Starts
 from graphopt.choice.terms import Terms
 from graphopt.cost_model.measured import Measurement
-from graphopt.errors import GraphoptError
+from graphopt.errors import VerificationError
 from graphopt.graph.batch import BatchLayout
 from graphopt.plan import Candidate, Crossover, GraphFacts, Plan
-from graphopt.schemes import EXACT, SCHEMES, ModelWatch, Prepared, Runner, Scheme, Task, candidates
+from graphopt.schemes import SCHEMES, ModelWatch, Prepared, Runner, Scheme, Task, candidates
 from graphopt.schemes.data_parallel import data_parallel
 from graphopt.schemes.flat import CapturedStep
+from graphopt.schemes.world.candidates import candidates_in_world
+from graphopt.schemes.world.eager import EagerInWorld
+from graphopt.settings import Settings
 
-UNKNOWN_START = 30.0
-"""Seconds that a compiler is taken to need where there is no price of it."""
-
+Check = Callable[[Scheme, Prepared, Sequence[torch.Tensor]], str | None]
 
 MOMENTS = 0.3
 """Seconds up to which a start is not worth a thought."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What `optimize` was asked for beside the task: which schemes, and what bounds them.
-
-    ``schemes`` is None for ``"auto"``. ``memory`` in bytes, ``steps`` in whole training steps.
-    """
-
-    schemes: tuple[Scheme, ...] | None = None
-    processors: int | None = None
-    steps: int | None = None
-    precision: str | None = None
-    batch_norm: str = "synchronized"
-    memory: int | None = None
+class CaptureNow(Exception):
+    """A candidate is to run for which the step has to be captured first. Never reaches a user."""
 
 
 @dataclass
@@ -49,6 +40,9 @@ class Situation:
     Attributes:
         failed: why the step cannot be a graph.
         notes: for all plans.
+        waiting: whether the capture waits until it is known to pay back.
+        check: what is wrong with the form of the step that a scheme is about to run, tried on batches like ``sample``;
+            None: forms are not verified.
     """
 
     task: Task
@@ -62,6 +56,9 @@ class Situation:
     choices: dict[int, Choice] = field(default_factory=dict)
     failed: str | None = None
     notes: list[str] = field(default_factory=list)
+    waiting: bool = False
+    check: Check | None = None
+    sample: Sequence[torch.Tensor] = ()
 
     def __post_init__(self) -> None:
         self.landscape = Landscape(self._price)
@@ -71,6 +68,7 @@ class Situation:
         self._admitting: dict[int, int] = {}
         self._hashes: dict[int, str] = {}
         self._by_name: dict[str, Scheme] = {}
+        self._starts = Starts(self.prices, self.landscape)
 
     def fresh(self) -> bool:
         """Whether all that was built still fits the optimizers."""
@@ -79,8 +77,9 @@ class Situation:
     def close(self) -> None:
         """Give back what runners hold."""
         for runner in self._runners.values():
-            close(runner)
+            runner.close()
         self._runners.clear()
+        self._starts.close()
 
     def admitting(self, size: int) -> int | None:
         """The index of a captured step that is valid at a batch size, None if there is none."""
@@ -99,6 +98,8 @@ class Situation:
         prepared = self._prepare(index)
         plan = Plan(size, [], "", "", notes=list(self.notes), over_sizes=self._crossovers)
         feasible, late = self._candidates(plan, prepared, index, size)
+        if self.waiting and index is None:
+            plan.notes.append(f"steps={self.settings.steps}: eager runs first, a capture has to pay back")
         if index is not None:
             step = self.steps[index]
             plan.graph = lambda: GraphFacts.of(step.before, step.graph, size, step.seconds)
@@ -111,7 +112,8 @@ class Situation:
         terms = Terms(
             build=lambda scheme: self._runner(scheme, index),
             start_cost=lambda scheme: self._start_cost(scheme, prepared, size),
-            remaining=self._remaining,
+            ahead=lambda scheme: self._starts.ahead(scheme, prepared, size),
+            remaining=self.remaining,
             keep=lambda measured: self._keep(index, size, measured),
             parts=self.task.accumulate,
             timed=all(device.type == "cpu" for device in self.layout.devices),
@@ -148,21 +150,28 @@ class Situation:
                     candidate.lost = "not tried: without a price nobody knows whether its compilation pays back"
                     unpriced = True
                     continue
-            elif self._start_cost(scheme, prepared, size) > MOMENTS:
+            elif (self.waiting and scheme.needs_graph) or self._start_cost(scheme, prepared, size) > MOMENTS:
                 late.append(scheme.name)
             unpriced = unpriced or (candidate.estimate is None and scheme.needs_graph)
             feasible[scheme.name] = scheme
         if not feasible:
             self._stand_in(plan, feasible, too_large)
-        if unpriced and len(given) > 1 and self.prices.machine(torch.get_num_threads()) is None:
+        unpriced = unpriced and len(given) > 1 and self.task.world is None
+        if unpriced and self.prices.machine(torch.get_num_threads()) is None:
             plan.notes.append(UNCALIBRATED)
         self._by_name |= feasible
         return feasible, late
 
     def _given(self, prepared: Prepared, index: int | None) -> tuple[Scheme, ...]:
+        if self.waiting and index is None:
+            return SCHEMES["eager"], SCHEMES["flat"]
         key = -1 if index is None else index
         if key not in self._schemes:
-            found = self.settings.schemes
+            found, world = self.settings.schemes, self.task.world
+            if found is None and world is not None:
+                found = candidates_in_world(
+                    world, self.task, prepared, precision=self.settings.precision, batch_norm=self.settings.batch_norm
+                )
             if found is None:
                 threads = torch.get_num_threads()
                 counts = tuple(dict.fromkeys((threads, 1)))
@@ -187,10 +196,16 @@ class Situation:
                 f"no candidate fits memory={self.settings.memory:,}; {name} needs the least, {too_large[name][0]:,}"
             )
             return
-        eager = SCHEMES["eager"]
+        eager = self.eager
         if eager.name not in {candidate.scheme for candidate in plan.candidates}:
             plan.candidates.append(Candidate(eager.name))
         feasible[eager.name] = eager
+
+    @property
+    def eager(self) -> Scheme:
+        """What stands in where no candidate can run."""
+        world = self.task.world
+        return SCHEMES["eager"] if world is None else EagerInWorld(world.size)
 
     def _incumbent(self, size: int, feasible: Mapping[str, Scheme]) -> str:
         """Who runs at the nearest batch size, or the first candidate."""
@@ -207,10 +222,15 @@ class Situation:
         return self._prepared[key]
 
     def _runner(self, scheme: Scheme, index: int | None) -> Runner:
-        """A runner, one for all batch sizes of a captured step."""
+        """A runner, one for all batch sizes of a captured step. Raises VerificationError for a wrong one."""
+        if scheme.needs_graph and index is None:
+            raise CaptureNow
         place = scheme.name, -1 if index is None or not scheme.needs_graph else index
         if place not in self._runners:
-            self._runners[place] = scheme.build(self._prepare(index))
+            prepared = self._prepare(index)
+            if self.check is not None and (wrong := self.check(scheme, prepared, self.sample)):
+                raise VerificationError(f"verification: {wrong}")
+            self._runners[place] = scheme.build(prepared)
         return self._runners[place]
 
     def runner(self, scheme: str, size: int) -> Runner:
@@ -229,7 +249,7 @@ class Situation:
     def discard(self, scheme: str) -> None:
         """This scheme cannot run: its runners are closed."""
         for place in [place for place in self._runners if place[0] == scheme]:
-            close(self._runners.pop(place))
+            self._runners.pop(place).close()
 
     def _price(self, name: str, size: int) -> tuple[float, float, float] | None:
         index = self.admitting(size)
@@ -240,15 +260,20 @@ class Situation:
         return None if found is None else (found.seconds, *found.interval)
 
     def _start_cost(self, scheme: Scheme, prepared: Prepared, size: int) -> float:
-        seconds = 0.0 if any(name == scheme.name for name, _ in self._runners) else scheme.start_seconds(prepared)
-        if scheme.compiles and len(self.landscape.measured_at(scheme.name)) < 2:  # then it is compiled for free sizes
-            found = self.prices.of(scheme, prepared, size)
-            seconds += UNKNOWN_START if found is None else found.compile_seconds
-        return seconds
+        built = any(name == scheme.name for name, _ in self._runners)
+        return self._starts.cost(scheme, prepared, size, built=built)
 
-    def _remaining(self, run: int) -> float:
+    def remaining(self, run: int = 0) -> float:
         """Steps to come: what ``steps=`` leaves, or as many as there were so far."""
         return run if self.settings.steps is None else max(self.settings.steps - self.run_so_far(), 0)
+
+    def has_to_pay(self) -> bool:
+        """Whether eager steps are measured before it is known that a capture pays back: the user said that there are
+        few, and asked for nothing that needs one."""
+        asked = self.settings
+        free = asked.schemes is None and asked.memory is None and (asked.processors or 1) == 1
+        free = free and self.task.world is None
+        return free and asked.steps is not None and has_to_pay(self.task.model, self.remaining())
 
     def _crossovers(self) -> list[Crossover]:
         settled = {size: c.plan.chosen for size, c in self.choices.items() if c.run is not None}
@@ -274,26 +299,3 @@ class Situation:
     def _keep(self, index: int | None, size: int, measured: Mapping[str, Measurement]) -> None:
         if index is not None and len(measured) > 1:
             self.records.keep(self._hash(index), [(name, size, found) for name, found in measured.items()])
-
-
-def as_schemes(schemes: str | Sequence[str | Scheme]) -> tuple[Scheme, ...] | None:
-    """The schemes that a user named, None for ``"auto"``.
-
-    Raises:
-        GraphoptError: an unknown name, or something that is no scheme.
-    """
-    if isinstance(schemes, str):
-        if schemes == "auto":
-            return None
-        schemes = EXACT if schemes == "exact" else (schemes,)
-    found = []
-    for one in schemes if isinstance(schemes, Iterable) else (schemes,):
-        if not isinstance(one, (str, Scheme)):
-            raise GraphoptError(f"schemes: expected names or Scheme objects, got {one!r}")
-        if isinstance(one, str) and one not in SCHEMES:
-            known = "'auto', 'exact', " + ", ".join(SCHEMES)
-            raise GraphoptError(f"schemes: unknown name {one!r}; expected {known}, or a Scheme")
-        found.append(SCHEMES[one] if isinstance(one, str) else one)
-    if not found:
-        raise GraphoptError("schemes: got none; expected 'auto' or at least one")
-    return tuple(found)

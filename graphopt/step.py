@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +24,11 @@ from graphopt.passes import (
     SelectiveSaving,
 )
 from graphopt.schemes import Scheme, Task
-from graphopt.situation import Settings, as_schemes
+from graphopt.schemes.world.candidates import schemes_in_world
+from graphopt.schemes.world.ranks import find_world
+from graphopt.settings import Settings, as_schemes
 from graphopt.training_step import TrainingStep
+from graphopt.world_step import WorldStep
 
 __all__ = ["PASSES", "TrainingStep", "optimize"]
 
@@ -67,7 +71,8 @@ def optimize(
             sums in another order); ``"exact"``: those that give eager's bits; or names and `Scheme` objects to choose
             from.
         processors: up to so many processors of this machine may share a batch: this process, and workers that it starts
-            and stops. One by default.
+            and stops. One by default. Under torchrun, or where `torch.distributed` is initialised: 1 leaves each rank
+            by itself; by default, or with their number, all ranks take each step together, each with its own rows.
         steps: how many training steps there will be, where that is known: a scheme that takes long to compile is tried
             if it pays back in those. Without it as many are expected as there were so far.
         precision: ``"bf16"`` allows schemes that compute forward and loss in it; by default none does.
@@ -75,8 +80,8 @@ def optimize(
             ``"local"`` by those of each processor's rows, as DistributedDataParallel does.
         memory: bytes that a step may need at its peak, parameters and optimizer state included; schemes that need more
             are left out.
-        verify: check each captured step against eager and a float64 reference before it runs; a pass that fails is
-            left out and the plan says so.
+        verify: check each captured step, and each of its forms that is about to run (channels-last, bf16, fused
+            update), against eager and a float64 reference; what fails is left out and the plan says so.
         keep_grads: leave gradients in ``.grad`` after the step (None otherwise).
 
     Raises:
@@ -124,5 +129,11 @@ def optimize(
 
         return DropIn(model, PASSES)
     check_ownership(optimizers, {id(p): name for name, p in model.named_parameters()})
-    task = Task(model, ModelLoss if loss is None else loss, optimizers, parse_clip(clip), accumulate, keep_grads)
-    return TrainingStep(task, batch_shape, settings, PASSES, verify=verify)
+    world = find_world(model, processors)
+    task = Task(
+        model, ModelLoss if loss is None else loss, optimizers, parse_clip(clip), accumulate, keep_grads, world=world
+    )
+    if world is None:
+        return TrainingStep(task, batch_shape, settings, PASSES, verify=verify)
+    settings = replace(settings, schemes=schemes_in_world(schemes, world, batch_norm))
+    return WorldStep(task, batch_shape, settings, PASSES, verify=verify)

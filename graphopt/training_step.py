@@ -13,7 +13,14 @@ from graphopt.capturing import Capturing
 from graphopt.choice import Choice, Prices, Records
 from graphopt.cost_model import Machine
 from graphopt.cost_model.machine import kept
-from graphopt.errors import CaptureError, GraphoptError, GraphoptWarning, PassError, WorkerError
+from graphopt.errors import (
+    CaptureError,
+    GraphoptError,
+    GraphoptWarning,
+    PassError,
+    VerificationError,
+    WorkerError,
+)
 from graphopt.graph.batch import BatchLayout, flatten, one_batch
 from graphopt.graph.batch_shape import check_dimensions, dimensions
 from graphopt.graph.hyper_parameters import structure_key
@@ -21,11 +28,12 @@ from graphopt.graph.update import supported
 from graphopt.passes import Pass
 from graphopt.plan import Candidate, Plan
 from graphopt.probe_safety import Before, first_line, out_of_memory
-from graphopt.schemes import SCHEMES, ModelWatch, Scheme, Task
+from graphopt.schemes import ModelWatch, Runner, Task
 from graphopt.schemes.data_parallel import threads_of_each
-from graphopt.situation import Settings, Situation
+from graphopt.settings import Settings
+from graphopt.situation import CaptureNow, Situation
 
-CANNOT_RUN = (CaptureError, PassError, WorkerError)
+CANNOT_RUN = (CaptureError, PassError, VerificationError, WorkerError)
 """What a runner raises that cannot run, before anything was changed: another candidate takes the batch."""
 
 
@@ -67,7 +75,8 @@ class TrainingStep:
         self._clock, self._machines = clock, machines
         self._records = records if records is not None else Records()
         self._run_before = 0
-        if (settings.processors or 1) > 1:  # they start while the first step is captured
+        self._paying: set[int] = set()  # batch sizes at which a capture is known to pay back
+        if task.world is None and (settings.processors or 1) > 1:  # they start while the first step is captured
             task.pools.of(settings.processors or 1, threads_of_each(settings.processors or 1))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -105,12 +114,34 @@ class TrainingStep:
 
         Returns the loss, detached. Raises BatchError if the batch does not fit; then nothing was changed.
         """
-        if torch.is_inference_mode_enabled():
-            raise GraphoptError("step: it was called in inference mode, in which nothing is trained")
+        situation, choice, tensors = self._planned(batch, keywords)
+        self._plan = choice.plan
+        if choice.run is None:
+            return self._decide(situation, choice, tensors)
+        clock = self._clock
+        start = clock()
+        try:
+            loss = choice.run(tensors)
+        except CANNOT_RUN as error:
+            self._leave_out(situation, choice, error)
+            return self._decide(situation, choice, tensors)
+        seconds = clock() - start
+        if choice.runs_user_code and self._watch is not None:
+            self._watch.absorb()
+        if choice.pace.add(seconds):
+            choice.pace.seconds = self._agreed(choice.pace.seconds or 0.0)
+            choice.look()
+        return loss
+
+    def _planned(
+        self, batch: tuple[Any, ...], keywords: Mapping[str, Any]
+    ) -> tuple[Situation, Choice, Sequence[torch.Tensor]]:
+        """What is known of a batch's kind, who runs its size, and its tensors."""
+        check_mode()
         if self._watch is None or not self._watch.same():
             self._quick.clear()
             self._watch = ModelWatch(self.task.model, self.task.loss)
-        key = _quick_key(batch, keywords)
+        key = quick_key(batch, keywords)
         known = self._quick.get(key) if key is not None else None
         if known is not None:
             situation, choice = known
@@ -124,22 +155,15 @@ class TrainingStep:
             self._quick.clear()
             tensors, layout, size = flatten(one_batch(batch, keywords))
             situation, choice = self._choose(tensors, layout, size)
-        self._plan = choice.plan
-        if choice.run is None:
-            return self._decide(situation, choice, tensors)
-        clock = self._clock
-        start = clock()
-        try:
-            loss = choice.run(tensors)
-        except CANNOT_RUN as error:
-            self._leave_out(situation, choice, error)
-            return self._decide(situation, choice, tensors)
-        seconds = clock() - start
-        if choice.runs_user_code:
-            self._watch.absorb()
-        if choice.pace.add(seconds):
-            choice.look()
-        return loss
+        return situation, choice, tensors
+
+    def _runner(self, choice: Choice) -> Runner:
+        """The runner whose turn it is."""
+        return choice.runner()
+
+    def _agreed(self, seconds: float) -> float:
+        """Seconds to decide by."""
+        return seconds
 
     def _decide(self, situation: Situation, choice: Choice, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Run one real step by the candidate whose turn it is, and tell the choice how long it took."""
@@ -148,16 +172,20 @@ class TrainingStep:
             _synchronise(tensors)
             start = self._clock()
             try:
-                runner = choice.runner()
+                runner = self._runner(choice)
                 if not runner.fresh():  # built now, from a step captured before an optimizer changed
                     situation, choice = self._renewed(situation, choice, tensors)
                     continue
                 loss = runner(tensors)
+            except CaptureNow:
+                situation, choice = self._capture_now(situation, choice, tensors)
+                continue
             except CANNOT_RUN as error:
                 self._leave_out(situation, choice, error)
                 continue
             except (RuntimeError, MemoryError) as error:
-                if not choice.has_others or not out_of_memory(error) or not before.restored():
+                alone = self.task.world is None  # other ranks are amid the step
+                if not alone or not choice.has_others or not out_of_memory(error) or not before.restored():
                     raise
                 self._leave_out(situation, choice, CaptureError(f"it ran out of memory: {first_line(error)}"))
                 continue
@@ -165,7 +193,7 @@ class TrainingStep:
             seconds = self._clock() - start
             if not choice.needs_graph and self._watch is not None:
                 self._watch.absorb()
-            choice.ran(seconds)
+            choice.ran(self._agreed(seconds))
             return loss
 
     def _leave_out(self, situation: Situation, choice: Choice, error: GraphoptError) -> None:
@@ -173,11 +201,12 @@ class TrainingStep:
         name = choice.turn
         if choice.schemes[name].required or (not choice.needs_graph and not choice.has_others):
             raise error
-        if self._settings.schemes is not None or isinstance(error, WorkerError):  # what nobody asked for is not missed
+        # a candidate that nobody asked for is not missed where it just does not exist
+        if self._settings.schemes is not None or isinstance(error, (VerificationError, WorkerError)):
             self._warn(f"scheme {name!r} is left out: {error}")
         situation.discard(name)
         if not choice.fail(name, str(error)):
-            eager: Scheme = SCHEMES["eager"]
+            eager = situation.eager
             if eager.name not in {candidate.scheme for candidate in choice.plan.candidates}:
                 choice.plan.candidates.append(Candidate(eager.name))
             choice.replace(eager)
@@ -186,10 +215,7 @@ class TrainingStep:
 
     def _choose(self, tensors: Sequence[torch.Tensor], layout: BatchLayout, size: int) -> tuple[Situation, Choice]:
         assert self._watch is not None
-        check_dimensions(self._dimensions, layout)
-        outside = tuple(supported(o) for o in self.task.optimizers)
-        model = self._watch.key(buffers_are_looked_up=True)
-        key = (model, layout, structure_key(self.task.optimizers), outside)
+        key = self._key(layout)
         situation = self._situations.get(key)
         if situation is None or not situation.fresh():
             if situation is not None:
@@ -201,11 +227,34 @@ class TrainingStep:
             )
             self._situations[key] = situation
         if size not in situation.choices:
-            wanted = self._settings.schemes is None or any(s.needs_graph for s in self._settings.schemes)
-            if wanted and not situation.failed and situation.admitting(size) is None:
-                self._capturing.capture(situation, tensors, size)
-            situation.choose(size)
+            self._plan_size(situation, tensors, size)
         return situation, situation.choices[size]
+
+    def _key(self, layout: BatchLayout) -> Hashable:
+        """What a situation is known by."""
+        assert self._watch is not None
+        check_dimensions(self._dimensions, layout)
+        outside = tuple(supported(o) for o in self.task.optimizers)
+        model = self._watch.key(buffers_are_looked_up=True)
+        return model, layout, structure_key(self.task.optimizers), outside
+
+    def _plan_size(self, situation: Situation, tensors: Sequence[torch.Tensor], size: int) -> None:
+        """A choice for a batch size that is new in this situation."""
+        wanted = self._settings.schemes is None or any(s.needs_graph for s in self._settings.schemes)
+        if wanted and not situation.failed and situation.admitting(size) is None:
+            situation.waiting = size not in self._paying and not self._capturing.verify and situation.has_to_pay()
+            if not situation.waiting:
+                self._capturing.capture(situation, tensors, size)
+        situation.choose(size)
+
+    def _capture_now(
+        self, situation: Situation, choice: Choice, tensors: Sequence[torch.Tensor]
+    ) -> tuple[Situation, Choice]:
+        """The choice for the same batch size, with the step as a graph."""
+        self._paying.add(choice.size)
+        self._run_before += choice.steps
+        del situation.choices[choice.size]
+        return self._renewed(situation, choice, tensors)
 
     def _renewed(
         self, situation: Situation, choice: Choice, tensors: Sequence[torch.Tensor]
@@ -224,7 +273,13 @@ class TrainingStep:
     def _warn(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, GraphoptWarning, stacklevel=6)
+            warnings.warn(message, GraphoptWarning, stacklevel=7)
+
+
+def check_mode() -> None:
+    """Raise GraphoptError in inference mode, in which nothing is trained."""
+    if torch.is_inference_mode_enabled():
+        raise GraphoptError("step: it was called in inference mode, in which nothing is trained")
 
 
 def _synchronise(tensors: Sequence[torch.Tensor]) -> None:
@@ -232,7 +287,7 @@ def _synchronise(tensors: Sequence[torch.Tensor]) -> None:
         torch.cuda.synchronize()
 
 
-def _quick_key(batch: tuple[Any, ...], keywords: Mapping[str, Any]) -> Hashable:
+def quick_key(batch: tuple[Any, ...], keywords: Mapping[str, Any]) -> Hashable:
     """A key of a batch that consists of tensors only, None for any other."""
     parts: list[Any] = list(keywords)
     for tensor in batch or keywords.values():

@@ -114,17 +114,17 @@ def disagreement(ours: Values, eager: Values, exact: Values | None) -> str | Non
             continue
         truth = exact.values[name] if exact is not None else of_eager.double()
         scale = float(truth.abs().nan_to_num().max())
-        error, own = _distance(value, truth), _distance(of_eager, truth)
+        error, own = distance(value, truth), distance(of_eager, truth)
         epsilon = torch.finfo(value.dtype).eps
         if own > 1e-2 * scale:
-            truth, error, own = of_eager.double(), _distance(value, of_eager.double()), 0.0
+            truth, error, own = of_eager.double(), distance(value, of_eager.double()), 0.0
         allowed = FACTOR * own + 16 * epsilon * scale + torch.finfo(value.dtype).tiny
         if not error <= allowed:
             return f"{name} is off by {error:.3g}, eager by {own:.3g} (values up to {scale:.3g})"
     return None
 
 
-def _distance(value: torch.Tensor, truth: torch.Tensor) -> float:
+def distance(value: torch.Tensor, truth: torch.Tensor) -> float:
     """Largest difference; NaN and infinities must stand at the same places."""
     value = value.double()
     if not torch.equal(value.isfinite(), truth.isfinite()):

@@ -7,24 +7,18 @@ from collections.abc import Mapping, Sequence
 
 from graphopt.choice.contenders import contenders
 from graphopt.choice.landscape import Belief, Landscape
+from graphopt.choice.opening import opening
 from graphopt.choice.pace import WINDOW, Pace
-from graphopt.choice.payback import worth_a_start
-from graphopt.choice.race import MARGIN, ROUNDS, WIDENED, Race, measurement
+from graphopt.choice.payback import HORIZON, allowance, time_for_another, worth_a_start
+from graphopt.choice.race import ROUNDS, WIDENED, Race, measurement
 from graphopt.choice.rechecks import Rechecks
 from graphopt.choice.terms import Terms
+from graphopt.choice.verdict import say_drift, say_expected, slower, verdict
 from graphopt.plan import Plan, duration
 from graphopt.schemes import Runner, Scheme
+from graphopt.schemes.base import UnderWay
 
 log = logging.getLogger("graphopt")
-
-HORIZON = 200
-"""Steps over which measuring has to pay, where nobody said how many there will be."""
-
-SHARE, FREE_SECONDS = 0.02, 1.5
-"""What measuring may cost: this share of the time of all steps, and some seconds besides."""
-
-ALONE = 3
-"""Timed steps of a candidate that has no other to be compared with yet."""
 
 
 class Choice:
@@ -67,6 +61,7 @@ class Choice:
         self._elapsed, self._calls, self._steps = 0.0, 0, 0
         self._rechecks = Rechecks()
         self._weigh_at = 0
+        self._under_way: UnderWay | None = None
         self._open(incumbent)
 
     # -- what runs --------------------------------------------------------------------------------------------------
@@ -102,6 +97,11 @@ class Choice:
             self._built[self.turn] = self._terms.build(self.schemes[self.turn])
         return self._built[self.turn]
 
+    @property
+    def built(self) -> bool:
+        """Whether `runner` has nothing left to build."""
+        return self.turn in self._built
+
     def fresh(self) -> bool:
         """Whether what runs next still fits the optimizers."""
         if self.run is not None:
@@ -111,38 +111,24 @@ class Choice:
     # -- opening ----------------------------------------------------------------------------------------------------
 
     def _open(self, incumbent: str) -> None:
-        names = [name for name in self.schemes if name not in self._late]
         beliefs = {name: self._landscape.belief(name, self.size) for name in self.schemes}
-        for name, belief in beliefs.items():
-            if belief is not None:
-                shown = belief.seconds, belief.low, belief.high, belief.source
-                self.plan.candidate(name).predicted = shown
-        if len(names) == 1 and not self._late:
-            self._choose(names[0], "the only feasible candidate")
-            return
-        entrants, lost = contenders(names, beliefs)
-        self._lose(lost)
-        known = {name: belief for name in entrants if (belief := beliefs[name]) is not None}
-        first = incumbent if incumbent in entrants else entrants[0]
-        if len(known) == len(entrants):
-            best = min(known, key=lambda name: known[name].seconds)
-            if known[best].seconds * (1 + MARGIN) >= known.get(first, known[best]).seconds:
-                best = first
-            if all(belief.source in ("stored", "measured") for belief in known.values()):
-                self._confirming = known[best]
-                self._start([best], rounds=1)
-                self.plan.reason = f"{known[best].source}, to be confirmed"
-                return
-            if len(entrants) == 1 and known[best].source == "interpolated":
-                self._choose(best, "predicted from other batch sizes", known[best].seconds, pause=WINDOW)
-                return
-        alone = len(entrants) == 1  # measured to weigh late ones against it
-        self._start([first, *(name for name in entrants if name != first)], rounds=ALONE if alone else ROUNDS)
+        say_expected(self.plan, beliefs)
+        names = [name for name in self.schemes if name not in self._late]
+        found = opening(names, beliefs, incumbent, others_wait=bool(self._late))
+        self._lose(found.lost)
+        if found.expected is not None:
+            self._choose(found.first[0], "predicted from other batch sizes", found.expected.seconds, pause=WINDOW)
+        elif not found.rounds:
+            self._choose(found.first[0], "the only feasible candidate")
+        else:
+            self._start(found.first, rounds=found.rounds)
+        self._confirming = found.confirms
+        if found.confirms is not None:
+            self.plan.reason = f"{found.confirms.source}, to be confirmed"
 
     def _start(self, names: Sequence[str], *, rounds: int = ROUNDS, bounded: bool = True) -> None:
-        horizon = self._terms.remaining(max(self.steps, HORIZON))
-        allowance = (lambda best: FREE_SECONDS + SHARE * horizon * best) if bounded else None
-        self._race = Race(names, rounds=rounds, allowance=allowance)
+        bound = allowance(self._terms.remaining(max(self.steps, HORIZON))) if bounded else None
+        self._race = Race(names, rounds=rounds, allowance=bound)
         self._steps += self.pace.steps
         self.pace = Pace(parts=self._terms.parts)
         self._elapsed, self._calls = 0.0, 0
@@ -190,13 +176,7 @@ class Choice:
         if chosen not in measured:
             self._choose(chosen, "the only feasible candidate")
             return
-        others = {name: m.seconds / measured[chosen].seconds for name, m in measured.items() if name != chosen}
-        for name, ratio in others.items():
-            if not self.plan.candidate(name).lost:
-                near = ratio <= 1 + MARGIN
-                self.plan.candidate(name).lost = f"as fast as {chosen}" if near else _slower(ratio, chosen)
-        listed = ", ".join(f"{name} takes {ratio:.2f} times as long" for name, ratio in others.items())
-        self._choose(chosen, f"measured: {listed}" if others else "measured", measured[chosen].seconds)
+        self._choose(chosen, verdict(self.plan, chosen, measured), measured[chosen].seconds)
         self._weigh_late()
 
     def _confirm(self, chosen: str, seconds: float, belief: Belief) -> None:
@@ -212,7 +192,7 @@ class Choice:
             if known is not None:
                 self.plan.candidate(name).measurement = known
                 if name != chosen:
-                    self.plan.candidate(name).lost = _slower(known.seconds / belief.seconds, chosen)
+                    self.plan.candidate(name).lost = slower(known.seconds / belief.seconds, chosen)
         self._choose(chosen, f"{belief.source} measurements, confirmed by a step", belief.seconds)
         self._weigh_late()
 
@@ -239,9 +219,14 @@ class Choice:
 
     def look(self) -> None:
         """A window of steps is full: measure again where the machine has changed, or what pays by now."""
+        if self._under_way is not None:  # which slows the machine down, but not for long
+            if self._under_way.done:
+                self._under_way = None
+                self._weigh_late()
+            return
         ratio = self.pace.drifted()
         if ratio is not None and len(self.schemes) - len(self._late) > 1:
-            self._note_drift(ratio)
+            say_drift(self.plan, self.steps, ratio)
             self._rechecks.drifted(self.plan.chosen)
             self._measure_again(self.plan.chosen)
         elif ratio is not None:
@@ -257,14 +242,8 @@ class Choice:
     def _try_waiting(self) -> None:
         """Measure a candidate for which there was no time before, once the steps since then have made up for it."""
         seconds = self.pace.seconds or 0.0
-        if SHARE * self.steps * seconds > FREE_SECONDS + 2 * seconds:
+        if time_for_another(self.steps, seconds):
             self._start([self.plan.chosen, self._waiting.pop(0)])
-
-    def _note_drift(self, ratio: float) -> None:
-        begins = "the machine changed: "
-        self.plan.notes[:] = [note for note in self.plan.notes if not note.startswith(begins)]
-        how = f"after {self.steps:,} steps one took {ratio:.2f} times as long as decided on"
-        self.plan.notes.append(f"{begins}{how}; measured again")
 
     def _measure_again(self, first: str) -> None:
         """A race of all that was measured here, or may be."""
@@ -282,9 +261,15 @@ class Choice:
         cost = lambda name: self._terms.start_cost(self.schemes[name])
         remaining = self._terms.remaining(self.steps)
         name = worth_a_start(self._late, others, self.plan, self._landscape, cost, remaining)
-        if name is not None:
-            self._late.remove(name)
-            self._start([self.plan.chosen, name], bounded=False)  # its cost was weighed
+        if name is None:
+            return
+        self._under_way = self._terms.ahead(self.schemes[name])
+        if self._under_way is not None and not self._under_way.done:
+            self.plan.candidate(name).lost = "is compiled in another process, to be tried when that is done"
+            return
+        self._under_way = None
+        self._late.remove(name)
+        self._start([self.plan.chosen, name], bounded=False)  # its cost was weighed
 
     # -- failures ---------------------------------------------------------------------------------------------------
 
@@ -317,14 +302,3 @@ class Choice:
         """Run by this scheme, where no candidate is left."""
         self.schemes = {scheme.name: scheme}
         self._choose(scheme.name, "the only feasible candidate")
-
-
-def _slower(ratio: float, chosen: str) -> str:
-    return f"took {ratio:.2f} times as long as {chosen}"
-
-
-def close(runner: Runner | None) -> None:
-    """Give back what a runner holds (processes, recordings)."""
-    done = getattr(runner, "close", None)
-    if done is not None:
-        done()

@@ -1,4 +1,4 @@
-"""Candidates that are dear to start: tried only where the steps to come pay for it."""
+"""What a choice may cost: measuring has its bounds, and a candidate that is dear to start has to pay back."""
 
 from __future__ import annotations
 
@@ -10,6 +10,27 @@ from graphopt.plan import Plan, duration
 
 GUESS = 0.2
 """Share of a step that a candidate without a price is taken to gain."""
+
+
+HORIZON = 200
+"""Steps over which measuring has to pay, where nobody said how many there will be."""
+
+SHARE, FREE_SECONDS = 0.02, 1.5
+"""What measuring may cost: this share of the time of all steps, and some seconds besides."""
+
+
+def allowance(horizon: float) -> Callable[[float], float]:
+    """Seconds that measuring may take, by those of the best candidate's step, where so many steps are to come.
+
+    >>> allowance(1000)(0.1)
+    3.5
+    """
+    return lambda best: FREE_SECONDS + SHARE * horizon * best
+
+
+def time_for_another(steps: int, seconds: float) -> bool:
+    """Whether so many steps of so many seconds have made up for measuring one more candidate."""
+    return SHARE * steps * seconds > FREE_SECONDS + 2 * seconds
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,20 @@ Machines = Callable[[int], Machine | None]
 """The calibrated machine for a number of threads of torch; None where there is none."""
 
 
+class UnderWay(Protocol):
+    """What takes a while in another process: whether it is ``done``, and whether it has ``failed`` then."""
+
+    @property
+    def done(self) -> bool: ...
+
+    @property
+    def failed(self) -> bool: ...
+
+    def close(self) -> None:
+        """End it."""
+        ...
+
+
 class Runner(Protocol):
     """A step that runs: takes the tensors of a batch in the layout's order, gives the detached loss.
 
@@ -82,6 +96,7 @@ class Scheme(ABC):
     needs_graph: ClassVar[bool] = True
     required: bool = field(default=False, kw_only=True)
     compiles: ClassVar[bool] = False  # its first step takes seconds, so that it is tried only where they pay back
+    compiles_ahead: ClassVar[bool] = False  # most of that can be done in another process (`ahead`)
 
     @property
     def name(self) -> str:
@@ -101,6 +116,11 @@ class Scheme(ABC):
     def start_seconds(self, prepared: Prepared) -> float:
         """Seconds that `build` should take where that is more than moments (another capture), 0 once it is made."""
         return 0.0
+
+    def ahead(self, prepared: Prepared, size: int) -> UnderWay | None:
+        """Start now, in another process, what makes the first step at this size start sooner; None: that cannot
+        be."""
+        return None
 
     @abstractmethod
     def build(self, prepared: Prepared) -> Runner:

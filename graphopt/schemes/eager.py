@@ -83,7 +83,7 @@ class EagerStep:
         if task.begins:
             clear_gradients(task)
         with torch.enable_grad():
-            loss = self._backward(batch)
+            loss = self.backward(batch)
         if task.ends:
             finish_eager(task, fused_update=self._fused)
         task.count()
@@ -96,12 +96,17 @@ class EagerStep:
             self._unchecked = False
         return converted(tensors, self._images)
 
-    def _backward(self, batch: Any) -> torch.Tensor:
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """What backward starts from: the share of this batch in the loss of a step."""
+        return loss if self.task.accumulate == 1 else loss / self.task.accumulate
+
+    def backward(self, batch: Any) -> torch.Tensor:
+        """Forward, loss and gradients. The loss, detached."""
         with low_precision(self._prepared, self._precision):
             loss = check_loss(compute_loss(self.task.model, batch, self.task.loss or "model"))
         if not loss.requires_grad and any(p.requires_grad for p in self.task.model.parameters()):
             raise LossError("loss: it does not depend on any parameter that requires grad; is it detached?")
-        scaled = loss if self.task.accumulate == 1 else loss / self.task.accumulate
+        scaled = self.scaled(loss)
         regions = active_autocast(device_types(self.task.model, [loss]))
         with autocast(regions, enabled=False):  # they are for forward and loss
             if scaled.requires_grad:
@@ -114,7 +119,7 @@ class EagerStep:
         def closure() -> torch.Tensor:
             clear_gradients(self.task)
             with torch.enable_grad():
-                losses.append(self._backward(batch))
+                losses.append(self.backward(batch))
             clip_gradients(self.task)
             return losses[-1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,12 +10,14 @@ import torch
 from torch import fx
 
 from graphopt.cost_model.work import Mode
-from graphopt.errors import CaptureError
+from graphopt.errors import CaptureError, GraphoptError
 from graphopt.graph.halves import cut_update
 from graphopt.graph.in_place import overwritten
 from graphopt.graph.lowering import Lowered, lower
 from graphopt.graph.torch_internals import COMPILE_ERRORS
 from graphopt.graph.training_graph import Output, OutputKind, TrainingGraph
+from graphopt.schemes.ahead import Ahead
+from graphopt.schemes.base import Prepared
 from graphopt.schemes.flat import Flat
 
 
@@ -31,6 +34,19 @@ class Inductor(Flat):
     kind: ClassVar[str] = "inductor"
     mode: ClassVar[Mode] = "compiled"
     compiles: ClassVar[bool] = True
+    compiles_ahead: ClassVar[bool] = True
+
+    def ahead(self, prepared: Prepared, size: int) -> Ahead | None:
+        """See `Scheme.ahead`. Not on a GPU, whose memory another process would take."""
+        no_cache = os.environ.get("TORCHINDUCTOR_FORCE_DISABLE_CACHES") == "1"
+        if no_cache or any(device.type != "cpu" for device in prepared.layout.devices):
+            return None
+        try:
+            graph = self.form.of(prepared).graph
+            frozen = [n for n, p in prepared.task.model.named_parameters() if not p.requires_grad]
+            return Ahead(graph, size, frozen)
+        except (GraphoptError, OSError):  # it is compiled here then, which says what is wrong
+            return None
 
     def lowered(self, graph: TrainingGraph) -> Lowered:
         """See `Flat.lowered`; compilation happens at the first call."""

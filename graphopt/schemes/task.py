@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from graphopt.graph.hyper_parameters import Clip
 from graphopt.schemes.workers import Pools
+from graphopt.schemes.world.ranks import World
 
 
 @dataclass
@@ -24,7 +25,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Task:
-    """A training step as the user describes it: the arguments of `graphopt.optimize` that every scheme needs."""
+    """A training step as the user describes it: the arguments of `graphopt.optimize` that every scheme needs.
+
+    ``pools``: its local workers; ``world``: the ranks of `torch.distributed` that take it together, None for a process
+    by itself.
+    """
 
     model: nn.Module
     loss: Callable[..., Any] | str | None
@@ -34,6 +39,7 @@ class Task:
     keep_grads: bool = False
     progress: Progress = field(default_factory=Progress, compare=False)
     pools: Pools = field(default_factory=Pools, compare=False, repr=False)
+    world: World | None = field(default=None, compare=False, repr=False)
 
     @property
     def begins(self) -> bool:

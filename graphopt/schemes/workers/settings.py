@@ -22,6 +22,7 @@ def apply(given: list[Any]) -> None:
     """Take over the settings of another process."""
     dtype, precision, deterministic, warn_only, mkldnn = given
     torch.set_default_dtype(getattr(torch, dtype))
-    torch.set_float32_matmul_precision(precision)
+    if precision != torch.get_float32_matmul_precision():  # even the same one, set, is another key in Inductor's cache
+        torch.set_float32_matmul_precision(precision)
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     torch.backends.mkldnn.enabled = mkldnn
