@@ -138,9 +138,10 @@ class Strategies:
 
     def _refusal(self, axis: Axis, no_batch: str) -> str:
         if axis.kind is Kind.BATCH:
-            fixed = "batch" not in self.graph.symbols.symbols
-            split = self._named.factor(axis.name).parts
-            return "its size is fixed" if fixed else "it is split" if split else no_batch
+            if "batch" not in self.graph.symbols.symbols:
+                return "its size is fixed"
+            split = self._walk.batch is not self._named.factor(axis.name)  # the axis is a piece of the batch then
+            return f"the batch is split at {self._walk.batch.place}" if split else no_batch
         if axis.kind not in _KINDS:
             return f"it is of kind {axis.kind}"
         if not isinstance(axis.size, int) or axis.size % self.processors:
