@@ -87,9 +87,10 @@ class Strategies:
         for node in self.graph.nodes:
             self._look_at(node)
         used = {s.regime for found in self._found.values() for s in found}
-        for name in set(self.flows) - used:
-            reasons = [why for (_, axis), why in self._why.items() if axis == name]
-            self.refused[name] = reasons[0] if reasons else "no operator works along it"
+        for name in self.flows:
+            if name not in used:
+                reasons = (why for (_, axis), why in self._why.items() if axis == name)
+                self.refused[name] = next(reasons, "no operator works along it")
         self.axes: tuple[str, ...] = tuple(name for name in self.flows if name in used)
 
     # -- questions --------------------------------------------------------------------------------------------------
