@@ -21,7 +21,7 @@ from graphopt.graph.op_rules import Reduction, operand, operand_names, reduction
 from graphopt.graph.sizes import expression, product
 from graphopt.graph.text import operator_text
 from graphopt.passes._axis_flow import AxisFlow
-from graphopt.passes._places import Places, numbers
+from graphopt.passes._places import Numbers, computed_numbers
 
 aten = torch.ops.aten
 
@@ -36,7 +36,7 @@ _SPREADS = {aten.var.correction, aten.std.correction, aten.var_mean.correction, 
 class WholeSums:
     """Rewrites the means over the batch in one draft. ``done`` says what was rewritten, by node of the original."""
 
-    def __init__(self, draft: Draft, found: AxisFlow, places: Places):
+    def __init__(self, draft: Draft, found: AxisFlow, places: Numbers):
         self.draft, self.found, self.places = draft, found, places
         self.done: dict[fx.Node, str] = {}
 
@@ -62,7 +62,7 @@ class WholeSums:
     def _values(self, node: fx.Node) -> None:
         """Numbers that are computed with are those of the whole."""
         copy = self.draft.node(node)
-        for name, role, value in numbers(node):
+        for name, _, role, value in computed_numbers(node):
             if not self.found.follows(value.meta["val"]):
                 continue
             if role is Role.VALUE:

@@ -10,7 +10,8 @@ from graphopt.cost_model import Estimate, Machine, estimate
 from graphopt.cost_model.kernels import Family
 from graphopt.graph.sizes import nbytes
 from graphopt.graph.training_graph import InputKind, TrainingGraph
-from graphopt.schemes.divided_step import PARTIAL, Divided, owner_of
+from graphopt.schemes.divided_step import Divided
+from graphopt.schemes.pieces import PARTIAL, owner_of
 
 
 def price(divided: Divided, size: int, machine: Machine) -> Estimate | None:
@@ -18,7 +19,8 @@ def price(divided: Divided, size: int, machine: Machine) -> Estimate | None:
     communication, copies through shared memory, and the update of this process. None where the graphs do not hold for
     parts of that size. ``machine`` must have a link."""
     processors = len(divided.graphs)
-    sizes = {"batch": -(-size // processors), "batch.total": size}
+    named = divided.graphs[0].symbols.hints
+    sizes = {"batch": -(-size // processors), "batch.total": size} if "batch.total" in named else {"batch": size}
     if not divided.graphs[0].symbols.admits(sizes):
         return None
     different = {id(graph): graph for graph in divided.graphs}.values()

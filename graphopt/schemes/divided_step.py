@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 
 from graphopt.graph.in_place import overwritten
 from graphopt.graph.lowering import Lowered, lower
+from graphopt.graph.sizes import expression
 from graphopt.graph.training_graph import Input, InputKind, Output, OutputKind, TrainingGraph
-from graphopt.schemes.micro_batches import part_sizes
+from graphopt.schemes.pieces import PARTIAL, owner_of, place_value, rows_of_parts, sharded_dim, whole_of
 from graphopt.schemes.workers import Job, Pool
-
-PARTIAL, OWNED = "partial sum", "at processor "
-"""How outputs lie that this process has to bring together."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +33,12 @@ class Divided:
     @property
     def gathered(self) -> list[int]:
         """The outputs that this process gets from others through shared memory."""
-        return [k for k, word in enumerate(self.words) if word == PARTIAL or owner_of(word) not in (None, 0)]
+        return [k for k, word in enumerate(self.words) if in_parts(word) or owner_of(word) not in (None, 0)]
 
 
-def owner_of(word: str) -> int | None:
-    """The processor that alone gives an output, by how it lies; None for one that all have.
-
-    >>> owner_of("at processor 3"), owner_of("replicated")
-    (3, None)
-    """
-    return int(word.removeprefix(OWNED)) if word.startswith(OWNED) else None
+def in_parts(word: str) -> bool:
+    """Whether each processor has a summand or a piece of an output that lies so."""
+    return word == PARTIAL or sharded_dim(word) is not None
 
 
 def lowered(divided: Divided, pool: Pool, whole: TrainingGraph) -> Lowered:
@@ -55,16 +48,6 @@ def lowered(divided: Divided, pool: Pool, whole: TrainingGraph) -> Lowered:
     job = pool.load(divided.graphs[0] if same else divided.graphs, gathered=[outputs[k] for k in divided.gathered])
     step = _DividedStep(divided, job, whole.inputs)
     return Lowered(step, step.outputs, step.code)
-
-
-def rows_of_parts(rows: int, processors: int) -> list[tuple[int, int]]:
-    """First row and number of rows of each processor, as equal as can be, the larger parts first.
-
-    >>> rows_of_parts(7, 3)
-    [(0, 3), (3, 2), (5, 2)]
-    """
-    counts = part_sizes(rows, processors)
-    return list(zip(accumulate(counts, initial=0), counts))
 
 
 class _DividedStep:
@@ -82,11 +65,12 @@ class _DividedStep:
         record = first.signature.tree["placements"]
         self._processors = int(record["processors"])
         self._common = [position[i] for i in job.common]
-        sharded: dict[str, int] = {name: int(word.split()[1]) for name, word in record["inputs"].items()}
-        self._own = [(i, position.get(i), sharded.get(i.name)) for i in job.own]
-        self._rows = next((p, d) for i, p, d in self._own if p is not None and d is not None)
-        self._partial = [k for k, word in enumerate(divided.words) if word == PARTIAL]
-        self._owned = [k for k in divided.gathered if k not in self._partial]
+        lies: dict[str, str] = record["inputs"]
+        self._own = [(i, position.get(i), sharded_dim(lies.get(i.name, ""))) for i in job.own]
+        self._rows = _rows(first, position, lies)
+        self._words = divided.words
+        self._in_parts = [k for k, word in enumerate(divided.words) if in_parts(word)]
+        self._owned = [k for k in divided.gathered if k not in self._in_parts]
         targets = overwritten(first)
         at = {node: i for i, node in enumerate(first.placeholders)}
         own = {i: position[given] for i, given in enumerate(first.inputs) if given in position}
@@ -107,10 +91,12 @@ class _DividedStep:
 
         def commit(results: tuple[Any, ...]) -> None:
             whole = list(results)
-            sums: dict[int, torch.Tensor] = {}  # one value may be several outputs
-            for k in self._partial:
-                known = sums.get(id(results[k]))
-                whole[k] = sums[id(results[k])] = self._sum(k, results[k]) if known is None else known
+            made: dict[int, torch.Tensor] = {}  # one value may be several outputs
+            for k in self._in_parts:
+                if id(results[k]) not in made:
+                    parts = [results[k], *self._job.gathered(k)]
+                    made[id(results[k])] = whole_of(self._words[k], parts)
+                whole[k] = made[id(results[k])]
             for k in self._owned:
                 (whole[k],) = self._job.gathered(k)
             with torch.no_grad():
@@ -123,28 +109,33 @@ class _DividedStep:
                 updated = self._update.run(*arguments) if self._update is not None else ()
             given.extend((*(whole[k] for k in self._returned), *updated))
 
-        position, dim = self._rows
-        parts = [self._part(inputs, begin, count) for begin, count in
-                 rows_of_parts(inputs[position].shape[dim], self._processors)]  # fmt: skip
+        rows = inputs[self._rows[0]].shape[self._rows[1]] if self._rows is not None else 0
+        places = rows_of_parts(rows, self._processors)
+        parts = [self._part(inputs, processor, places) for processor in range(self._processors)]
         self._job([inputs[k] for k in self._common], parts, commit)
         return tuple(given)
 
-    def _sum(self, position: int, own: torch.Tensor) -> torch.Tensor:
-        """The sum of an output over processors, in their order."""
-        first, *others = self._job.gathered(position)
-        total = own + first
-        for part in others:
-            total += part
-        return total
-
-    def _part(self, inputs: Sequence[Any], begin: int, count: int) -> list[Any]:
+    def _part(self, inputs: Sequence[Any], processor: int, places: Sequence[tuple[int, int]]) -> list[Any]:
         """The values that one processor has for itself."""
-        position, dim = self._rows
         values: list[Any] = []
-        for own, at, sharded in self._own:
+        for own, at, dim in self._own:
             if own.kind is InputKind.PLACE:
-                values.append(inputs[position].shape[dim] if own.field == "total" else begin)
+                values.append(place_value(own, processor, places))
             else:
                 assert at is not None
-                values.append(inputs[at] if sharded is None else inputs[at].narrow(sharded, begin, count))
+                values.append(inputs[at] if dim is None else inputs[at].narrow(dim, *places[processor]))
         return values
+
+
+def _rows(graph: TrainingGraph, position: dict[Input, int], lies: dict[str, str]) -> tuple[int, int] | None:
+    """An input of the whole step, and the dimension of it that is the batch; None where the batch is not divided."""
+    total = graph.symbols.symbols.get("batch.total")
+    for given, node in zip(graph.inputs, graph.placeholders, strict=True):
+        if total is None or given not in position:
+            continue
+        dim = sharded_dim(lies.get(given.name, ""))
+        shape = getattr(node.meta.get("val"), "shape", ())
+        found = [dim] if dim is not None else [d for d, size in enumerate(shape) if expression(size) == total]
+        if found:
+            return position[given], found[0]
+    return None

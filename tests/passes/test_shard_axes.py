@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import graphopt
 from graphopt.graph.op_rules import operand_names
 from graphopt.graph.training_graph import TrainingGraph
-from graphopt.passes import _placements
+from graphopt.passes import _parts
 from graphopt.passes._placements import Placements
 from graphopt.passes._places import Places
 from graphopt.passes._whole_sums import WholeSums
@@ -121,6 +121,12 @@ def picked(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return -(chosen * (1 + place)).mean() + logits[place[:, None], torch.arange(2)].pow(2).mean()
 
 
+def of_sums(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """What is not linear in a sum over rows, though each of its operands is, and numbers that are added to one."""
+    total = (logits * target).sum(0)
+    return (total * total).sum() + (total + 5).sum() * target.shape[0] + (2 - total).sum()
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.Module], **options: Any) -> None:
         super().__init__()
@@ -149,6 +155,7 @@ MODELS = {
     ),
     "gru": lambda: (Recurrent(nn.GRU, batch_first=True), (rows(7, 4, 3), classes()), F.cross_entropy),
     "own rows": lambda: (nn.Linear(4, 3), (rows(7, 4), classes()), picked),
+    "of sums": lambda: (nn.Linear(4, 3), (rows(7, 4), rows(7, 3)), of_sums),
     "standardised": lambda: (nn.Linear(4, 3), (rows(7, 4), rows(7, 3)), standardised),
     **{
         name: lambda loss=loss: (
@@ -253,7 +260,7 @@ def _reduced_never(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _linear_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_placements, "linear_sets", lambda node: (frozenset(operand_names(node)),))
+    monkeypatch.setattr(_parts, "linear_sets", lambda node: (frozenset(operand_names(node)),))
     monkeypatch.setattr(Placements, "_sums", lambda self, source: True)
 
 
