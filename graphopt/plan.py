@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from os import PathLike
 from statistics import median
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from graphopt.cost_model import Estimate
 from graphopt.cost_model.measured import Measurement
 from graphopt.graph.training_graph import TrainingGraph
 from graphopt.passes import LivenessResult, PassResult
+
+if TYPE_CHECKING:
+    from graphopt.choice import Landscape
+    from graphopt.visualize.page import Page
 
 
 class Crossover(NamedTuple):
@@ -123,6 +128,8 @@ class Plan:
 
     ``explain()`` prints it for a person, ``to_dict()`` gives it to a program, ``crossovers()`` looks over batch sizes.
 
+    ``landscape``: what is known of all candidates over batch sizes, where there is a choice.
+
     ``graph`` may be a function that counts the figures of `facts` when they are asked for: counting takes longer than
     deciding.
     """
@@ -136,6 +143,7 @@ class Plan:
     valid_where: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     over_sizes: Callable[[], list[Crossover]] | None = field(default=None, repr=False, compare=False)
+    landscape: Landscape | None = field(default=None, repr=False, compare=False)
 
     @property
     def facts(self) -> GraphFacts | None:
@@ -157,6 +165,12 @@ class Plan:
         At batch sizes that were decided on it is the decision that counts, between them the least expected seconds.
         """
         return [] if self.over_sizes is None else self.over_sizes()
+
+    def show(self, path: str | PathLike[str] | None = None, **options: Any) -> Page:
+        """The plan and its step as a page to look at and to search; see `graphopt.show`."""
+        from graphopt.visualize.show import show
+
+        return show(self, path, **options)
 
     def explain(self, *, layers: bool = False) -> str:
         """The plan as text. With ``layers``: also what gradient liveness decided for each forward operator."""

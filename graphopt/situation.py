@@ -97,7 +97,7 @@ class Situation:
         """A choice for a batch size at which nothing was run yet; capture goes before."""
         index = self.admitting(size)
         prepared = self._prepare(index)
-        plan = Plan(size, [], "", "", notes=list(self.notes), over_sizes=self._crossovers)
+        plan = Plan(size, [], "", "", notes=list(self.notes), over_sizes=self._crossovers, landscape=self.landscape)
         feasible, late = self._candidates(plan, prepared, index, size)
         if index is not None:
             step = self.steps[index]
