@@ -193,7 +193,7 @@ class Plan:
         if self.valid_where:
             lines.append(f"     valid for batch sizes with {' and '.join(self.valid_where)}")
         if self.passes is not None:
-            lines += _pass_lines(self.passes)
+            lines += pass_lines(self.passes)
             if layers and isinstance(self.passes, LivenessResult):
                 lines.append("layers, from the first one:")
                 lines += [f"     {d.operator} {d.module}: {d.decision} ({d.why})" for d in self.passes.layers]
@@ -227,7 +227,7 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths) if width).rstrip() for row in rows]
 
 
-def _pass_lines(result: PassResult, most: int = 4) -> list[str]:
+def pass_lines(result: PassResult, most: int = 4) -> list[str]:
     """What passes did, a few lines a pass: what saves most first, the rest counted."""
     lines = ["passes:"] if result.changes or result.refusals else []
     names = dict.fromkeys([c.pass_name for c in result.changes] + [r.pass_name for r in result.refusals])

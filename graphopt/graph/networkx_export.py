@@ -22,7 +22,9 @@ _FILL = {"input": "#eef0f3", "forward": "#dbe8f6", "backward": "#f8e3d8", "updat
 def to_networkx(graph: TrainingGraph, price: Estimate | None = None) -> networkx.MultiDiGraph:
     """See `TrainingGraph.to_networkx`."""
     sizes = None if price is None else {name: price.sizes[name] for name in graph.symbols.hints}
-    found = networkx.MultiDiGraph(name=repr(graph), **{f"size_{k}": v for k, v in (sizes or graph.symbols.hints).items()})
+    found = networkx.MultiDiGraph(
+        name=repr(graph), **{f"size_{k}": v for k, v in (sizes or graph.symbols.hints).items()}
+    )
     inputs = dict(zip(graph.placeholders, graph.inputs, strict=True))
     outputs: dict[fx.Node, list[str]] = {}
     for output, result in zip(graph.outputs, graph.results, strict=True):

@@ -264,10 +264,10 @@ class TrainingGraph:
     def to_networkx(self, price: Estimate | None = None) -> networkx.MultiDiGraph:
         """The graph as a networkx multigraph: a node for each operator, input and constant, an edge for each operand.
 
-        Attributes of nodes: ``position`` (in the order of execution), ``op``, ``arguments``, ``type``, ``axes``, ``phase``,
-        ``module``, ``source``, ``flops`` and ``bytes`` (at the sizes of the price, or of the capture), ``input`` and
-        ``output`` (what the signature says), ``placement`` in divided graphs, and ``seconds`` where a price is given. Those
-        of edges: ``operand`` (which one of the reader) and ``type``. All are strings and numbers.
+        Attributes of nodes: ``position`` (in the order of execution), ``op``, ``arguments``, ``type``, ``axes``,
+        ``phase``, ``module``, ``source``, ``flops`` and ``bytes`` (at the sizes of the price, or of the capture),
+        ``input`` and ``output`` (what the signature says), ``placement`` in divided graphs, and ``seconds`` where a
+        price is given. Those of edges: ``operand`` (which one of the reader) and ``type``. All are strings and numbers.
 
         Raises ValueError where ``price`` is that of another graph.
         """

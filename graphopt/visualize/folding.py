@@ -14,7 +14,7 @@ FORWARD, BACKWARD, UPDATE = 0, 1, 2
 
 
 class Spot(NamedTuple):
-    """Where an operator belongs: column, module path, source line, and what it is called (inputs and constants: empty)."""
+    """Where an operator belongs: column, module path, source line, and its word (none for inputs and constants)."""
 
     column: int
     module: str
@@ -123,7 +123,7 @@ def _first(group: Group, spots: Sequence[Spot]) -> int:
     """Where a group stands among others: by its first forward operator, else mirrored by its last of backward."""
     members = group.all_members()
     operators = [i for i in members if spots[i].word] or members
-    forward = [i for i in operators if spots[i].column == FORWARD]
+    forward = [i for i in operators if spots[i].column != BACKWARD]
     return min(forward) if forward else 2 * len(spots) - max(operators, default=0)
 
 

@@ -14,7 +14,7 @@ from tempfile import mkdtemp
 from typing import Any
 
 _LIBRARIES = ("cytoscape.min.js", "dagre.min.js")
-_SCRIPTS = ("model.js", "layout.js", "colours.js", "canvas.js", "panels.js", "main.js")
+_SCRIPTS = ("model.js", "layout.js", "colours.js", "canvas.js", "panels.js", "search.js", "main.js")
 
 
 class Page:

@@ -18,13 +18,14 @@ from graphopt.graph.axes import Axes
 from graphopt.graph.op_rules import bytes_moved, flops
 from graphopt.graph.sizes import nbytes
 from graphopt.graph.storages import Storage, is_view, kept_for_backward, tensors
-from graphopt.graph.text import argument_text, operator_text, shape_text
+from graphopt.graph.text import argument_text, shape_text
 from graphopt.graph.training_graph import Phase, TrainingGraph
 from graphopt.passes import Refusal
 from graphopt.plan import Plan
 from graphopt.visualize.comparison import Comparison, Drawn, Status
 from graphopt.visualize.folding import Group, fold
-from graphopt.visualize.places import spots_of
+from graphopt.visualize.places import spots_of, word_of
+
 
 @dataclass(frozen=True)
 class Side:
@@ -53,7 +54,7 @@ class Side:
 
     def facts(self) -> dict[str, Any]:
         """Figures of the whole graph."""
-        found = {
+        found: dict[str, Any] = {
             "operators": len(self.graph),
             "flops": self.graph.flops(self.sizes),
             "bytes kept": self.graph.bytes_kept(self.sizes),
@@ -108,14 +109,15 @@ def page_data(
             for c in compared.changes
         ],
         "refusals": [
-            {"pass": r.pass_name, "what": r.what, "module": r.module, "source": r.source, "why": r.why} for r in refusals
+            {"pass": r.pass_name, "what": r.what, "module": r.module, "source": r.source, "why": r.why}
+            for r in refusals
         ],
         "placements": after.graph.signature.tree.get("placements"),
         "plan": None if plan is None else _plan(plan),
     }  # fmt: skip
 
 
-# -- operators --------------------------------------------------------------------------------------------------------
+# -- operators ---------------------------------------------------------------------------------------------------------
 
 
 def _op(one: Drawn, side: Side, axes: _AxisTable, column: int, group: int, gives: list[str]) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def _op(one: Drawn, side: Side, axes: _AxisTable, column: int, group: int, gives
     dims = side.axes.of(node) if side.axes is not None else ()
     found: dict[str, Any] = {
         "n": node.name,
-        "o": operator_text(node.target).removeprefix("aten.") if node.op == "call_function" else node.op,
+        "o": word_of(node) or node.op,
         "k": _kind(node),
         "c": column,
         "g": group,
@@ -193,7 +195,7 @@ def _gives(compared: Comparison) -> dict[int, list[str]]:
     return found
 
 
-# -- groups, saved tensors, axes -----------------------------------------------------------------------------------------
+# -- groups, saved tensors, axes ---------------------------------------------------------------------------------------
 
 
 def _listed(root: Group) -> tuple[list[dict[str, Any]], dict[int, int]]:
@@ -270,7 +272,7 @@ class _AxisTable:
         return list(found)
 
 
-# -- the plan ------------------------------------------------------------------------------------------------------------
+# -- the plan ----------------------------------------------------------------------------------------------------------
 
 
 def _plan(plan: Plan) -> dict[str, Any]:
@@ -284,4 +286,3 @@ def _plan(plan: Plan) -> dict[str, Any]:
         "valid_where": list(plan.valid_where),
         "notes": list(plan.notes),
     }
-

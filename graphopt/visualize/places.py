@@ -6,8 +6,6 @@ on: sums of gradients, the update, inputs and constants.
 
 from __future__ import annotations
 
-from os.path import commonprefix
-
 from torch import fx
 
 from graphopt.graph.text import operator_text
@@ -27,26 +25,35 @@ def spots_of(compared: Comparison) -> list[Spot]:
         first_reader[source] = min(reader, first_reader.get(source, reader))
     batch, owners = _batch(compared), _owners(compared, sources)
     found: list[Spot] = []
+    sums: set[int] = set()
     for i, one in enumerate(compared.drawn):
         meta = one.node.meta
         spot = Spot(
-            _COLUMNS.get(meta.get("phase"), FORWARD),
+            _COLUMNS.get(meta.get("phase", Phase.INPUT), FORWARD),
             meta.get("module", "") or "",
             meta.get("source", "") or "",
-            operator_text(one.node.target).removeprefix("aten.") if one.node.op == "call_function" else "",
+            word_of(one.node),
         )
         if one.node in batch:
             spot = Spot(FORWARD, "", "inputs", "")
         elif spot.column == UPDATE:
             spot = spot._replace(module=owners.get(i, ""), source="")
         elif spot.column == BACKWARD and not spot.module and not spot.source:
-            spot = spot._replace(module=_between([found[k] for k in sources.get(i, ()) if k < i]))
+            spot = spot._replace(module=_around_last([(found[k], k in sums) for k in sources.get(i, ()) if k < i]))
+            sums.add(i)
         found.append(spot)
     for i in reversed(range(len(found))):
         node = compared.drawn[i].node
         if node.op != "call_function" and node not in batch and i in first_reader:
             found[i] = found[first_reader[i]]._replace(word="")
     return found
+
+
+def word_of(node: fx.Node) -> str:
+    """An operator's name without its namespace; empty for inputs and constants."""
+    if node.op != "call_function":
+        return ""
+    return operator_text(node.target).removeprefix("aten.").removeprefix("_c10d_functional.")
 
 
 def _batch(compared: Comparison) -> set[fx.Node]:
@@ -56,12 +63,16 @@ def _batch(compared: Comparison) -> set[fx.Node]:
     return {node for given, node in pairs if given.kind in (InputKind.BATCH, InputKind.PLACE)}
 
 
-def _between(sources: list[Spot]) -> str:
-    """The module of a sum of gradients: the innermost around all that it adds. Empty if one of them has none."""
-    modules = [spot.module for spot in sources if spot.column == BACKWARD]
-    if len(modules) < 2 or not all(modules):
+def _around_last(sources: list[tuple[Spot, bool]]) -> str:
+    """The module of a sum of gradients: that around the one that gave the last gradient, whose input was read twice.
+
+    ``sources``: what it adds, in order of execution, each with whether it is such a sum itself.
+    """
+    gradients = [pair for pair in sources if pair[0].column == BACKWARD]
+    if len(gradients) < 2:
         return ""
-    return ".".join(commonprefix([module.split(".") for module in modules]))
+    last, is_sum = gradients[-1]
+    return last.module if is_sum else last.module.rpartition(".")[0]
 
 
 def _owners(compared: Comparison, sources: dict[int, list[int]]) -> dict[int, str]:

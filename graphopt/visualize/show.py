@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from os import PathLike
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from graphopt.cost_model import Estimate, Machine, estimate
 from graphopt.cost_model.machine import kept

@@ -149,10 +149,10 @@ class Canvas {
     const inputs = model.values[this.showsSide()][g][column].ops === 0 && left > 0;
     const head = inputs ? plural(left, "input") : this.measure === "phase" ? `${PHASE_NAME[column]} · ${count}` : `${measureText(this.measure, value)} · ${percent(value / this.totalOf())}`;
     const marks = [];
-    if (gone && model.ghosts) marks.push(`−${gone} removed`);
-    if (sum.added && !before) marks.push(`+${sum.added}`);
-    if (sum.changed && !before) marks.push(`${sum.changed} changed`);
-    const second = marks.length ? marks.join(", ") : inputs || this.measure === "phase" ? "" : `${PHASE_NAME[column]} · ${count}`;
+    if (gone && model.ghosts) marks.push([`−${gone}`, "removed"]);
+    if (sum.added && !before) marks.push([`+${sum.added}`, "added"]);
+    if (sum.changed && !before) marks.push([`~${sum.changed}`, "changed"]);
+    const second = marks.length ? marks.map(([n, word]) => (marks.length < 3 ? `${n} ${word}` : n)).join("  ") : inputs || this.measure === "phase" ? "" : `${PHASE_NAME[column]} · ${count}`;
     const ghost = left === 0;
     node(id, at, { w: CARD.w, h: CARD.h, z: 200, label: ghost ? `${PHASE_NAME[column]}\n−${gone} removed` : second ? `${head}\n${second}` : head, fill, ink, rim: PHASE_COLOUR[column] }, ghost ? "card ghost" : "card");
   }
