@@ -156,8 +156,7 @@ class Model {
       let from = i > 0 ? `g${up[i - 1]}` : `o${a}`, to = j > 0 ? `g${down[j - 1]}` : `o${b}`;
       if (i === 0 && j === 0) { from = `o${a}`; to = `o${b}`; }
       if (from === to) continue;
-      if (i === 0 && j === 0) found[level].set(`${from}>${to}`, [from, to]);
-      else if (kind === "grad") backward[level].set(`${to}>${from}`, [to, from]);
+      if (kind === "grad" && (i || j)) backward[level].set(`${to}>${from}`, [to, from]);
       else if (kind !== "given") found[level].set(`${from}>${to}`, [from, to]);
       else if (!given.has(from)) { // an input stands above its first reader
         given.add(from);
