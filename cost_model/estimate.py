@@ -167,7 +167,7 @@ class Estimate:
 
 def _render(table: Table) -> str:
     out = io.StringIO()
-    Console(file=out, width=200, no_color=True).print(table)
+    Console(file=out, width=200, no_color=True, force_jupyter=False, force_terminal=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 from torch import fx
 
 from graphopt.cost_model import Estimate, Machine, estimate
@@ -132,14 +132,20 @@ def roofline(
             edgecolors="white",
             label=name,
         )
-    for k in np.argsort(-seconds[shown])[:named]:
+    labels: set[str] = set()
+    for k in np.argsort(-seconds[shown]):
         node = price.work.nodes[shown[k]]
-        where = node.meta.get("module") or node.name
-        label = f"{operator_text(node.target).removeprefix('aten.')}  {where}"
+        label = f"{operator_text(node.target).removeprefix('aten.')}  {node.meta.get('module') or node.name}"
+        if label in labels or len(labels) == named:
+            continue
+        labels.add(label)
         ax.annotate(label, (intensity[k], speed[k]), (5, -9), textcoords="offset points", fontsize=7, color=SOFT)
     ax.set_xscale("log")
     ax.set_yscale("log")
+    ax.set_ylim(bottom=min(speed.min() / 2, rate / 100))
     ax.yaxis.set_major_formatter(EngFormatter("FLOP/s", sep=" "))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_minor_formatter(NullFormatter())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     share = seconds[shown].sum() / seconds.sum()
     ax.set_title(f"{share:.0%} of the predicted time is in operators with FLOPs", fontsize=9, color=SOFT, loc="left")
