@@ -6,6 +6,7 @@ import pytest
 
 import graphopt
 from graphopt.passes import ShardAxes
+from graphopt.plan import Candidate, Plan
 from tests.cost_model.machines import simple
 from tests.visualize.browser import NEEDS_BROWSER, Viewer, browser
 from tests.visualize.steps import head_only, large
@@ -170,6 +171,38 @@ def test_divided_steps(tab, tmp_path):
     tab.run("app.goTo(app.canvases[0].cy.nodes('.collective')[0].id())")
     assert "added" in tab.tab.inner_text("#details h2")
     tab.picture("divided")
+
+
+def test_every_list_is_text_for_people(tab, tmp_path):
+    candidates = [Candidate("flat", seconds=[0.01]), Candidate("eager", "it may not")]
+    plan = Plan(
+        8, candidates, "flat", "a test", passes=head_only(), notes=["a note on the plan"], valid_where=("batch>=2",)
+    )
+    plan.show(tmp_path / "plan.html")
+    tab.open(tmp_path / "plan.html")
+    for name in tab.run("return app.panels.names"):
+        tab.tab.click(f"#tabs >> text={name}")
+        text = tab.tab.inner_text("#list")
+        assert text.strip() and "[object" not in text and "undefined" not in text and "NaN" not in text, name
+    for words in ("10.0 ms measured", "left out: it may not", "a note on the plan", "batch>=2"):
+        assert words in text
+    tab.picture("plan")
+    everything = tab.run("""
+        app.setNumbers(true); app.refold(() => app.model.openDepth(99));
+        return app.canvases[0].cy.nodes().map((n) => { app.choose(n.id()); return document.getElementById("details").innerText; })""")  # fmt: skip  # noqa: E501
+    assert all(text and not any(odd in text for odd in ("[object", "undefined", "NaN")) for text in everything)
+
+
+def test_in_the_frame_of_a_notebook(chromium, tmp_path):
+    tab = chromium.new_page(viewport={"width": 980, "height": 760})
+    (tmp_path / "notebook.html").write_text(f"<body>{graphopt.show(head_only())._repr_html_()}</body>")
+    viewer = Viewer(tab)
+    tab.goto((tmp_path / "notebook.html").as_uri())
+    tab.frame_locator("iframe").locator("body[data-ready=true]").wait_for()
+    assert tab.frames[1].evaluate("window.graphopt.app.canvases[0].cy.nodes('.card').length") > 4
+    viewer.picture("notebook")
+    tab.close()
+    assert viewer.problems == []
 
 
 def test_three_thousand_operators(tab, tmp_path):

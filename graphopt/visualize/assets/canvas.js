@@ -45,12 +45,14 @@ const STYLE = [
   { selector: "edge.bent", style: { "curve-style": "round-segments", "segment-weights": "data(weights)", "segment-distances": "data(distances)", "segment-radii": 14, "edge-distances": "node-position" } },
   { selector: "edge.saved", style: { "line-style": "dashed", "line-dash-pattern": [5, 3] } },
   { selector: "edge.far", style: { opacity: 0, events: "no" } },
+  { selector: "edge.given", style: { opacity: 0.4 } },
   { selector: "edge.ghost", style: { "line-style": "dotted", "line-color": COLOUR.ghost, "target-arrow-color": COLOUR.ghost, opacity: 0.45 } },
   { selector: "node.dim", style: { opacity: 0.22 } },
   { selector: "edge.dim", style: { opacity: 0.1 } },
   { selector: "node.lit", style: { "border-color": COLOUR.axis, "border-width": 4, "underlay-color": COLOUR.axis, "underlay-opacity": 0.28, "underlay-padding": 5 } },
   { selector: "edge.near", style: { opacity: 1, width: 2.6, "z-index": 150 } },
   { selector: "node.chosen", style: { "border-color": COLOUR.ink, "border-width": 3.5, "underlay-color": COLOUR.ink, "underlay-opacity": 0.12, "underlay-padding": 6 } },
+  { selector: "node.box.chosen", style: { "border-width": 2, "underlay-opacity": 0 } },
 ];
 
 class Canvas {
@@ -147,7 +149,7 @@ class Canvas {
     const value = this.sumOf(g, column);
     const { fill, ink } = this.paint(column, value, false);
     const inputs = model.values[this.showsSide()][g][column].ops === 0 && left > 0;
-    const head = inputs ? plural(left, "input") : this.measure === "phase" ? `${PHASE_NAME[column]} · ${count}` : `${measureText(this.measure, value)} · ${percent(value / this.totalOf())}`;
+    const head = inputs ? plural(left, "input") : this.measure === "phase" ? `${PHASE_NAME[column]} · ${count}` : [measureText(this.measure, value), percent(value / this.totalOf())].filter(Boolean).join(" · ");
     const marks = [];
     if (gone && model.ghosts) marks.push([`−${gone}`, "removed"]);
     if (sum.added && !before) marks.push([`+${sum.added}`, "added"]);

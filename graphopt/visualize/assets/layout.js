@@ -138,7 +138,7 @@ class Layout {
     const op = this.model.ops[id];
     if (op.k === "input" || op.k === "constant") return { w: Math.max(60, 6.2 * shorten(op.n, 22).length + 18), h: 22 };
     const longest = Math.max(7.2 * shorten(op.o, 26).length, 6 * shorten(op.t, 30).length);
-    return { w: Math.max(70, longest + 18), h: 38 };
+    return { w: Math.max(70, longest + (op.k === "collective" ? 64 : 18)), h: 38 };
   }
 
   /** dagre on one level: centres of the nodes around (0, 0), and the bends of edges that pass others. */

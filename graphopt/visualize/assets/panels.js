@@ -35,7 +35,7 @@ class Panels {
       role: "tab", "aria-selected": String(name === this.tab), onclick: () => { this.tab = name; this.list(); },
     }, name, this.counts[name] ? h("span.count", null, String(this.counts[name])) : null)));
     const made = { Modules: () => this.modules(), Changes: () => this.changes(), "Left alone": () => this.refusals(), Axes: () => this.axes(), Plan: () => this.plan() }[this.tab]();
-    document.getElementById("list").replaceChildren(...[made].flat());
+    document.getElementById("list").replaceChildren(...[made].flat(9).filter(Boolean));
   }
 
   // -- modules -----------------------------------------------------------------------------------------------------
@@ -99,16 +99,20 @@ class Panels {
 
   plan() {
     const plan = this.model.data.plan;
-    const rows = plan.candidates.map((c) => h(`tr${c.scheme === plan.chosen ? ".chosen" : ""}`, null,
-      h("td", null, c.scheme), h("td.num", null, c.median_seconds ? secondsText(c.median_seconds) : ""), h("td.num", null, c.predicted ? secondsText(c.predicted[0]) : ""),
-      h("td", null, c.why_not ? `left out: ${c.why_not}` : c.lost || (c.scheme === plan.chosen ? plan.reason : ""))));
+    const rows = plan.candidates.map((c) => {
+      const times = [];
+      if (c.median_seconds) times.push(`${secondsText(c.median_seconds)} measured`);
+      if (c.predicted) times.push(`${secondsText(c.predicted[0])} ${c.predicted[3]}`);
+      const why = c.why_not ? `left out: ${c.why_not}` : c.scheme === plan.chosen ? plan.reason : c.lost;
+      return h(`div.row.change${c.scheme === plan.chosen ? ".chosen" : ""}`, null, h("b", null, c.scheme), h("div", null, times.join("  ·  ")), h("div.where", null, why));
+    });
+    const crossovers = plan.crossovers.map(([size, before, after]) => `${after} instead of ${before} from ${size} on`);
     return [
-      h("p.hint", null, `Batches of ${plan.batch_size} are run by `, h("b", null, plan.chosen), "."),
-      h("table", null, h("thead", null, h("tr", null, ["scheme", "measured", "expected", "why"].map((t) => h("th", null, t)))), h("tbody", null, rows)),
-      plan.crossovers.length ? h("p", null, "Over batch sizes: ", plan.crossovers.map(([size, before, after]) => `${after} instead of ${before} from ${size} on`).join("; ")) : null,
-      plan.valid_where.length ? h("p", null, `The graph holds where ${plan.valid_where.join(" and ")}.`) : null,
+      h("p.hint", null, `Batches of ${plan.batch_size} are run by `, h("b", null, plan.chosen), "."), rows,
+      crossovers.length ? h("p.note", null, `Over batch sizes: ${crossovers.join("; ")}.`) : null,
+      plan.valid_where.length ? h("p.note", null, `The graph holds where ${plan.valid_where.join(" and ")}.`) : null,
       plan.notes.map((note) => h("p.note", null, note)),
-    ].filter(Boolean);
+    ];
   }
 
   // -- details -------------------------------------------------------------------------------------------------------
@@ -128,8 +132,8 @@ class Panels {
     const terms = Object.entries(after.terms || {}).filter(([, s]) => s > 0).sort((a, b) => b[1] - a[1]);
     return [
       h("h2", null, "The step"),
-      h("table.facts", null, compared ? h("thead", null, h("tr", null, h("th"), h("th.num", null, "captured"), h("th.num", null, "after passes"), h("th"))) : null,
-        h("tbody", null, row("operators", "operators", (n) => n.toLocaleString("en")), row("FLOPs", "flops", flopsText), row("kept for backward", "bytes kept", bytesText),
+      h("table.facts", null, compared ? h("thead", null, h("tr", null, h("th"), h("th.num", null, "captured"), h("th.num", null, "after"), h("th"))) : null,
+        h("tbody", null, row("operators", "operators", (n) => n.toLocaleString("en")), row("FLOPs", "flops", flopsText), row("kept", "bytes kept", bytesText),
           row("peak memory", "peak bytes", bytesText), row("predicted time", "seconds", secondsText))),
       after.machine ? h("p.hint", null, `Predicted for ${after.machine}, between ${secondsText(after.interval[0])} and ${secondsText(after.interval[1])}.`)
         : h("p.hint", null, "No predicted times: this machine is not calibrated. Run ", h("code", null, "graphopt calibrate"), ", or give show() a machine."),
@@ -184,7 +188,7 @@ class Panels {
     return [
       h("h2", null, group.label), group.path ? h("p.mono", null, group.path) : null,
       h("p", null, h("button.action", { onclick: () => this.app.toggle(g) }, model.open.has(g) ? "Close this box" : "Open this box")),
-      h("table.facts.wide", null, h("thead", null, h("tr", null, ["", "operators", "predicted", "FLOPs", "bytes moved"].map((t) => h("th.num", null, t)))), h("tbody", null, rows)),
+      h("table.facts.wide", null, h("thead", null, h("tr", null, ["", "ops", "predicted", "FLOPs", "moved"].map((t) => h("th.num", null, t)))), h("tbody", null, rows)),
       dear.length ? [h("h3", null, "Takes most"), h("table.facts", null, h("tbody", null, dear.map((op) => h("tr", null, h("td", null, link(op)), h("td.num", null, op.s ? secondsText(op.s) : flopsText(op.f))))))] : null,
       kept.length ? [h("h3", null, "Kept for backward"), h("table.facts", null, h("tbody", null, kept.map((s) => h("tr", null, h("td", null, link(model.ops[s.op])), h("td.num", null, bytesText(s.bytes))))))] : null,
       gone.length ? [h("h3", null, `Removed: ${plural(gone.length, "operator")}`), h("p.refs", null, gone.slice(0, 40).map(link), gone.length > 40 ? ` … and ${gone.length - 40} more` : null)] : null,
