@@ -26,7 +26,8 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Reason:
-    """Why an operator is gone: the pass, and its `Change` (an index into `Comparison.changes`) where that is known."""
+    """Why an operator is gone or gives less: the pass, and its `Change` (an index into `Comparison.changes`) where that
+    is known."""
 
     pass_name: str
     change: int | None = None
@@ -78,6 +79,8 @@ class Comparison:
         for one in self.drawn:
             if one.status is Status.REMOVED:
                 one.reason = self._reason(one, removed or {})
+            elif one.status is Status.CHANGED:
+                one.reason = self._narrowed(one)
 
     @classmethod
     def of(cls, result: PassResult) -> Comparison:
@@ -146,6 +149,16 @@ class Comparison:
             if word in change.what.replace(",", " ").replace(":", " ").split():
                 return Reason(change.pass_name, i)
         return Reason(name) if name is not None else None
+
+    def _narrowed(self, one: Drawn) -> Reason | None:
+        """The change that says which results of an operator are not computed any more, if one does."""
+        assert one.was is not None
+        at = one.was.meta.get("module", ""), one.was.meta.get("source", "")
+        word = operator_text(one.was.target).removeprefix("aten.")
+        for i, change in enumerate(self.changes):
+            if (change.module, change.source) == at and f"{word}: " in change.what:
+                return Reason(change.pass_name, i)
+        return None
 
 
 def _proper(graph: TrainingGraph) -> list[fx.Node]:

@@ -29,24 +29,33 @@ from graphopt.visualize.places import spots_of, word_of
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two graphs with what is known of it: its price (None without a machine) and its axes."""
+    """One of the two graphs with what is known of it: its price (None without a machine) and its axes.
+
+    ``figures``: FLOPs, bytes moved and predicted seconds of each operator.
+    """
 
     graph: TrainingGraph
     sizes: Mapping[str, int]
     price: Estimate | None = None
     axes: Axes | None = None
-    seconds: Mapping[fx.Node, float] = field(default_factory=dict)
+    figures: Mapping[fx.Node, tuple[int, int, float]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, graph: TrainingGraph, sizes: Mapping[str, int], price: Estimate | None) -> Side:
         """The side of a graph at certain sizes."""
-        seconds = {} if price is None else dict(zip(price.work.nodes, price.node_seconds.tolist(), strict=True))
+        if price is not None:
+            columns = price.counts.flops.tolist(), price.counts.bytes.tolist(), price.node_seconds.tolist()
+            figures = dict(zip(price.work.nodes, zip(*columns, strict=True), strict=True))
+        else:
+            evaluate = graph.symbols.evaluate
+            operators = (node for node in graph.nodes if node.op == "call_function")
+            figures = {n: (evaluate(flops(n), sizes), evaluate(bytes_moved(n), sizes), 0.0) for n in operators}
         axes: Axes | None = graph.axes
         try:
             axes.groups()  # type: ignore[union-attr]
         except AxisError:  # a graph made by hand, without metadata: it is shown without axes
             axes = None
-        return cls(graph, sizes, price, axes, seconds)
+        return cls(graph, sizes, price, axes, figures)
 
     def evaluate(self, value: Any) -> int:
         """A symbolic number at the sizes of this side."""
@@ -56,7 +65,7 @@ class Side:
         """Figures of the whole graph."""
         found: dict[str, Any] = {
             "operators": len(self.graph),
-            "flops": self.graph.flops(self.sizes),
+            "flops": sum(flops for flops, _, _ in self.figures.values()),
             "bytes kept": self.graph.bytes_kept(self.sizes),
         }
         if self.price is not None:
@@ -148,8 +157,9 @@ def _op(one: Drawn, side: Side, axes: _AxisTable, column: int, group: int, gives
             found[key] = value
     if node.op == "call_function":
         found["args"] = _arguments(node)
-        figures = side.evaluate(flops(node)), side.evaluate(bytes_moved(node)), side.seconds.get(node)
-        found |= {key: value for key, value in zip(("f", "b", "s"), figures, strict=True) if value}
+        found |= {key: value for key, value in zip(("f", "b", "s"), side.figures[node], strict=True) if value}
+        if one.status is Status.CHANGED and one.was is not None:
+            found["was"] = _arguments(one.was)
     return found
 
 

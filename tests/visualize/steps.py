@@ -42,6 +42,16 @@ def head_only() -> PassResult:
     return Pipeline((GradientLiveness(), *PASSES))(graph)
 
 
+@cache
+def head_only_of_convolutions() -> PassResult:
+    """Two convolutions of which the second is trained: its input gradient is not read, its weight gradient is."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 3), nn.Flatten())
+    batch = torch.randn(4, 2, 5, 5), torch.randint(4, (4,))
+    graph = capture(net, batch, loss=F.cross_entropy, gradients="all")
+    return GradientLiveness(trainable=["1.weight", "1.bias"])(graph)
+
+
 def large(blocks: int = 50, operators: int = 20) -> TrainingGraph:
     """A joint graph of ``blocks`` modules, each with so many operators in forward, backward and update."""
 

@@ -11,7 +11,7 @@ from graphopt.graph.training_graph import TrainingGraph
 from graphopt.passes import CommonSubexpressions, DeadCode, NoOps, PassResult, Pipeline
 from graphopt.visualize.comparison import Comparison, Status
 from tests.helpers import traced
-from tests.visualize.steps import head_only
+from tests.visualize.steps import head_only, head_only_of_convolutions
 
 aten = torch.ops.aten
 
@@ -78,6 +78,20 @@ def test_real_step_is_covered_and_every_loss_has_a_pass():
     by_pass = Counter(one.reason.pass_name for one in removed)
     assert by_pass["gradient_liveness"] > 10
     assert sum(one.reason.change is not None for one in removed) >= 0.9 * len(removed)
+
+
+def test_an_operator_that_gives_less_says_why():
+    result = head_only_of_convolutions()
+    compared = Comparison.of(result)
+    (narrowed,) = [
+        one
+        for one in compared.drawn
+        if one.node.target is aten.convolution_backward.default and one.status is not Status.REMOVED
+    ]
+    assert narrowed.status is Status.CHANGED
+    assert narrowed.reason is not None and narrowed.reason.pass_name == "gradient_liveness"
+    change = compared.changes[narrowed.reason.change]
+    assert change.what == "removed convolution_backward: input gradient" and change.module == "1"
 
 
 def test_edges_of_each_side():

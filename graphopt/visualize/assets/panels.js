@@ -154,14 +154,15 @@ class Panels {
     return [
       h("h2", null, op.o, h("span.tag", { style: `background:${PHASE_COLOUR[op.c]}` }, PHASE_NAME[op.c]), op.st ? h(`span.tag.${op.st}`, null, op.st) : null),
       h("p.mono", null, `%${op.n}`),
-      op.why ? h("div.reason", null, h("b", null, `Removed by ${words(op.why[0])}`), change ? h("div", null, change.what) : h("div", null, "It went because nothing reads it any more."), change ? h("div.saving", null, savings(change)) : null) : null,
+      op.why ? h("div.reason", null, h("b", null, `${op.st === "changed" ? "Narrowed" : "Removed"} by ${words(op.why[0])}`), change ? h("div", null, change.what) : h("div", null, "It went because nothing reads it any more."), change ? h("div.saving", null, savings(change)) : null) : null,
       h("table.facts", null, h("tbody", null,
         row("type", h("span.mono", null, op.t)), row("is", op.in), row("gives", (op.out || []).join(", ")), row("module", op.m), row("source", op.src ? h("span.mono", null, op.src) : null),
         row("on each processor", op.p), row("predicted", op.s ? `${secondsText(op.s)}  (${percent(op.s / total("s"))} of the step)` : null),
         row("FLOPs", op.f ? `${flopsText(op.f)}  (${percent(op.f / total("f"))})` : null), row("bytes moved", op.b ? bytesText(op.b) : null),
         row("kept for backward", op.saved ? bytesText(op.saved.bytes) : null), row("results", (op.also || []).join(", ")))),
       op.a ? [h("h3", null, "Axes"), h("div.axes", null, op.a.map((k) => h("button.axischip", { onclick: () => this.app.lightAxis(k), "data-axis": model.data.axes[k].name }, model.data.axes[k].name, h("span", null, model.data.axes[k].size))))] : null,
-      op.args ? [h("h3", null, "Call"), h("p.mono.wrap", null, `${op.o}(${op.args})`)] : null,
+      op.args ? [h("h3", null, "Call"), h("p.mono", null, `${op.o}(${op.args})`)] : null,
+      op.was !== undefined ? [h("h3", null, "Before the passes"), h("p.mono", null, `${op.o}(${op.was})`)] : null,
       op.sources.length ? [h("h3", null, "Reads"), h("p.refs", null, op.sources.map(link))] : null,
       op.readers.length ? [h("h3", null, "Read by"), h("p.refs", null, op.readers.map(link))] : null,
     ];
