@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import NamedTuple
 
 MOST = 60
@@ -14,24 +16,28 @@ FORWARD, BACKWARD, UPDATE = 0, 1, 2
 
 
 class Spot(NamedTuple):
-    """Where an operator belongs: column, module path, source line, and its word (none for inputs and constants)."""
+    """Where an operator belongs: column, module path, source line, and its word (none for inputs and constants, which
+    stand ``at`` the operator that reads them first)."""
 
     column: int
     module: str
     source: str
     word: str
+    at: int | None = None
 
 
 @dataclass(eq=False)
 class Group:
     """A box of the page. ``kind``: ``module``, ``line`` (operators of one source line beside submodules), ``part`` (a
-    piece of a level that is too long) or ``update``. ``members``: indices of the operators directly in it."""
+    piece of a level that is too long) or ``update``. ``members``: indices of the operators directly in it. ``behind``:
+    of a line, the first operator of the submodule that comes before it."""
 
     label: str
     path: str
     kind: str
     children: list[Group] = field(default_factory=list)
     members: list[int] = field(default_factory=list)
+    behind: float | None = None
 
     def all_members(self) -> list[int]:
         """All operators in it."""
@@ -68,16 +74,10 @@ def _finish(group: Group, spots: Sequence[Spot]) -> None:
     for child in group.children:
         _finish(child, spots)
     if group.children and group.members:
-        lines: dict[str, Group] = {}
-        for i in group.members:
-            source = spots[i].source
-            line = lines.setdefault(source, Group("", group.path, "line"))
-            line.members.append(i)
-        for source, line in lines.items():
-            words, place = _words(line.members, spots), source.rpartition("/")[2]
-            line.label = "  ".join(filter(None, (words, place))) or "inputs"
+        lines = _lines(group, spots)
+        for line in lines:
             _divide_members(line, spots)
-        group.children += lines.values()
+        group.children += lines
         group.members = []
     _divide_members(group, spots)
     order = {id(child): _first(child, spots) for child in group.children}
@@ -91,6 +91,33 @@ def _finish(group: Group, spots: Sequence[Spot]) -> None:
             Group(f"{part[0].label} … {part[-1].label}", group.path, "part", part)
             for part in _pieces(group.children, MOST // 3)
         ]
+
+
+def _lines(group: Group, spots: Sequence[Spot]) -> list[Group]:
+    """The operators beside submodules, by source line, and by how many submodules come before them.
+
+    Backward runs the other way round: what it comes to before a submodule stands behind it in forward. A submodule
+    without backward is one that is not trained; those come first.
+    """
+    firsts: tuple[list[float], list[float]] = ([], [])
+    for child in group.children:
+        operators = [i for i in child.all_members() if spots[i].word]
+        for column, found in zip((FORWARD, BACKWARD), firsts):
+            found.append(min((i for i in operators if spots[i].column == column), default=inf))
+    forward, backward = map(sorted, firsts)
+    lines: dict[tuple[str, int], Group] = {}
+    for i in group.members:
+        at = spots[i].at
+        at = i if at is None else at
+        back = spots[i].column == BACKWARD
+        before = len(backward) - bisect_right(backward, at) if back else bisect_right(forward, at)
+        line = lines.setdefault((spots[i].source, before), Group("", group.path, "line"))
+        line.members.append(i)
+        line.behind = forward[before - 1] if before else -1.0
+    for (source, _), line in lines.items():
+        words, place = _words(line.members, spots), source.rpartition("/")[2]
+        line.label = "  ".join(filter(None, (words, place))) or "inputs"
+    return list(lines.values())
 
 
 def _divide_members(group: Group, spots: Sequence[Spot]) -> None:
@@ -119,12 +146,14 @@ def _pieces(items: list[Group], length: int) -> list[list[Group]]:
     return [items[at : at + length] for at in range(0, len(items), length)]
 
 
-def _first(group: Group, spots: Sequence[Spot]) -> int:
-    """Where a group stands among others: by its first forward operator, else mirrored by its last of backward."""
+def _first(group: Group, spots: Sequence[Spot]) -> float:
+    """Where a group stands among others: by its first forward operator, or behind which of the others it comes."""
     members = group.all_members()
     operators = [i for i in members if spots[i].word] or members
     forward = [i for i in operators if spots[i].column != BACKWARD]
-    return min(forward) if forward else 2 * len(spots) - max(operators, default=0)
+    if forward:
+        return min(forward)
+    return 2 * len(spots) - max(operators, default=0) if group.behind is None else group.behind + 0.5
 
 
 def _words(members: Sequence[int], spots: Sequence[Spot], most: int = 3) -> str:

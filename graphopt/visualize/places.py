@@ -45,7 +45,7 @@ def spots_of(compared: Comparison) -> list[Spot]:
     for i in reversed(range(len(found))):
         node = compared.drawn[i].node
         if node.op != "call_function" and node not in batch and i in first_reader:
-            found[i] = found[first_reader[i]]._replace(word="")
+            found[i] = found[first_reader[i]]._replace(word="", at=first_reader[i])
     return found
 
 

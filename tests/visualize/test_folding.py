@@ -47,6 +47,34 @@ def test_operators_beside_submodules_are_grouped_by_line():
     assert outline(root) == ["step", ["block", ["inner", 0, 3], ["add, neg  m.py:6", 1, 2]], ["head", 4]]
 
 
+def test_one_line_around_submodules_is_divided_at_them():
+    """``x + outer(relu(inner(x)))``: the sum stands behind what it adds, and backward beside its forward."""
+    root = fold([
+        Spot(FORWARD, "b.inner", "m.py:1", "mm"), Spot(FORWARD, "b", "m.py:1", "relu"),
+        Spot(FORWARD, "b.outer", "m.py:1", "mm"), Spot(FORWARD, "b", "m.py:1", "add"),
+        Spot(BACKWARD, "b.outer", "m.py:1", "mm"), Spot(BACKWARD, "b", "m.py:1", "threshold_backward"),
+        Spot(BACKWARD, "b.inner", "m.py:1", "mm"), Spot(BACKWARD, "b", "", "add"),
+    ])  # fmt: skip
+    assert outline(root)[1][1:] == [
+        ["add", 7], ["inner", 0, 6], ["relu, threshold_backward  m.py:1", 1, 5], ["outer", 2, 4], ["add  m.py:1", 3],
+    ]  # fmt: skip
+
+
+def test_an_input_stands_with_its_reader():
+    root = fold([
+        Spot(FORWARD, "b", "m.py:2", "", 2), Spot(FORWARD, "b.inner", "", "mm"), Spot(FORWARD, "b", "m.py:2", "mul"),
+    ])  # fmt: skip
+    assert outline(root)[1][1:] == [["inner", 1], ["mul  m.py:2", 0, 2]]
+
+
+def test_what_is_not_trained_has_no_backward_and_comes_first():
+    root = fold([
+        Spot(FORWARD, "b.frozen", "", "mm"), Spot(FORWARD, "b", "m.py:1", "relu"), Spot(FORWARD, "b.head", "", "mm"),
+        Spot(BACKWARD, "b.head", "", "mm"), Spot(BACKWARD, "b", "m.py:1", "threshold_backward"),
+    ])  # fmt: skip
+    assert [line[0] for line in outline(root)[1][1:]] == ["frozen", "relu, threshold_backward  m.py:1", "head"]
+
+
 def test_update_is_a_tree_of_its_own_and_single_children_are_one():
     root = fold([
         Spot(FORWARD, "encoder.layers.0", "", "mm"), Spot(UPDATE, "encoder.layers.0", "", "mul"),
