@@ -180,6 +180,33 @@ def test_divided_steps_show_collectives_and_placements():
     assert {"sharded 0", "replicated", "partial sum"} <= {op.get("p") for op in data["ops"]}
 
 
+def classifier(batch: int = 6, **options):
+    """A step of a small network with all parameters trained by AdamW."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    capturing = {name: options.pop(name) for name in ("clip", "accumulate") if name in options}
+    return graphopt.capture(
+        net, (torch.randn(batch, 4), torch.randint(2, (batch,))), loss=torch.nn.functional.cross_entropy,
+        optimizer=torch.optim.AdamW(net.parameters(), **options), **capturing,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [
+    lambda: classifier(fused=True, clip=1.0),
+    lambda: classifier(foreach=True, accumulate=2),
+    lambda: classifier(batch=1, foreach=False),
+    lambda: graphopt.capture(torch.nn.Identity(), (torch.randn(3, 2),), backward=False),
+    lambda: graphopt.capture(model(), (torch.randn(3, 6),)),
+    lambda: graphopt.capture_forward(torch.nn.LSTM(4, 8, num_layers=2), (torch.randn(3, 5, 4),)),
+], ids=["fused", "foreach", "batch of one", "no operators", "without a loss", "forward of an LSTM"])  # fmt: skip
+def test_steps_of_every_kind(make):
+    graph = make()
+    data = graphopt.show(graph, machine=simple()).data
+    names = {name for op in data["ops"] for name in (op["n"], *op.get("also", []))}
+    assert names == {node.name for node in graph.nodes if node.op != "output"}
+    assert sum(op.get("f", 0) for op in data["ops"]) == graph.flops()
+    assert str(graph) and graph.to_networkx().number_of_nodes() == len(names)
+
+
 def test_large_graphs_stay_small_enough():
     page = graphopt.show(large())
     assert len(page.data["ops"]) > 3000
