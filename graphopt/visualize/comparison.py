@@ -74,7 +74,7 @@ class Comparison:
     ):
         self.before, self.after, self.changes = before, after, tuple(changes)
         self.drawn: list[Drawn] = self._matched()
-        self.index = {name: i for i, one in enumerate(self.drawn) for name in one.names}
+        self._place = {side: i for i, one in enumerate(self.drawn) for side in (one.was, one.node) if side is not None}
         self.edges = self._edges()
         for one in self.drawn:
             if one.status is Status.REMOVED:
@@ -87,9 +87,9 @@ class Comparison:
         """What passes did."""
         return cls(result.graph, result.before, result.changes, result.removed)
 
-    def pairs(self, source: int, reader: int) -> tuple[bool, bool]:
-        """Whether ``reader`` reads ``source`` before and after."""
-        return self.edges.get((source, reader), (False, False))
+    def index(self, node: fx.Node) -> int | None:
+        """The index in ``drawn`` of a node of either graph, ``getitem`` looked through; None for the output."""
+        return self._place.get(_looked_through(node))
 
     # -- building -----------------------------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class Comparison:
         return found
 
     def _edges(self) -> dict[tuple[int, int], tuple[bool, bool]]:
-        place = {side: i for i, one in enumerate(self.drawn) for side in (one.was, one.node) if side is not None}
+        place = self._place
         found: dict[tuple[int, int], tuple[bool, bool]] = {}
         for i, one in enumerate(self.drawn):
             for node, side in ((one.was, 0), (one.node if one.status is not Status.REMOVED else None, 1)):
@@ -175,12 +175,13 @@ def _names(node: fx.Node) -> list[str]:
 
 def _sources(node: fx.Node) -> list[fx.Node]:
     """What a node reads, ``getitem`` looked through."""
-    found = []
-    for source in node.all_input_nodes:
-        while source.target is getitem:
-            source = source.all_input_nodes[0]
-        found.append(source)
-    return found
+    return [_looked_through(source) for source in node.all_input_nodes]
+
+
+def _looked_through(node: fx.Node) -> fx.Node:
+    while node.target is getitem:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _arguments(node: fx.Node) -> str:

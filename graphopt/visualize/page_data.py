@@ -200,8 +200,8 @@ def _gives(compared: Comparison) -> dict[int, list[str]]:
     """Which outputs of the step each operator gives."""
     found: dict[int, list[str]] = {}
     for output, node in zip(compared.after.outputs, compared.after.results, strict=True):
-        if node is not None and node.name in compared.index:
-            found.setdefault(compared.index[node.name], []).append(str(output))
+        if node is not None and (i := compared.index(node)) is not None:
+            found.setdefault(i, []).append(str(output))
     return found
 
 
@@ -231,7 +231,8 @@ def _saved(compared: Comparison, after: Side, before: Side | None) -> list[dict[
         if side is None:
             continue
         for storage in kept_for_backward(side.graph):
-            root = compared.index[storage.root.name]
+            root = compared.index(storage.root)
+            assert root is not None  # storages are made by operators
             row = found.setdefault(
                 root, {"op": root, "bytes": side.evaluate(nbytes(storage.root.meta["val"])), "readers": [], "sides": 0}
             )
@@ -245,7 +246,7 @@ def _saved(compared: Comparison, after: Side, before: Side | None) -> list[dict[
 
 def _readers(storage: Storage, compared: Comparison) -> set[int]:
     readers = (user for value in storage.values for user in value.users if user.meta.get("phase") == Phase.BACKWARD)
-    return {compared.index[user.name] for user in readers if user.name in compared.index}
+    return {i for user in readers if (i := compared.index(user)) is not None}
 
 
 class _AxisTable:

@@ -83,8 +83,8 @@ def _owners(compared: Comparison, sources: dict[int, list[int]]) -> dict[int, st
             continue
         for output, node in zip(graph.outputs, graph.results, strict=True):
             if node is not None and output.kind in (OutputKind.PARAMETER, OutputKind.STATE):
-                if node.name in compared.index:
-                    names.setdefault(compared.index[node.name], set()).add(output.name)
+                if (i := compared.index(node)) is not None:
+                    names.setdefault(i, set()).add(output.name)
     for i in reversed(range(len(compared.drawn))):
         if i in names and compared.drawn[i].node.meta.get("phase") == Phase.UPDATE:
             for source in sources.get(i, ()):

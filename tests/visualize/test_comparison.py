@@ -53,6 +53,25 @@ def test_a_graph_alone_is_kept():
     assert set(compared.edges.values()) == {(True, True)}
 
 
+def test_another_operator_of_the_same_name_is_another():
+    def before(step, x):
+        return aten.exp.default(x)
+
+    def after(step, x):
+        return aten.add.Tensor(aten.neg.default(x), x)
+
+    then, now = traced(before, (3,)), traced(after, (3,))
+    draft = now.draft()
+    next(n for n in draft.graph.nodes if n.target is aten.neg.default).name = "exp"
+    now = draft.finish()
+    compared = Comparison(now, then)
+    assert [(one.node.name, str(one.status)) for one in compared.drawn][1:] == [
+        ("exp", "added"), ("add", "added"), ("exp", "removed"),
+    ]  # fmt: skip
+    alive, gone = (next(n for n in g.nodes if n.name == "exp") for g in (now, then))
+    assert compared.index(alive) == 1 and compared.index(gone) == 3
+
+
 def test_order_of_what_is_gone_is_where_it_was():
     result = head_only()
     compared = Comparison.of(result)
@@ -101,7 +120,7 @@ def test_edges_of_each_side():
         expected = set()
         for node in graph.nodes:
             for user in node.users:
-                pair = compared.index.get(node.name), compared.index.get(user.name)
+                pair = compared.index(node), compared.index(user)
                 if None not in pair and pair[0] != pair[1]:
                     expected.add(pair)
         assert {pair for pair, flags in compared.edges.items() if flags[side]} == expected
