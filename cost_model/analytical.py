@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import numpy as np
 
-from graphopt.cost_model.communication import exposed_seconds
+from graphopt.cost_model.communication import Schedule, exposed_seconds, scheduled
 from graphopt.cost_model.estimate import TERMS, Estimate
 from graphopt.cost_model.kernels import CONVOLUTIONS, DEPTHWISE, IMAGEWISE, LOOPS, Family, operator_name
 from graphopt.cost_model.machine import Machine
@@ -92,11 +92,9 @@ def estimate(
     values = work.values(sizes)
     counts, peak = work.at(values), work.memory.at(values)
     kernel, by_compute = _kernel_seconds(work, counts, machine, precision)
-    launch = _launch_seconds(work, machine)
+    launch = _visible_launches(work, machine, kernel)
     touched = machine.touch * machine.scales.get("touch", 1.0) * fresh_bytes(peak.blocks, machine.largest)
     updating = work.updating
-    if machine.asynchronous:  # the host runs ahead: only what it takes longer than the kernels is seen
-        launch = launch * max(0.0, 1 - kernel.sum() / max(launch.sum(), 1e-30))
     terms = dict.fromkeys(TERMS, 0.0)
     terms["optimizer"] = float((kernel + launch)[updating].sum())
     terms["compute"] = float(kernel[by_compute & ~updating].sum())
@@ -122,6 +120,7 @@ def estimate(
         node_seconds=np.bincount(work.node_of, kernel + launch, len(work.nodes)),
         work=work,
         counts=counts,
+        precision=precision,
     )
 
 
@@ -138,6 +137,33 @@ def factor_seconds(graph: TrainingGraph, machine: Machine, sizes: Mapping[str, i
     found[_launch_factor(mode)] = float(_launch_seconds(work, plain).sum())
     found["touch"] = machine.touch * fresh_bytes(work.memory.at(values).blocks, machine.largest)
     return found
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The seconds of one step, piece by piece: what its `Estimate` is the sum of.
+
+    ``kernels``: of each kernel with its launch. ``transfers``: of each collective. ``schedule``: when those run.
+    ``binding``: before the first kernel. ``rest``: what has no place in the step, such as memory that the operating
+    system gives anew.
+    """
+
+    kernels: np.ndarray
+    transfers: tuple[float, ...]
+    schedule: Schedule
+    binding: float
+    rest: float
+
+
+def pieces(price: Estimate, machine: Machine, processors: int = 1) -> Pieces:
+    """The seconds of a price in their order. ``machine`` and ``processors`` must be those that it was made for."""
+    work, counts = price.work, price.counts
+    kernel, _ = _kernel_seconds(work, counts, machine, price.precision)
+    kernel = kernel + _visible_launches(work, machine, kernel)
+    seconds = tuple(_transfer_seconds(work, counts, machine, processors))
+    found = scheduled(work.transfers if seconds else (), seconds, kernel)
+    binding = binding_seconds(work, machine)
+    return Pieces(kernel, seconds, found, binding, price.seconds - float(kernel.sum()) - found.stalled - binding)
 
 
 def kernel_seconds(work: Work, machine: Machine) -> np.ndarray:
@@ -223,6 +249,14 @@ def _launch_seconds(work: Work, machine: Machine) -> np.ndarray:
     return scale * (each * (work.items > 0) + np.maximum(work.items - 1, 0) * machine.launch["item"])
 
 
+def _visible_launches(work: Work, machine: Machine, kernel: np.ndarray) -> np.ndarray:
+    """What launches add to each kernel."""
+    launch = _launch_seconds(work, machine)
+    if machine.asynchronous:  # the host runs ahead: only what it takes longer than the kernels is seen
+        launch = launch * max(0.0, 1 - kernel.sum() / max(launch.sum(), 1e-30))
+    return launch
+
+
 def binding_seconds(work: Work, machine: Machine) -> float:
     """Seconds of the host at the beginning of a step of straight-line or compiled code."""
     if work.mode == "eager" or machine.asynchronous:
@@ -234,13 +268,20 @@ def binding_seconds(work: Work, machine: Machine) -> float:
 
 def _communication_seconds(work: Work, counts: Counts, machine: Machine, processors: int, kernels: np.ndarray) -> float:
     """Seconds of the collectives that computation does not hide."""
-    if processors == 1 or not work.transfers:
+    seconds = _transfer_seconds(work, counts, machine, processors)
+    if not seconds or machine.link is None:
         return 0.0
+    return exposed_seconds(work.transfers, seconds, kernels, machine.link.busy)
+
+
+def _transfer_seconds(work: Work, counts: Counts, machine: Machine, processors: int) -> list[float]:
+    """Seconds of each collective; none where nobody is there to communicate with."""
+    if processors == 1 or not work.transfers:
+        return []
     if machine.link is None:
         raise CostModelError(f"processors: {machine.name} has no link to another processor; give Machine.link")
     link = machine.link
-    seconds = [link.seconds(t.collective, float(counts.kernel_bytes[t.start]), processors) for t in work.transfers]
-    return exposed_seconds(work.transfers, seconds, kernels, link.busy)
+    return [link.seconds(t.collective, float(counts.kernel_bytes[t.start]), processors) for t in work.transfers]
 
 
 def _launch_factor(mode: Mode) -> str:

@@ -90,15 +90,40 @@ def exposed_seconds(
         kernels: seconds of each kernel, in order; collectives and waits themselves take none.
         busy: `Link.busy`.
     """
+    schedule = scheduled(transfers, seconds, kernels)
+    return schedule.stalled + busy * max(0.0, sum(seconds) - schedule.stalled)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When collectives run beside computation: seconds from the beginning of the step.
+
+    ``begins``, ``ends``: of each transfer. ``stalls``: (position among the kernels, seconds) that computation waits.
+    ``stalled``: their sum.
+    """
+
+    begins: tuple[float, ...]
+    ends: tuple[float, ...]
+    stalls: tuple[tuple[int, float], ...]
+    stalled: float
+
+
+def scheduled(transfers: Sequence[Transfer], seconds: Sequence[float], kernels: np.ndarray) -> Schedule:
+    """The schedule that `exposed_seconds` counts by; arguments as there."""
     elapsed = np.concatenate([[0.0], np.cumsum(kernels)])
     events = sorted(
         [(t.start, 0, i) for i, t in enumerate(transfers)] + [(t.wait, 1, i) for i, t in enumerate(transfers)]
     )
-    stalled, free, ends = 0.0, 0.0, [0.0] * len(transfers)
+    stalled, free = 0.0, 0.0
+    begins, ends = [0.0] * len(transfers), [0.0] * len(transfers)
+    stalls: list[tuple[int, float]] = []
     for position, is_wait, i in events:
         now = float(elapsed[position]) + stalled
         if is_wait:
+            if ends[i] > now:
+                stalls.append((position, ends[i] - now))
             stalled += max(0.0, ends[i] - now)
         else:
-            free = ends[i] = max(now, free) + seconds[i]
-    return stalled + busy * max(0.0, sum(seconds) - stalled)
+            begins[i] = max(now, free)
+            free = ends[i] = begins[i] + seconds[i]
+    return Schedule(tuple(begins), tuple(ends), tuple(stalls), stalled)

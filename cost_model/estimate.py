@@ -40,6 +40,7 @@ class Estimate:
         sizes: the free sizes it was made for.
         machine: name of the processor.
         mode: how the graph is run.
+        precision: that products were priced in, None for that of their dtypes.
         node_seconds: of each operator in ``work.nodes``, float64; without ``allocation`` and the binding of inputs.
     """
 
@@ -57,6 +58,7 @@ class Estimate:
     node_seconds: np.ndarray
     work: Work
     counts: Counts
+    precision: str | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -165,7 +167,7 @@ class Estimate:
 
 def _render(table: Table) -> str:
     out = io.StringIO()
-    Console(file=out, width=200, no_color=True).print(table)
+    Console(file=out, width=200, no_color=True, force_jupyter=False, force_terminal=False).print(table)
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 

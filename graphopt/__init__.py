@@ -46,6 +46,7 @@ from graphopt.graph.training_graph import TrainingGraph  # noqa: E402
 from graphopt.plan import Plan  # noqa: E402
 from graphopt.schedule import BatchSizeSchedule  # noqa: E402
 from graphopt.step import TrainingStep, optimize  # noqa: E402
+from graphopt.visualize.show import show  # noqa: E402
 
 __all__ = [
     "AxisError",
@@ -72,5 +73,6 @@ __all__ = [
     "capture",
     "capture_forward",
     "optimize",
+    "show",
     "with_backward",
 ]

@@ -20,6 +20,7 @@ from graphopt.errors import GraphoptError
 from graphopt.schemes.data_parallel import threads_of_each
 from graphopt.schemes.workers import Pool
 from graphopt.schemes.workers.link import measure_link
+from graphopt.visualize import commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Optimise and price PyTorch training steps.")
 
@@ -68,6 +69,10 @@ def calibrate(
         table.add_row(name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value))
     Console().print(table)
     typer.echo(f"kept in {kept_at}" if kept_at else "not kept")
+
+
+app.command()(commands.show)
+app.command()(commands.explain)
 
 
 def summary(machine: Machine) -> dict[str, float | str]:

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from os import PathLike
 from statistics import median
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from graphopt.cost_model import Estimate
 from graphopt.cost_model.measured import Measurement
 from graphopt.graph.training_graph import TrainingGraph
 from graphopt.passes import LivenessResult, PassResult
+
+if TYPE_CHECKING:
+    from graphopt.choice import Landscape
+    from graphopt.visualize.page import Page
 
 
 class Crossover(NamedTuple):
@@ -123,6 +128,8 @@ class Plan:
 
     ``explain()`` prints it for a person, ``to_dict()`` gives it to a program, ``crossovers()`` looks over batch sizes.
 
+    ``landscape``: what is known of all candidates over batch sizes, where there is a choice.
+
     ``graph`` may be a function that counts the figures of `facts` when they are asked for: counting takes longer than
     deciding.
     """
@@ -136,6 +143,7 @@ class Plan:
     valid_where: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     over_sizes: Callable[[], list[Crossover]] | None = field(default=None, repr=False, compare=False)
+    landscape: Landscape | None = field(default=None, repr=False, compare=False)
 
     @property
     def facts(self) -> GraphFacts | None:
@@ -158,6 +166,12 @@ class Plan:
         """
         return [] if self.over_sizes is None else self.over_sizes()
 
+    def show(self, path: str | PathLike[str] | None = None, **options: Any) -> Page:
+        """The plan and its step as a page to look at and to search; see `graphopt.show`."""
+        from graphopt.visualize.show import show
+
+        return show(self, path, **options)
+
     def explain(self, *, layers: bool = False) -> str:
         """The plan as text. With ``layers``: also what gradient liveness decided for each forward operator."""
         lines = [f"batch size {self.batch_size}: {self.chosen} ({self.reason})", "candidates:"]
@@ -179,7 +193,7 @@ class Plan:
         if self.valid_where:
             lines.append(f"     valid for batch sizes with {' and '.join(self.valid_where)}")
         if self.passes is not None:
-            lines += _pass_lines(self.passes)
+            lines += pass_lines(self.passes)
             if layers and isinstance(self.passes, LivenessResult):
                 lines.append("layers, from the first one:")
                 lines += [f"     {d.operator} {d.module}: {d.decision} ({d.why})" for d in self.passes.layers]
@@ -213,7 +227,7 @@ def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths) if width).rstrip() for row in rows]
 
 
-def _pass_lines(result: PassResult, most: int = 4) -> list[str]:
+def pass_lines(result: PassResult, most: int = 4) -> list[str]:
     """What passes did, a few lines a pass: what saves most first, the rest counted."""
     lines = ["passes:"] if result.changes or result.refusals else []
     names = dict.fromkeys([c.pass_name for c in result.changes] + [r.pass_name for r in result.refusals])

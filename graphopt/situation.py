@@ -96,7 +96,7 @@ class Situation:
         """A choice for a batch size at which nothing was run yet; capture goes before."""
         index = self.admitting(size)
         prepared = self._prepare(index)
-        plan = Plan(size, [], "", "", notes=list(self.notes), over_sizes=self._crossovers)
+        plan = Plan(size, [], "", "", notes=list(self.notes), over_sizes=self._crossovers, landscape=self.landscape)
         feasible, late = self._candidates(plan, prepared, index, size)
         if self.waiting and index is None:
             plan.notes.append(f"steps={self.settings.steps}: eager runs first, a capture has to pay back")

@@ -52,6 +52,7 @@ def optimize(
     memory: int | None = None,
     verify: bool = False,
     keep_grads: bool = False,
+    passes: Sequence[Pass] | None = None,
 ) -> Any:
     """A training step (or a drop-in module) that runs by the fastest scheme for each batch it is given.
 
@@ -83,6 +84,8 @@ def optimize(
         verify: check each captured step, and each of its forms that is about to run (channels-last, bf16, fused
             update), against eager and a float64 reference; what fails is left out and the plan says so.
         keep_grads: leave gradients in ``.grad`` after the step (None otherwise).
+        passes: what runs on each captured step after gradient liveness; by default `PASSES`. A list of your own may
+            hold them: ``passes=(MyPass(), *graphopt.step.PASSES)``.
 
     Raises:
         BatchError, OptimizerError, GraphoptError: before anything was changed.
@@ -120,6 +123,9 @@ def optimize(
         raise GraphoptError("model: TorchScript hides its operators; give the module it was made from")
     if lazy := [name for name, p in model.named_parameters() if is_lazy(p)]:
         raise GraphoptError(f"model: {lazy[0]} is not initialized; call the model once on a batch before")
+    chosen_passes = PASSES if passes is None else tuple(passes)
+    if not all(isinstance(one, Pass) for one in chosen_passes):
+        raise GraphoptError(f"passes: expected objects of graphopt.passes.Pass, got {passes!r}")
     settings = Settings(as_schemes(schemes), processors, steps, precision, batch_norm, memory)
     optimizers = as_optimizers(optimizer)
     if loss is None and not optimizers:
@@ -127,13 +133,13 @@ def optimize(
             raise GraphoptError("clip and accumulate: they need a loss or an optimizer; a drop-in module has neither")
         from graphopt.drop_in import DropIn
 
-        return DropIn(model, PASSES)
+        return DropIn(model, chosen_passes)
     check_ownership(optimizers, {id(p): name for name, p in model.named_parameters()})
     world = find_world(model, processors)
     task = Task(
         model, ModelLoss if loss is None else loss, optimizers, parse_clip(clip), accumulate, keep_grads, world=world
     )
     if world is None:
-        return TrainingStep(task, batch_shape, settings, PASSES, verify=verify)
+        return TrainingStep(task, batch_shape, settings, chosen_passes, verify=verify)
     settings = replace(settings, schemes=schemes_in_world(schemes, world, batch_norm))
-    return WorldStep(task, batch_shape, settings, PASSES, verify=verify)
+    return WorldStep(task, batch_shape, settings, chosen_passes, verify=verify)

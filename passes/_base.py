@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, ClassVar
 
@@ -59,13 +59,17 @@ def place(node: fx.Node) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Change:
-    """One thing a pass did: ``what`` in words, and where in the user's model (both may be empty)."""
+    """One thing a pass did: ``what`` in words, and where in the user's model (both may be empty).
+
+    ``nodes``: names of the operators that went with it, where the pass keeps count of them.
+    """
 
     pass_name: str
     what: str
     module: str = ""
     source: str = ""
     saving: Saving = Saving()
+    nodes: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,15 @@ class Refusal:
 class PassResult:
     """The graph after a pass, what changed, and what was left alone.
 
-    ``graph`` is the very object given to the pass if nothing changed.
+    ``graph`` is the very object given to the pass if nothing changed. ``before``: the graph that the first pass was
+    given, None where no pass ran. ``removed``: names of its operators that are gone, each with the pass that took it.
     """
 
     graph: TrainingGraph
     changes: tuple[Change, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    before: TrainingGraph | None = field(default=None, repr=False, compare=False, kw_only=True)
+    removed: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False, kw_only=True)
 
     @property
     def changed(self) -> bool:
@@ -133,7 +140,13 @@ class Pass(ABC):
             raise
         if result.graph is not before.graph:
             check(self, before.graph, result.graph)
-        return PassResult(result.graph, before.changes + result.changes, before.refusals + result.refusals)
+        return PassResult(
+            result.graph,
+            before.changes + result.changes,
+            before.refusals + result.refusals,
+            before=before.graph if before.before is None else before.before,
+            removed={**before.removed, **_removed(self.name, before.graph, result.graph)},
+        )
 
     @abstractmethod
     def rewrite(self, graph: TrainingGraph) -> PassResult:
@@ -225,6 +238,14 @@ def check(rewriter: Pass, before: TrainingGraph, after: TrainingGraph) -> None:
     drawn, draws = _random_operators(before), _random_operators(after)
     if drawn != draws:
         fail(f"the random operators were {drawn} and are {draws}")
+
+
+def _removed(pass_name: str, before: TrainingGraph, after: TrainingGraph) -> dict[str, str]:
+    """Operators that a pass took away. A draft keeps the names of the nodes that it copies."""
+    if after is before:
+        return {}
+    left = {node.name: node.target for node in after.graph.nodes}
+    return {node.name: pass_name for node in before.graph.nodes if left.get(node.name) != node.target}
 
 
 def _type(node: fx.Node | None) -> Any:

@@ -119,7 +119,10 @@ class Rewriting:
         draft.constants = {name: value for name, value in draft.constants.items() if name in used}
         after = draft.finish()
         kept = self._kept_savings(after)
-        changes = (Change(self._name, s.what, *place(s.at), self._saving(s, kept)) for s in self._steps)
+        changes = (
+            Change(self._name, s.what, *place(s.at), self._saving(s, kept), tuple(n.name for n in s.removed))
+            for s in self._steps
+        )
         return PassResult(after, tuple(changes), tuple(self._refusals))
 
     def _record(self, step: _Step) -> None:

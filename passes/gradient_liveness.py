@@ -80,7 +80,9 @@ class GradientLiveness(Pass):
         before = graph.graph if isinstance(graph, PassResult) else graph
         live = {o.name for o in result.graph.outputs if o.kind is OutputKind.GRADIENT} | self._updated(before)
         layers = walk_layers(before, live, self.weightless, self.copies)
-        return LivenessResult(result.graph, result.changes, result.refusals, layers)
+        return LivenessResult(
+            result.graph, result.changes, result.refusals, layers, before=result.before, removed=result.removed
+        )
 
     def rewrite(self, graph: TrainingGraph) -> PassResult:
         """See the class."""

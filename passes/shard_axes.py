@@ -138,6 +138,9 @@ class ShardAxes(Pass):
     def _joined(self, graph: TrainingGraph, placed: Placements) -> tuple[TrainingGraph, list[tuple[str, fx.Node]]]:
         """The graph with collectives, and a word and a place for each."""
         draft = graph.draft()
+        for node, placement in placed.of.items():
+            how = placed.reduced.get(node)  # its readers get the sum
+            draft.node(node).meta["placement"] = f"partial {how}" if how else _placement_text(placement)
         joined = []
         for node, how in placed.reduced.items():
             size = join(draft, draft.node(node), how, self.group)
@@ -157,6 +160,13 @@ class ShardAxes(Pass):
         tree = {**draft.signature.tree, "placements": record}
         draft.signature = replace(draft.signature, tree=tree)
         return draft.finish(), joined
+
+
+def _placement_text(placement: Any) -> str:
+    """How a value lies, as text for people; those of several results with commas."""
+    if isinstance(placement, (tuple, list)):
+        return ", ".join(map(_placement_text, placement))
+    return str(placement)
 
 
 def _word(placed: Placements, node: fx.Node | None) -> str:

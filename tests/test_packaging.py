@@ -68,6 +68,11 @@ def test_wheel_holds_the_linked_packages_as_real_files(wheel: Path) -> None:
             "graphopt/passes/__init__.py",
             "graphopt/cost_model/__init__.py",
         } <= names
+        assets = ROOT / "graphopt" / "visualize" / "assets"
+        found = {path.relative_to(ROOT).as_posix(): path for path in assets.iterdir()}
+        assert {name for name in names if "/assets/" in name} == set(found)
+        for name, path in found.items():
+            assert archive.read(name) == path.read_bytes()
         for name in LINKED:
             assert archive.read(f"graphopt/{name}/__init__.py") == (ROOT / name / "__init__.py").read_bytes()
 

@@ -21,8 +21,12 @@ from graphopt.errors import PassError
 from graphopt.graph.sizes import Symbols
 
 if TYPE_CHECKING:
+    import networkx
+
+    from graphopt.cost_model import Estimate
     from graphopt.graph.axes import Axes
     from graphopt.graph.draft import Draft
+    from graphopt.visualize.page import Page
 
 
 class InputKind(StrEnum):
@@ -248,6 +252,40 @@ class TrainingGraph:
         from graphopt.graph.serialize import load
 
         return load(path)
+
+    # -- pictures and other tools -------------------------------------------------------------------------------
+
+    def show(self, path: str | PathLike[str] | None = None, **options: Any) -> Page:
+        """The graph as a page to look at and to search; see `graphopt.show`."""
+        from graphopt.visualize.show import show
+
+        return show(self, path, **options)
+
+    def to_networkx(self, price: Estimate | None = None) -> networkx.MultiDiGraph:
+        """The graph as a networkx multigraph: a node for each operator, input and constant, an edge for each operand.
+
+        Attributes of nodes: ``position`` (in the order of execution), ``op``, ``arguments``, ``type``, ``axes``,
+        ``phase``, ``module``, ``source``, ``flops`` and ``bytes`` (at the sizes of the price, or of the capture),
+        ``input`` and ``output`` (what the signature says), ``placement`` in divided graphs, and ``seconds`` where a
+        price is given. Those of edges: ``operand`` (which one of the reader) and ``type``. All are strings and numbers.
+
+        Raises ValueError where ``price`` is that of another graph.
+        """
+        from graphopt.graph.networkx_export import to_networkx
+
+        return to_networkx(self, price)
+
+    def write_graphml(self, path: str | PathLike[str], price: Estimate | None = None) -> None:
+        """Write `to_networkx` as GraphML, for Gephi, yEd or ``networkx.read_graphml``."""
+        from graphopt.graph.networkx_export import write_graphml
+
+        write_graphml(self, path, price)
+
+    def write_dot(self, path: str | PathLike[str], price: Estimate | None = None) -> None:
+        """Write the graph for Graphviz, with the attributes of `to_networkx` and a box around each module."""
+        from graphopt.graph.networkx_export import write_dot
+
+        write_dot(self, path, price)
 
     # -- rewriting ----------------------------------------------------------------------------------------------
 

@@ -83,7 +83,9 @@ def optimised(task: Task, whole: WholeStep, passes: Sequence[Pass]) -> PassResul
     """What gradient liveness and ``passes`` make of a whole step."""
     liveness = _liveness(task, whole)
     result = Pipeline(passes)(liveness)
-    return LivenessResult(result.graph, result.changes, result.refusals, liveness.layers)
+    return LivenessResult(
+        result.graph, result.changes, result.refusals, liveness.layers, before=result.before, removed=result.removed
+    )
 
 
 def _liveness(task: Task, whole: WholeStep) -> LivenessResult:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def explain(axes: Axes) -> str:
     """See `Axes.explain`."""
     out = StringIO()
-    console = Console(file=out, width=160, no_color=True)
+    console = Console(file=out, width=160, no_color=True, force_jupyter=False, force_terminal=False)
     groups = Table("axis", "kind", "size", "starts at", "places", "free, or why not", title="Axes", box=None)
     for g in axes.groups():
         first = g.places[0]

@@ -44,8 +44,8 @@ def lists(see: Propagation, node: fx.Node) -> Any:
         isinstance(node.meta.get("val"), (list, tuple))
         and node.meta["val"]
         and isinstance(node.meta["val"][0], (list, tuple))
-    ):  # fused updates return one list for each kind of state
-        return [list(results) for _ in node.meta["val"]]
+    ):  # fused updates return one list for each kind of state, an empty one for a kind that they do without
+        return [results[: len(each)] for each in node.meta["val"]]
     return results
 
 
