@@ -45,6 +45,7 @@ from graphopt.elastic import space as make_space
 from graphopt.elastic.importance import sort_by_importance
 from graphopt.elastic.report import rigid
 from graphopt.graph.depth import stages
+from graphopt.graph.training_graph import InputKind
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CONVERTED, SPEED = RESULTS / "elastic_convert.json", RESULTS / "elastic_speed.json"
@@ -129,7 +130,7 @@ def _convert(case: zoo.Case, row: Converted) -> None:
 def _describe(made: Space, row: Converted) -> None:
     row.dimensions = {str(k): sum(d.kind is k for d in made.dimensions) for k in Kind}
     row.rigid = round(rigid(made), 4)
-    shapes = made.graph(made.smallest).input_nodes("parameter")  # type: ignore[arg-type]
+    shapes = made.graph(made.smallest).input_nodes(InputKind.PARAMETER)
     row.smallest = round(sum(n.meta["val"].numel() for n in shapes.values()) / max(1, row.parameters), 4)
     operators = {str(n.target) for n in made.primary.graph.nodes if n.op == "call_function"}
     row.attention = any("softmax" in o or "dot_product_attention" in o for o in operators)

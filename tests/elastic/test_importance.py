@@ -36,7 +36,8 @@ def test_the_best_come_first():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     strong = torch.tensor([2, 5, 7])
     with torch.no_grad():
-        net[0].weight[strong] *= 100
+        net[0].weight[strong] = 100 * torch.randn(3, 4).sign()
+        net[2].weight.copy_(net[2].weight.sign())
     found = space(net, torch.randn(3, 4), choices={"0.hidden": (3,)})
     x = torch.randn(64, 4)
     right = net(x).detach()

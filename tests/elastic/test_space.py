@@ -16,7 +16,7 @@ from graphopt.errors import ElasticError
 class Grouped(nn.Module):
     """A stem, an attention with grouped queries, a gated MLP, a head: the parts of a decoder."""
 
-    def __init__(self, width=24, groups=2, queries=3, size=4, hidden=32, layers=2):
+    def __init__(self, width=24, groups=2, queries=3, size=4, hidden=32, layers=1):
         super().__init__()
         self.groups, self.queries, self.size = groups, queries, size
         self.stem = nn.Linear(5, width)
@@ -46,61 +46,63 @@ def grouped(**options):
     return space(Grouped(), torch.randn(2, 4, 5), **options)
 
 
-def test_dimensions_of_a_decoder():
-    found = grouped()
+@pytest.fixture(scope="module")
+def found():
+    return grouped()
+
+
+def test_dimensions_of_a_decoder(found):
     assert {d.name: (d.kind, d.choices) for d in found.dimensions} == {
         "embed": (Kind.EMBEDDING, (12, 18, 24)),
-        "layers.0.heads": (Kind.HEADS, (1, 2)),
-        "layers.0.queries": (Kind.QUERIES, (1, 2, 3)),
+        "layers.0.q.heads": (Kind.HEADS, (1, 2)),
+        "layers.0.q.queries": (Kind.QUERIES, (1, 2, 3)),
         "layers.0.hidden": (Kind.WIDTH, (8, 16, 24, 32)),
-        "layers.1.heads": (Kind.HEADS, (1, 2)),
-        "layers.1.queries": (Kind.QUERIES, (1, 2, 3)),
-        "layers.1.hidden": (Kind.WIDTH, (8, 16, 24, 32)),
     }
     assert found.dimension("layers.0.hidden").where == ("layers.0.gate", "layers.0.up", "layers.0.down")
     why = {r.name: r.why for r in found.refusals}
-    assert why["layers.0.head_size"] == "it has one choice only"
+    assert why["layers.0.q.head_size"] == "it has one choice only"
     assert "output" in why["head.output"] and "input" in why["input"]
 
 
-def test_the_table():
-    text = str(grouped(fixed="layers.1.*"))
-    line = next(line for line in text.splitlines() if "layers.0.hidden" in line)
-    assert line.split()[:7] == ["layers.0.hidden", "width", "32", "8,", "16,", "24,", "32"]
-    assert f"{3 * 24 * 32 + 2 * 32:,}" in line
-    assert "fixed by the user" in text
-
-
-def test_grouped_queries_stay_valid():
-    found = grouped()
+def test_grouped_queries_stay_valid(found):
     model, x = found.model, torch.randn(3, 6, 5)
     small = Grouped(groups=1, queries=2)
     choice = found.choice({Kind.HEADS: 1, Kind.QUERIES: 2})
-    rows = [3 * 4 * g + 4 * q + e for g in range(1) for q in range(2) for e in range(4)]
+    rows = list(range(2 * 4))  # the first two queries of the first group, each of size 4
     with torch.no_grad():
         for name, tensor in small.named_parameters():
             whole = dict(model.named_parameters())[name]
             kind = name.split(".")[2] if name.startswith("layers") else ""
-            cut = {"q": whole[rows], "k": whole[:4], "v": whole[:4]}.get(kind, whole)
-            tensor.copy_(whole[:, rows] if name.endswith("o.weight") else cut)
+            cut = {"q": whole[rows], "k": whole[:4], "v": whole[:4]} if kind in ("q", "k", "v") else {}
+            tensor.copy_(whole[:, rows] if name.endswith("o.weight") else cut.get(kind, whole))
+        with pytest.raises(graphopt.BatchError):
+            found.run(choice, x[:, :, :4])
+        x = torch.randn(3, 4, 5)
         assert torch.allclose(found.run(choice, x), small(x), atol=1e-6)
 
 
 def test_choices_sizes_and_shares():
-    found = grouped(choices={Kind.WIDTH: (4, 0.5), "layers.1.hidden": (7, 32), "embed": [6, 12]})
-    assert found.dimension("layers.0.hidden").choices == (4, 16, 32)
-    assert found.dimension("layers.1.hidden").choices == (7, 32)
+    found = grouped(choices={Kind.WIDTH: (4, 0.5), "*.queries": (0.5,), "layers.0.hidden": (7, 32), "embed": [6, 12]})
+    assert found.dimension("layers.0.hidden").choices == (7, 32)
+    assert found.dimension("layers.0.q.queries").choices == (2, 3)
     assert found.dimension("embed").choices == (6, 12, 24)
 
 
 def test_tied_named_fixed():
-    found = grouped(
-        tied={"hidden": "*.hidden", "heads": ["layers.0.heads", "layers.1.heads"]}, names={"embed": "width"},
-        fixed=[Kind.QUERIES],
-    )  # fmt: skip
-    assert [d.name for d in found.dimensions] == ["width", "heads", "hidden"]
-    slices = found.subnet({"hidden": 8}).slices
-    assert repr(slices["layers.0.up.weight"]) == repr(slices["layers.1.up.weight"]) == "Slice[0:8, :]"
+    class Three(nn.Sequential):
+        def forward(self, x):
+            return self[3](self[2](self[1](self[0](x).relu()).relu()).relu())
+
+    net = Three(nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 6), nn.Linear(6, 2))
+    names = [d.name for d in space(net, torch.randn(2, 3)).dimensions]
+    assert len(names) == 3
+    found = space(net, torch.randn(2, 3), tied={"both": names[:2]}, names={names[2]: "last"}, fixed=[names[2]])
+    assert [(d.name, d.choices) for d in found.dimensions] == [("both", (2, 4, 6, 8))]
+    slices = found.subnet({"both": 4}).slices
+    assert repr(slices["1.weight"]) == "Slice[0:4, 0:4]" and "3.weight" not in slices
+    assert [r.why for r in found.refusals if r.name == "last"] == ["fixed by the user"]
+    found = space(net, torch.randn(2, 3), tied=[names[:2]], names={names[2]: "last"})
+    assert [d.name for d in found.dimensions] == [names[0], "last"]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_tied_named_fixed():
         ({"choices": [8]}, "expected a mapping"),
         ({"choices": {3: (8,)}}, "expected a Kind or a pattern"),
         ({"tied": [["embed", "layers.0.hidden"]]}, "differ in kind or size"),
-        ({"names": {"*.hidden": "h"}}, "means 2 dimensions"),
+        ({"names": {"layers.0.*": "h"}}, "means 3 dimensions"),
         ({"names": {"embed": "layers.0.hidden"}}, "two dimensions are called"),
         ({"fixed": tuple(Kind(k) for k in ("width", "heads", "queries", "embedding", "head size"))}, "nothing in it is"),
     ],
@@ -123,12 +125,11 @@ def test_bad_options(options, message):
         grouped(**options)
 
 
-def test_choices():
-    found = grouped()
+def test_choices(found):
     assert found.choice() == found.full and found.full["embed"] == 24
     assert set(found.smallest.values()) == {12, 1, 8}
-    choice = found.choice({"*": 0.5, "embed": 18, "layers.1.*": 1.0})
-    assert (choice["embed"], choice["layers.0.hidden"], choice["layers.1.hidden"]) == (18, 16, 32)
+    choice = found.choice({"*": 0.5, "embed": 18, "*.heads": 1.0})
+    assert [choice[d.name] for d in found.dimensions] == [18, 2, 1, 16]
     assert found.choice(json.loads(json.dumps(choice.to_dict()))) == choice
     assert pickle.loads(pickle.dumps(choice)) == choice and len({choice, found.choice(choice)}) == 1
     assert choice.key() != found.full.key()
@@ -141,12 +142,11 @@ def test_choices():
         found.run(Choice({**found.full, "embed": 13}), torch.randn(2, 4, 5))
 
 
-def test_samples():
-    found = grouped()
+def test_samples(found):
     drawn = [found.sample(seed=seed) for seed in range(30)]
     assert drawn == [found.sample(seed=seed) for seed in range(30)]
     assert all({c[d.name] for c in drawn} == set(d.choices) for d in found.dimensions)
-    assert {found.sample(seed=s, where={Kind.WIDTH: 8})["layers.1.hidden"] for s in range(5)} == {8}
+    assert {found.sample(seed=s, where={Kind.WIDTH: 8})["layers.0.hidden"] for s in range(5)} == {8}
     assert found.sample(seed=0, where=lambda c: c["embed"] == 12)["embed"] == 12
     with pytest.raises(ElasticError, match="none of 1000"):
         found.sample(where=lambda c: False)

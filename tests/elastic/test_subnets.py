@@ -13,6 +13,7 @@ from torch import nn
 
 from graphopt.elastic import space
 from graphopt.errors import BatchError, CaptureError, ElasticError
+from graphopt.graph.training_graph import InputKind
 from tests.elastic.oracles import assert_is_slice, outputs
 from tests.random_models import cases
 
@@ -120,7 +121,7 @@ def test_slices_are_dense_in_the_memory_order_of_the_whole():
     found = space(model, torch.randn(4, 3, 6, 6).contiguous(memory_format=torch.channels_last))
     weight = found.subnet(found.smallest).tensors()["a.weight"]
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    assert weight.stride() == found.graph(found.smallest).input_nodes("parameter")["a.weight"].meta["val"].stride()
+    assert weight.stride() == found.graph(found.smallest).input_nodes(InputKind.PARAMETER)["a.weight"].meta["val"].stride()
 
 
 def test_keywords_and_nested_outputs():
