@@ -1,4 +1,4 @@
-"""Every hand-made structure as a supernet: subnets are the modules built at that size; the full choice changes nothing."""
+"""Every hand-made structure as a supernet: subnets are the modules built at that size, the full choice the model."""
 
 from __future__ import annotations
 
@@ -118,4 +118,3 @@ def test_a_structure_in_which_nothing_is_free_is_refused(name):
     known = structure(name)
     with pytest.raises(ElasticError, match="nothing in it is elastic"):
         space(known.build().eval(), known.batch)
-
