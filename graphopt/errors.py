@@ -124,3 +124,11 @@ class CostModelError(GraphoptError):
     For example, a machine is not known, a measurement is not a positive number of seconds, a profile store was
     written by a newer version of the library, or a fit was asked for more than its rows can carry.
     """
+
+
+class ElasticError(GraphoptError):
+    """Raised when a model cannot be made elastic as asked, or a choice is outside of its space.
+
+    For example, nothing in the model is elastic, a pattern names no dimension, a dimension cannot have the size that
+    was chosen, or a weight is used in two places that cannot have one size.
+    """

@@ -33,6 +33,7 @@ from graphopt.passes.scatter_gradients import ScatterGradients
 from graphopt.passes.selective_saving import SelectiveSaving
 from graphopt.passes.send_up_tree import SendUpTree
 from graphopt.passes.shard_axes import ShardAxes
+from graphopt.passes.shrink_axes import ShrinkAxes
 from graphopt.passes.specialise import specialise
 from graphopt.passes.synchronise import BucketGradients, GatherAtOwner
 from graphopt.passes.zero_tangents import ZeroTangents
@@ -63,6 +64,7 @@ __all__ = [
     "ShardAxes",
     "Strategies",
     "Strategy",
+    "ShrinkAxes",
     "Tier",
     "ZeroTangents",
     "check",

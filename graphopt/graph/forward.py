@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from graphopt.graph.capture import trainable_parameters
+from graphopt.graph.capture import Captured, trainable_parameters
 from graphopt.graph.exported import training_graph
 from graphopt.graph.regions import flatten_regions
 from graphopt.graph.step_module import autocast
@@ -54,6 +54,13 @@ def capture_forward(
         >>> [str(n.target) for n in graph.nodes if n.op == "call_function"]
         ['aten.linear.default', 'aten.gelu.default', 'aten.layer_norm.default']
     """
+    return capture_forward_call(model, batch, loss=loss, free=free).graph
+
+
+def capture_forward_call(
+    model: nn.Module, batch: Any, *, loss: Callable[..., Any] | str | None = None, free: FreeSizes | None = None
+) -> Captured:
+    """`capture_forward` with what it takes to call the graph: the layout of the batch and the nesting of outputs."""
     check_arguments(model, loss)
     traced = trace(
         export_forward, model, batch, loss=loss, trainable=trainable_parameters(model, "wanted"), batch_gradients=None,
@@ -64,4 +71,5 @@ def capture_forward(
         detached = flatten_regions(traced.exported)
     graph = training_graph(traced.exported, module, module.names, traced.sizes, requires_grad=module.required)
     tree = {**graph.signature.tree, "no_grad": detached, "own_backward": list(traced.exported.own_backward)}
-    return TrainingGraph(graph.graph, replace(graph.signature, tree=tree), graph.constants)
+    whole = TrainingGraph(graph.graph, replace(graph.signature, tree=tree), graph.constants)
+    return Captured(whole, traced.layout, module.output_spec, tuple(module.output_constants))

@@ -8,11 +8,11 @@ they are. The default scale of ``scaled_dot_product_attention`` follows the size
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from operator import getitem
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -21,14 +21,19 @@ from graphopt.errors import AxisError
 from graphopt.graph.axes import Axes, Axis, Dim
 from graphopt.graph.draft import Draft, infer_or_copy
 from graphopt.graph.literals import Literal, Role, literals
-from graphopt.graph.op_rules.arguments import set_operand
+from graphopt.graph.op_rules.arguments import operand, set_operand
 from graphopt.graph.sizes import Expr, expression
 from graphopt.graph.text import node_text
-from graphopt.graph.torch_internals import fake_mode_of, without_guards
+from graphopt.graph.torch_internals import fake_like, fake_mode_of, symbolic, without_guards
 from graphopt.graph.training_graph import TrainingGraph
+
+if TYPE_CHECKING:
+    from graphopt.graph.scalar_literals import Scalar
 
 Sizes = Mapping[Axis | str, int]
 Keep = Mapping[Axis | str, torch.Tensor]
+_Order = tuple[tuple[int, ...], tuple[bool, ...]]
+"""How a dense tensor lies in memory: its dimensions, those that run fastest first, and which are broadcast."""
 
 
 def resize(
@@ -66,7 +71,12 @@ def resize(
     """
     if axes.graph is not graph:
         raise AxisError("axes: they are those of another graph; use analyse(graph)")
-    return _Resizing(graph, axes, chosen_indices(axes, sizes, keep), stay).run()
+    chosen = chosen_indices(axes, sizes, keep)
+    if not chosen:
+        return graph
+    draft = Draft(graph)
+    Resizer(axes).resize(draft, chosen, stay=stay)
+    return draft.finish()
 
 
 def chosen_indices(axes: Axes, sizes: Sizes | None, keep: Keep | None) -> dict[Axis, torch.Tensor]:
@@ -95,11 +105,21 @@ def indices(axes: Axes, sizes: Sizes | None = None, *, keep: Keep | None = None)
     Raises AxisError as `resize` does.
     """
     chosen = chosen_indices(axes, sizes, keep)
+    carriers = axes.carriers()
     return {
-        name: tuple(_indices(dim, chosen) for dim in axes.of(node))
-        for name, node in axes.carriers().items()
-        if any(_changes(dim, chosen) for dim in axes.of(node))
+        name: tuple(dims.get(d) for d in range(len(axes.of(carriers[name]))))
+        for name, dims in cuts_of(axes, chosen).items()
     }
+
+
+def cuts_of(axes: Axes, chosen: Mapping[Axis, torch.Tensor]) -> dict[str, dict[int, torch.Tensor]]:
+    """Which indices remain of the dimensions of parameters, buffers and constants that change, int64."""
+    found: dict[str, dict[int, torch.Tensor]] = {}
+    for name, node in axes.carriers().items():
+        for d, dim in enumerate(axes.of(node)):
+            if _changes(dim, chosen):
+                found.setdefault(name, {})[d] = dim.indices(chosen)
+    return found
 
 
 def take(tensors: Mapping[str, torch.Tensor], remaining: Mapping[str, tuple[Any, ...]]) -> dict[str, torch.Tensor]:
@@ -117,7 +137,7 @@ def _taken(name: str, tensor: torch.Tensor, rows: tuple[Any, ...]) -> torch.Tens
     for dim, chosen in enumerate(rows):
         if chosen is not None:
             tensor = tensor.index_select(dim, chosen.to(tensor.device))
-    strides = _strides(tensor.shape, like.stride())
+    strides = dense_strides(tensor.shape, like.stride())
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
@@ -138,102 +158,254 @@ def _indices(dim: Dim, chosen: Mapping[Axis, torch.Tensor]) -> torch.Tensor | No
     return dim.indices(chosen) if _changes(dim, chosen) else None
 
 
-def _strides(shape: Any, like: Any) -> list[Any]:
+def dense_strides(shape: Any, like: Any) -> list[Any]:
     """Dense strides for ``shape`` in the memory order of ``like``; what was broadcast (stride 0) stays so."""
+    return _packed(shape, sorted(range(len(shape)), key=lambda d: (like[d], -d)), [s == 0 for s in like])
+
+
+def _packed(shape: Any, order: Sequence[int], broadcast: Sequence[bool]) -> list[Any]:
+    """Dense strides; ``order``: the dimensions, those that run fastest first."""
     strides: list[Any] = [0] * len(shape)
     step: Any = 1
-    for d in sorted(range(len(shape)), key=lambda d: (like[d], -d)):
-        if like[d] != 0:
+    outermost = next((d for d in reversed(order) if not broadcast[d]), None)
+    for d in order:
+        if not broadcast[d]:
             strides[d] = step
-            step = step * max(shape[d], 1)
+            if d != outermost:
+                step = step * (shape[d] or 1) if isinstance(shape[d], int) else step * shape[d]
     return strides
 
 
-@dataclass
-class _Resizing:
-    graph: TrainingGraph
-    axes: Axes
-    chosen: Mapping[Axis, torch.Tensor]
-    stay: Collection[str]
+class Resizer:
+    """Changes the sizes of axes in drafts of one graph. What is asked of the graph is asked once: made for many sizes.
 
-    def run(self) -> TrainingGraph:
-        if not self.chosen:
-            return self.graph
-        self.sizes = {axis: len(indices) for axis, indices in self.chosen.items()}
-        found: dict[fx.Node, list[Literal]] = {}
-        for literal in literals(self.graph, self.axes):
-            if not literal.axes.isdisjoint(self.sizes):
-                if literal.refusal and not (literal.role is Role.VALUE and literal.node.name in self.stay):
-                    self._refuse(literal.node, f"its argument {literal}")
-                found.setdefault(literal.node, []).append(literal)
-        self.draft = Draft(self.graph)
+    Args:
+        axes: of the graph.
+        scalars: numbers of a joint graph that are sizes in disguise, see `graphopt.graph.scalar_literals`.
+    """
+
+    def __init__(self, axes: Axes, scalars: Sequence[Scalar] = ()):
+        self.axes, self.graph = axes, axes.graph
+        self._literals: dict[fx.Node, list[Literal]] = {}
+        self._refused: dict[Axis, Literal] = {}
+        explained = {(scalar.node, scalar.argument) for scalar in scalars}
+        for literal in literals(self.graph, axes):
+            if (literal.node, literal.argument) in explained or not literal.axes:
+                continue
+            self._literals.setdefault(literal.node, []).append(literal)
+            if literal.refusal:
+                for axis in literal.axes:
+                    self._refused.setdefault(axis, literal)
+        self._scalars: dict[fx.Node, list[Scalar]] = {}
+        for scalar in scalars:
+            self._scalars.setdefault(scalar.node, []).append(scalar)
+        self._forms: dict[fx.Node, _Form] = {}
+        self._fakes: dict[Any, torch.Tensor] = {}
+        self._mode = fake_mode_of([node.meta.get("val") for node in self.graph.placeholders])
+
+    def refusal(self, axis: Axis) -> str:
+        """Why the graph cannot be rewritten for another size of an axis: a number of which it is not known what it
+        means. Empty if it can."""
+        literal = self._refused.get(axis)
+        return "" if literal is None else f"{node_text(literal.node, self.graph.symbols)}: its argument {literal}"
+
+    def resize(
+        self, draft: Draft, chosen: Mapping[Axis, torch.Tensor], *, stay: Collection[str] = (), checked: bool = True
+    ) -> None:
+        """Change axes in a draft of the graph, in which operators may be erased already.
+
+        Args:
+            draft: is rewritten.
+            chosen: the indices of axes that remain; the axes are free.
+            stay: as for `resize`.
+            checked: whether new metadata come from running each operator without data, and are compared with what the
+                axes say. Otherwise they are made from the sizes of axes, in the memory order that the value has in the
+                graph; operators of which that is not known are run.
+
+        Raises:
+            AxisError: as `resize`.
+        """
+        if chosen:
+            _Resizing(self, draft, chosen, stay, checked).run()
+
+    def fake(self, like: torch.Tensor, shape: tuple[Expr, ...], how: _Order) -> torch.Tensor:
+        """A fake tensor of this shape, dense in this order; one for all values that look alike."""
+        key = (shape, how, like.dtype, like.device)
+        found = self._fakes.get(key)
+        if found is None:
+            sizes = [s if isinstance(s, int) else symbolic(like, s) for s in shape]
+            found = self._fakes[key] = fake_like(like, sizes, _packed(sizes, *how))
+        return found
+
+    def form(self, node: fx.Node) -> _Form:
+        """What is known of a node's values."""
+        found = self._forms.get(node)
+        if found is None:
+            found = self._forms[node] = _Form.of(node, self.axes.of(node), self.graph.symbols.evaluate)
+        return found
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The values of a node: their dimensions, the axes in them, and how they lie in memory.
+
+    ``orders``: of each tensor the dimensions, those that run fastest first, and which are broadcast; None where it is
+    not dense (a part of another one).
+    """
+
+    dims: tuple[tuple[Dim, ...], ...]
+    axes: frozenset[Axis]
+    orders: tuple[_Order | None, ...]
+
+    @staticmethod
+    def of(node: fx.Node, dims: tuple[Any, ...], number: Callable[[Any], int]) -> _Form:
+        value = node.meta["val"]
+        several = isinstance(value, (list, tuple))
+        pairs = list(zip(value, dims)) if several else [(value, dims)]
+        pairs = [(v, d) for v, d in pairs if isinstance(v, torch.Tensor)]
+        axes = frozenset(axis for _, dims in pairs for dim in dims for axis in dim.axes())
+        orders = tuple(_order([number(s) for s in v.shape], [number(s) for s in v.stride()]) for v, _ in pairs)
+        return _Form(tuple(tuple(d) for _, d in pairs), axes, orders)
+
+
+def _order(shape: list[int], strides: list[int]) -> _Order | None:
+    order = sorted(range(len(shape)), key=lambda d: (strides[d], -d))
+    broadcast = [stride == 0 for stride in strides]
+    dense = _packed(shape, order, broadcast)
+    return (tuple(order), tuple(broadcast)) if all(a == b or s == 1 for a, b, s in zip(dense, strides, shape)) else None
+
+
+class _Resizing:
+    """One change of sizes in one draft."""
+
+    def __init__(
+        self, resizer: Resizer, draft: Draft, chosen: Mapping[Axis, torch.Tensor], stay: Collection[str], checked: bool
+    ):
+        self.resizer, self.draft, self.chosen, self.stay, self.checked = resizer, draft, chosen, stay, checked
+        self.axes, self.graph = resizer.axes, resizer.graph
+        self.sizes = {axis: len(indices) for axis, indices in chosen.items()}
+        self.mode = resizer._mode
+
+    def run(self) -> None:
+        alive = set(self.draft.graph.nodes)
+        self.found: dict[fx.Node, list[Literal]] = {}
+        for node, several in self.resizer._literals.items():
+            touched = [literal for literal in several if not literal.axes.isdisjoint(self.sizes)]
+            if touched and self.draft.node(node) in alive:
+                for literal in touched:
+                    if literal.refusal and not (literal.role is Role.VALUE and node.name in self.stay):
+                        self._refuse(node, f"its argument {literal}")
+                self.found[node] = touched
+        self.numbers: dict[Any, Any] = {}
         self.changed: set[fx.Node] = set()
-        mode = fake_mode_of([node.meta.get("val") for node in self.graph.placeholders])
-        self.inference = partial(without_guards, mode) if mode is not None else nullcontext
-        for node in self.graph.nodes:
-            if node.op == "placeholder" or node.op == "get_attr":
-                self._input(node)
-            elif node.op == "call_function":
-                self._operator(node, found.get(node, []))
+        self.other: set[fx.Node] = set()  # whose memory order is not that of the graph
+        with without_guards(self.mode) if self.mode is not None else nullcontext():
+            for node in self.graph.graph.nodes:
+                if self.draft.node(node) not in alive:
+                    continue
+                if node.op == "placeholder" or node.op == "get_attr":
+                    self._input(node)
+                elif node.op == "call_function":
+                    self._operator(node)
         for node in reversed(self.draft.graph.nodes):  # arithmetic of sizes that nobody reads any more
             if node.op == "call_function" and not node.users and isinstance(node.meta["val"], torch.SymInt):
                 self.draft.graph.erase_node(node)
-        return self.draft.finish()
-
-    def _shape(self, node: fx.Node) -> list[Any]:
-        """The new sizes of a node's tensor: those that do not change as they are, free sizes as they are."""
-        dims, value = self.axes.of(node), node.meta["val"]
-        return [d.size_at(self.sizes) if _changes(d, self.chosen) else s for d, s in zip(dims, value.shape)]
 
     def _input(self, node: fx.Node) -> None:
-        dims, value, copy = self.axes.of(node), node.meta.get("val"), self.draft.node(node)
-        if not isinstance(value, torch.Tensor) or not any(_changes(d, self.chosen) for d in dims):
+        value, copy = node.meta.get("val"), self.draft.node(node)
+        if not isinstance(value, torch.Tensor) or self.resizer.form(node).axes.isdisjoint(self.sizes):
             return
-        shape = self._shape(node)
+        dims = self.axes.of(node)
+        shape = [d.size_at(self.sizes) if _changes(d, self.chosen) else s for d, s in zip(dims, value.shape)]
         if any(not isinstance(expression(s), int) for s in shape):
             self._refuse(node, "it has a free size too")
-        mode = fake_mode_of(value)
-        assert mode is not None
-        with mode:
-            strides = _strides(shape, value.stride())
-            copy.meta["val"] = torch.empty_strided(shape, strides, dtype=value.dtype, device=value.device)
+        copy.meta["val"] = fake_like(value, shape, dense_strides(shape, value.stride()))
         self.changed.add(copy)
         if node.op == "get_attr":
             name = str(node.target)
             rows = tuple(_indices(d, self.chosen) for d in dims)
             self.draft.constants[name] = _taken(name, self.graph.constants[name], rows)
 
-    def _operator(self, node: fx.Node, found: list[Literal]) -> None:
-        copy = self.draft.node(node)
+    def _operator(self, node: fx.Node) -> None:
+        copy, found = self.draft.node(node), self.found.get(node, [])
         for literal in found:
             if not literal.refusal:
                 self._rewrite(copy, literal)
+        for scalar in self.resizer._scalars.get(node, ()):
+            if scalar.dim is None or _changes(scalar.dim, self.chosen):
+                set_operand(copy, scalar.argument, scalar.at(self.sizes))
         if node.target in _EVEN_PIECES:
             copy.target, copy.args, copy.kwargs = self._pieces(node, copy)
+        if not self.checked and self._known(node, copy):
+            return
         if not found and self.changed.isdisjoint(copy.all_input_nodes):
             return
         try:
-            self._infer(copy)
+            infer_or_copy(self.draft, copy)
         except Exception as error:
             self._refuse(node, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
         self.changed.add(copy)
         self._compare(node, copy)
 
-    def _infer(self, copy: fx.Node) -> None:
-        with self.inference():
-            infer_or_copy(self.draft, copy)
+    def _known(self, node: fx.Node, copy: fx.Node) -> bool:
+        """Give the node its metadata without running its operator. False where it has to run."""
+        if node.target is getitem:
+            source, index = copy.args
+            if source in self.changed or source in self.other:
+                copy.meta["val"] = source.meta["val"][index]  # type: ignore[union-attr]
+                (self.other if source in self.other else self.changed).add(copy)
+            return True
+        form = self.resizer.form(node)
+        if not self.other.isdisjoint(copy.all_input_nodes):
+            return False
+        if form.axes.isdisjoint(self.sizes):
+            dense = bool(form.dims) and None not in form.orders
+            return dense or self.changed.isdisjoint(copy.all_input_nodes)
+        orders = [how for how in form.orders if how is not None]
+        if len(orders) < len(form.orders) or (node.target is _ATTENTION and not self._same_kernel(node)):
+            return False
+        value = node.meta["val"]
+        several = isinstance(value, (list, tuple))
+        rest = iter(zip(form.dims, orders))
+        made = [
+            self._made(v, *next(rest)) if isinstance(v, torch.Tensor) else v for v in (value if several else [value])
+        ]
+        copy.meta["val"] = type(value)(made) if several else made[0]
+        self.changed.add(copy)
+        return True
+
+    def _made(self, value: torch.Tensor, dims: tuple[Dim, ...], how: _Order) -> torch.Tensor:
+        if not any(_changes(d, self.chosen) for d in dims):
+            return value
+        shape = tuple(
+            d.size_at(self.sizes) if _changes(d, self.chosen) else expression(s) for d, s in zip(dims, value.shape)
+        )
+        return self.resizer.fake(value, shape, how)
+
+    def _same_kernel(self, node: fx.Node) -> bool:
+        """Whether an attention runs by the same kernel: where no head size changes."""
+        ends = [self.axes.of(source)[-1] for source in node.args[:3]]  # type: ignore[arg-type]
+        return not any(_changes(end, self.chosen) for end in ends)
 
     def _rewrite(self, copy: fx.Node, literal: Literal) -> None:
         new = literal.at(self.sizes)
         if new == literal.value:
             return
-        made = self.draft.size(new, like=copy) if not isinstance(new, int) else new
+        given: Any = operand(copy, literal.argument)
         if literal.index is None:
-            set_operand(copy, literal.argument, made)
+            set_operand(copy, literal.argument, self._number(new, given, copy))
             return
-        position = [a.name for a in copy.target._schema.arguments].index(literal.argument)
-        given: Any = copy.kwargs[literal.argument] if literal.argument in copy.kwargs else copy.args[position]
-        set_operand(copy, literal.argument, [made if i == literal.index else g for i, g in enumerate(given)])
+        changed = [self._number(new, g, copy) if i == literal.index else g for i, g in enumerate(given)]
+        set_operand(copy, literal.argument, changed)
+
+    def _number(self, new: Expr, old: Any, like: fx.Node) -> Any:
+        """A size as an argument in the place of ``old``; readers of one computed size share the new one too."""
+        if isinstance(new, int):
+            return new
+        key = (old, new)
+        if key not in self.numbers:
+            self.numbers[key] = self.draft.size(new, like=like)
+        return self.numbers[key]
 
     def _pieces(self, node: fx.Node, copy: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """``split`` and ``chunk`` give equal pieces: where pieces are no longer equal, their sizes are written out."""
@@ -263,12 +435,25 @@ class _Resizing:
                 want = [d.size_at(self.sizes) for d in dims]
                 if got != want:
                     self._refuse(node, f"it gives the shape {got}, expected {want}")
+        orders = self.resizer.form(node).orders
+        tensors = [v for v in values if isinstance(v, torch.Tensor)]
+        if any(how is not None and not _lies(v, *how) for v, how in zip(tensors, orders)):
+            self.other.add(copy)
 
     def _refuse(self, node: fx.Node, why: str) -> None:
         sizes = ", ".join(f"{axis!r} from {axis.size} to {new}" for axis, new in self.sizes.items())
         raise AxisError(f"cannot change {sizes}: {node_text(node, self.graph.symbols)}: {why}")
 
 
+def _lies(value: torch.Tensor, order: Sequence[int], broadcast: Sequence[bool]) -> bool:
+    """Whether a fake tensor is dense in this order."""
+    wanted = _packed(value.shape, order, broadcast)
+    return all(
+        expression(a) == expression(b) or expression(s) == 1 for a, b, s in zip(value.stride(), wanted, value.shape)
+    )
+
+
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _EVEN_PIECES = {
     torch.ops.aten.split.Tensor,
     torch.ops.aten.unsafe_split.Tensor,

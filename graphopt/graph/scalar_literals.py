@@ -7,7 +7,7 @@ graph has the right ones: a number that is the same there is constant, and one t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import gcd, isclose
@@ -59,13 +59,16 @@ class Scalar:
         return f"{self.node.name}.{self.argument} = {self.value}: {self.refusal or text}"
 
 
-def scalar_literals(forward: TrainingGraph, joint: TrainingGraph, axes: Axes) -> tuple[Scalar, ...]:
+def scalar_literals(
+    forward: TrainingGraph, joint: TrainingGraph, axes: Axes, *, only: Collection[Axis] | None = None
+) -> tuple[Scalar, ...]:
     """The numbers of ``joint`` that follow sizes of free axes; all others that are computed with are constant.
 
     Args:
         forward: of `capture_forward`.
         joint: `with_backward(forward)`.
         axes: of ``forward``.
+        only: the axes whose sizes count; all free ones by default. Others keep theirs.
 
     Derives the backward twice more, from two graphs in which all free axes have other, distinct sizes: the first tells
     which size explains a number, the second must agree.
@@ -74,6 +77,7 @@ def scalar_literals(forward: TrainingGraph, joint: TrainingGraph, axes: Axes) ->
         AxisError: the backward at other sizes consists of other operators, or the forward graph cannot be resized.
     """
     free = [axis for axis in axes.groups() if axis.free and isinstance(axis.size, int) and axis.size > 1]
+    free = [axis for axis in free if only is None or axis in only]
     for classes in ([[axis] for axis in free], _attended_alike(axes, free), _by_size(free)):
         chosen = [_sizes(classes, 0), _sizes(classes, len(classes))]
         others = [with_backward(_grown(forward, axes, sizes)) for sizes in chosen]
@@ -83,7 +87,7 @@ def scalar_literals(forward: TrainingGraph, joint: TrainingGraph, axes: Axes) ->
         raise AxisError("scalar_literals: at other sizes of its axes the backward of this graph has other operators")
     candidates = _candidates(axes, chosen)
     found = []
-    for node, *twins in zip(joint.nodes, *(other.nodes for other in others), strict=True):
+    for node, *twins in zip(_values(joint), *map(_values, others), strict=True):
         for (argument, value), *rest in zip(_numbers(node), *map(_numbers, twins), strict=True):
             values = [value, *(v for _, v in rest)]
             if any(v != value for v in values):
@@ -139,16 +143,23 @@ def _grown(forward: TrainingGraph, axes: Axes, sizes: Mapping[Axis, int]) -> Tra
     return resize(forward, axes, keep={axis: torch.arange(size) % int(axis.size) for axis, size in sizes.items()})
 
 
+def _values(graph: TrainingGraph) -> list[fx.Node]:
+    """The nodes but arithmetic of sizes: whoever reads a size is asked for its dimension (`literals`), and how sizes
+    are computed depends on which of them are equal."""
+    return [n for n in graph.nodes if n.op != "call_function" or not isinstance(n.meta["val"], torch.SymInt)]
+
+
 def _alike(a: TrainingGraph, b: TrainingGraph) -> bool:
     """Whether two graphs have the same operators, joined in the same way, with as many numbers each."""
-    if len(a.nodes) != len(b.nodes):
+    left, right = _values(a), _values(b)
+    if len(left) != len(right):
         return False
-    place = {node: i for graph in (a, b) for i, node in enumerate(graph.nodes)}
+    place = {node: i for nodes in (left, right) for i, node in enumerate(nodes)}
     return all(
         x.target == y.target
-        and [place[n] for n in x.all_input_nodes] == [place[n] for n in y.all_input_nodes]
+        and [place[n] for n in x.all_input_nodes if n in place] == [place[n] for n in y.all_input_nodes if n in place]
         and [n for n, _ in _numbers(x)] == [n for n, _ in _numbers(y)]
-        for x, y in zip(a.nodes, b.nodes, strict=True)
+        for x, y in zip(left, right, strict=True)
         if x.op == "call_function"
     )
 

@@ -1,0 +1,141 @@
+"""`Slice`: the part of a shared tensor that a subnet has, to read with gradients and to write."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graphopt.elastic.handles import Cut
+from graphopt.graph.resize import dense_strides
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """Part of a tensor: for each dimension None (all of it), ``(start, stop)``, or int64 indices in order."""
+
+    rows: tuple[Cut | None, ...]
+
+    @staticmethod
+    def of(dims: int, cuts: Mapping[int, Cut]) -> Slice:
+        """The slice of a tensor of so many dimensions; indices that follow each other become a range."""
+        return Slice(tuple(_simple(cuts[d]) if d in cuts else None for d in range(dims)))
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the tensor."""
+        return all(row is None for row in self.rows)
+
+    def shape(self, full: Sequence[int]) -> tuple[int, ...]:
+        """The shape of the part of a tensor of the shape ``full``."""
+        return tuple(
+            size if row is None else len(row) if isinstance(row, torch.Tensor) else row[1] - row[0]
+            for size, row in zip(full, self.rows, strict=True)
+        )
+
+    def view(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The part as a view; None where indices do not follow each other."""
+        for d, row in enumerate(self.rows):
+            if isinstance(row, torch.Tensor):
+                return None
+            if row is not None:
+                tensor = tensor.narrow(d, row[0], row[1] - row[0])
+        return tensor
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part, dense in the memory order of ``tensor``: the same bits and the same layout as a tensor of that size
+        by itself, so that the same kernels run. A view where that is one. Autograd's gradient lands in ``tensor``, zero
+        beside the part."""
+        if self.whole:
+            return tensor
+        return _Take.apply(tensor, self)
+
+    def add(self, target: torch.Tensor, part: torch.Tensor) -> None:
+        """``target``'s part is increased by ``part``, in place, without autograd: how gradients are accumulated."""
+        with torch.no_grad():
+            view = self.view(target)
+            if view is not None:
+                view.add_(part)
+            else:
+                self._put(target, self._gathered(target) + part)
+
+    def write(self, target: torch.Tensor, part: torch.Tensor) -> None:
+        """``target``'s part becomes ``part``, in place, without autograd: new values of buffers."""
+        with torch.no_grad():
+            self._put(target, part)
+
+    def _gathered(self, tensor: torch.Tensor) -> torch.Tensor:
+        for d, row in enumerate(self.rows):
+            if isinstance(row, torch.Tensor):
+                tensor = tensor.index_select(d, row.to(tensor.device))
+            elif row is not None:
+                tensor = tensor.narrow(d, row[0], row[1] - row[0])
+        return tensor
+
+    def _put(self, target: torch.Tensor, part: torch.Tensor) -> None:
+        view = self.view(target)
+        if view is not None:
+            view.copy_(part)
+            return
+        lines = [_line(size, row, target.device) for size, row in zip(target.shape, self.rows, strict=True)]
+        target[torch.meshgrid(*lines, indexing="ij")] = part
+
+    def __repr__(self) -> str:
+        return f"Slice[{', '.join(map(_text, self.rows))}]"
+
+
+class _Take(torch.autograd.Function):
+    """The part of a tensor; backward puts the gradient into zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, part: Slice) -> torch.Tensor:
+        ctx.part, ctx.like = part, (tensor.shape, tensor.stride())
+        found = part._gathered(tensor)
+        strides = dense_strides(found.shape, tensor.stride())
+        if found.stride() == tuple(strides):
+            return found
+        return torch.empty_strided(found.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(found)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _Put.apply(gradients[0], ctx.part, *ctx.like), None
+
+
+class _Put(torch.autograd.Function):
+    """Zeros of a shape and layout with the part filled in."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: torch.Tensor, part: Slice, shape: Any, strides: Any) -> torch.Tensor:
+        ctx.part = part
+        dense = dense_strides(shape, strides)
+        whole = torch.empty_strided(shape, dense, dtype=gradient.dtype, device=gradient.device).zero_()
+        part._put(whole, gradient)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _Take.apply(gradients[0], ctx.part), None, None, None
+
+
+def _simple(cut: Cut) -> Cut:
+    """Indices that follow each other as a range."""
+    if isinstance(cut, torch.Tensor):
+        first, many = int(cut[0]), len(cut)
+        if cut.equal(torch.arange(first, first + many, device=cut.device)):
+            return first, first + many
+    return cut
+
+
+def _line(size: int, row: Cut | None, device: torch.device) -> torch.Tensor:
+    if isinstance(row, torch.Tensor):
+        return row.to(device)
+    start, stop = (0, size) if row is None else row
+    return torch.arange(start, stop, device=device)
+
+
+def _text(row: Cut | None) -> str:
+    if row is None:
+        return ":"
+    return f"{len(row)} indices" if isinstance(row, torch.Tensor) else f"{row[0]}:{row[1]}"
