@@ -31,6 +31,7 @@ from graphopt.passes.scatter_gradients import ScatterGradients
 from graphopt.passes.selective_saving import SelectiveSaving
 from graphopt.passes.send_up_tree import SendUpTree
 from graphopt.passes.shard_axes import ShardAxes
+from graphopt.passes.skip_layers import SkipLayers
 from graphopt.passes.specialise import specialise
 from graphopt.passes.synchronise import BucketGradients, GatherAtOwner
 from graphopt.passes.zero_tangents import ZeroTangents
@@ -58,6 +59,7 @@ __all__ = [
     "SelectiveSaving",
     "SendUpTree",
     "ShardAxes",
+    "SkipLayers",
     "Tier",
     "ZeroTangents",
     "check",
