@@ -32,6 +32,7 @@ from graphopt.passes.selective_saving import SelectiveSaving
 from graphopt.passes.send_up_tree import SendUpTree
 from graphopt.passes.shard_axes import ShardAxes
 from graphopt.passes.skip_layers import SkipLayers
+from graphopt.passes.shrink_axes import ShrinkAxes
 from graphopt.passes.specialise import specialise
 from graphopt.passes.synchronise import BucketGradients, GatherAtOwner
 from graphopt.passes.zero_tangents import ZeroTangents
@@ -60,6 +61,7 @@ __all__ = [
     "SendUpTree",
     "ShardAxes",
     "SkipLayers",
+    "ShrinkAxes",
     "Tier",
     "ZeroTangents",
     "check",

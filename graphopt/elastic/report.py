@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from graphopt.elastic.handles import Handle
 from graphopt.graph.axes import Axis, Dim, Form
 from graphopt.graph.op_rules import flops
 from graphopt.graph.training_graph import InputKind
@@ -109,6 +108,3 @@ def _around(space: Space, node: object) -> set[Axis]:
 def _short(where: tuple[str, ...]) -> str:
     shown = ", ".join(path or "(top)" for path in where[:2])
     return shown + (f" and {len(where) - 2} more" if len(where) > 2 else "")
-
-
-__all__ = ["Handle", "governed", "rigid", "table"]

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from graphopt.elastic.choice import Choice
 from graphopt.elastic.slices import Slice
+from graphopt.graph.axes import Axis
 from graphopt.graph.draft import Draft
 from graphopt.graph.lowering import Lowered, lower
 from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
@@ -24,13 +26,16 @@ class Subnet:
 
     ``graph``: its forward graph. Its inputs are those of the supergraph; parameters and buffers have the shapes of their
     ``slices``, which name those that got smaller. ``own``: parameters of transformations, by the names of the inputs
-    behind the others.
+    behind the others. ``chosen``: the axes that are smaller, and their indices that remain; ``pattern``: the choice with
+    all axes at their full size.
     """
 
     def __init__(
-        self, graph: TrainingGraph, slices: Mapping[str, Slice], own: Mapping[str, nn.Parameter], origin: Supergraph
-    ):
+        self, graph: TrainingGraph, slices: Mapping[str, Slice], own: Mapping[str, nn.Parameter], origin: Supergraph,
+        chosen: Mapping[Axis, torch.Tensor], pattern: Choice,
+    ):  # fmt: skip
         self.graph, self.slices, self.own, self.origin = graph, slices, own, origin
+        self.chosen, self.pattern = chosen, pattern
         self.derived: dict[str, Any] = {}  # what other modules compute of it once: the joint graph, prices ...
 
     def tensors(self) -> dict[str, torch.Tensor]:

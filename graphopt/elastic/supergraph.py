@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,8 +38,6 @@ FINDERS: tuple[Callable[[Axes, Resizer], Found], ...] = (
 _KEPT = 256
 """How many subnets a supergraph keeps; the one that was used longest ago goes first."""
 
-T = TypeVar("T")
-
 
 class Supergraph:
     """See the module's docstring. ``captured``: graph, layout of the batch, nesting of outputs. ``handles``: by the
@@ -58,6 +56,7 @@ class Supergraph:
         self.handles: dict[str, Handle] = {}
         self.missing: dict[str, str] = {}
         self.tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.derived: dict[str, Any] = {}  # what other modules compute of it once
         self._subnets: OrderedDict[Hashable, Subnet] = OrderedDict()
 
     # -- handles ----------------------------------------------------------------------------------------------------
@@ -130,7 +129,7 @@ class Supergraph:
         return found
 
     def _make(self, choice: Choice, checked: bool) -> Subnet:
-        applied = [pair for pair in self.changed({n: v for n, v in choice.items() if n not in choice.inactive})]
+        applied = self.changed({n: v for n, v in choice.items() if n not in choice.inactive})
         chosen = {axis: kept for handle, value in applied for axis, kept in handle.axes(value).items()}
         own = {name: p for handle, value in applied for name, p in handle.parameters(value).items()}
         draft = Draft(self.graph)
@@ -142,7 +141,13 @@ class Supergraph:
             if not handle.first:
                 handle.rewrite(draft, value)
         cuts = merged([cuts_of(self.axes, chosen), *(handle.cuts(value) for handle, value in applied)])
-        return Subnet(draft.finish(), self.slices(cuts), own, self)
+        sized = {n: self.handles[n].full for n in choice if n in self.handles and self.handles[n].axes(choice[n])}
+        pattern = Choice({**choice, **sized}, choice.inactive)
+        return Subnet(draft.finish(), self.slices(cuts), own, self, chosen, pattern)
+
+    def elastic_axes(self) -> list[Axis]:
+        """The axes that choices change."""
+        return [axis for handle in self.handles.values() for axis in handle.axes(handle.full)]
 
     def slices(self, cuts: Mapping[str, Mapping[int, Cut]]) -> dict[str, Slice]:
         """Cuts as slices of the model's tensors."""

@@ -7,7 +7,7 @@ graph has the right ones: a number that is the same there is constant, and one t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import gcd, isclose
@@ -59,13 +59,16 @@ class Scalar:
         return f"{self.node.name}.{self.argument} = {self.value}: {self.refusal or text}"
 
 
-def scalar_literals(forward: TrainingGraph, joint: TrainingGraph, axes: Axes) -> tuple[Scalar, ...]:
+def scalar_literals(
+    forward: TrainingGraph, joint: TrainingGraph, axes: Axes, *, only: Collection[Axis] | None = None
+) -> tuple[Scalar, ...]:
     """The numbers of ``joint`` that follow sizes of free axes; all others that are computed with are constant.
 
     Args:
         forward: of `capture_forward`.
         joint: `with_backward(forward)`.
         axes: of ``forward``.
+        only: the axes whose sizes count; all free ones by default. Others keep theirs.
 
     Derives the backward twice more, from two graphs in which all free axes have other, distinct sizes: the first tells
     which size explains a number, the second must agree.
@@ -74,6 +77,7 @@ def scalar_literals(forward: TrainingGraph, joint: TrainingGraph, axes: Axes) ->
         AxisError: the backward at other sizes consists of other operators, or the forward graph cannot be resized.
     """
     free = [axis for axis in axes.groups() if axis.free and isinstance(axis.size, int) and axis.size > 1]
+    free = [axis for axis in free if only is None or axis in only]
     for classes in ([[axis] for axis in free], _attended_alike(axes, free), _by_size(free)):
         chosen = [_sizes(classes, 0), _sizes(classes, len(classes))]
         others = [with_backward(_grown(forward, axes, sizes)) for sizes in chosen]
