@@ -55,7 +55,7 @@ class SkipLayers(Pass):
     def rewrite(self, graph: TrainingGraph) -> PassResult:
         """See the class. A path that is no run is refused; a graph with a backward is an error of the caller."""
         known: dict[str, list[Run]] = {}
-        for stage in stages(graph.axes):
+        for stage in stages(graph.axes, alike="parameters"):
             for run in stage.runs:
                 known.setdefault(run.module, []).append(run)
         runs = [run for path in dict.fromkeys(self.layers) for run in known.get(path, ())]

@@ -11,7 +11,6 @@ forward is traced anew when it is unpickled, which would fix the mode in silence
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import keyword
 import linecache
@@ -203,12 +202,13 @@ class _Tree:
             for node in state.graph.graph.find_nodes(op="get_attr"):
                 self._constant(training, str(node.target), state.graph.constants[str(node.target)])
         first = {id(t): n for n, t in _all_tensors(model)}
-        every = {*self.parameters, *self.saved, *self.unsaved}
+        every = self.values()
         self.aliases = {}
         for name, tensor in _all_tensors(model, twice=True):
             if first[id(tensor)] != name and first[id(tensor)] in every:
                 self.aliases[name] = first[id(tensor)]
-        names = [*every, *self.aliases]
+        order = [n for n, _ in _all_tensors(model, twice=True)]
+        names = [n for n in order if n in every or n in self.aliases] + [n for n in every if n not in set(order)]
         self.paths: list[str] = []
         for name in names:
             parts = name.split(".")[:-1]
@@ -311,7 +311,7 @@ def _code(space: Space, choice: Choice, states: Mapping[bool, _State], tree: _Tr
         *(f"{d}: {v}" for d, v in choice.items() if d not in choice.inactive),
         '"""',
         "",
-        *(_import(module) for module in sorted({"torch", *imports})),
+        *sorted({"import torch", *imports}, key=lambda line: (line.startswith("from"), line)),
         "from torch import nn",
         "from torch.nn import functional as F",
         "",
@@ -326,13 +326,6 @@ def _code(space: Space, choice: Choice, states: Mapping[bool, _State], tree: _Tr
         indent("\n".join(methods(signature, bodies, in_eval)), "    "),
     ]
     return "\n".join(text) + _LOAD
-
-
-def _import(module: str) -> str:
-    """The line that imports a module; a namespace of operators need not be one."""
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
-        return f"# the operators torch.ops.{module} must be known"
-    return f"import {module}"
 
 
 _LOAD = '''
@@ -436,6 +429,7 @@ def _made(code: str, tree: _Tree) -> nn.Module:
     exec(compile(code, name, "exec"), namespace)
     module: nn.Module = namespace["Subnet"]()
     tensors = tree.values()
+    tensors.update({name: tensors[first] for name, first in tree.aliases.items()})
     devices = {t.device for t in tensors.values()}
     if len(devices) == 1:
         module.to(devices.pop())

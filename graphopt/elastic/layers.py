@@ -120,7 +120,10 @@ class Layers(nn.Module):
             _check_kernels(weight, name, transformations)
             if any(t.kernel for t in transformations):  # they choose the kernel
                 handles = [h for h in handles if not (isinstance(h, KernelSize) and h.parameter == name)]
-            handles.append(Transformed(weight, name, path, transformations))
+            made = Transformed(weight, name, path, transformations)
+            for i in range(len(transformations)):
+                made.rewrite(axes.graph.draft(), i)  # the user's own code: what does not work is an error at once
+            handles.append(made)
         for i, handle in enumerate(handles):
             if isinstance(handle, KernelSize) and handle.parameter in self.matrices:
                 handles[i] = self._with_matrices(handle, axes)

@@ -6,6 +6,7 @@ with ``self.training`` in those calls (`methods`); else each mode has its own.
 
 from __future__ import annotations
 
+import importlib.util
 import keyword
 import operator
 from collections import defaultdict
@@ -54,7 +55,8 @@ _RESERVED = {"self", "torch", "nn", "F", "aten", "getattr", "float"}
 @dataclass(frozen=True)
 class Names:
     """What the inputs of a graph are called in code: expressions of parameters, buffers and constants by their name in
-    the graph, of the batch's tensors in order. ``folded``: nodes that have become parameters, with their names."""
+    the graph, of the batch's tensors in order. ``folded``: nodes that have become parameters, with their names, and
+    nodes that those were computed from, with an empty one."""
 
     tensors: Mapping[str, str]
     batch: Sequence[str]
@@ -70,7 +72,7 @@ class Body:
         training: the mode that it is of.
         in_eval: write a graph of train mode as it is in eval mode, without dropout.
 
-    ``counters``: lines that count the batches that norms have seen; ``imports``: modules that the lines need;
+    ``counters``: lines that count the batches that norms have seen; ``imports``: lines of imports that they need;
     ``results``: expressions of the outputs in order, without those that are new values of buffers.
     """
 
@@ -113,7 +115,8 @@ class Body:
             elif given.name in self.names.tensors:
                 self._expressions[node] = self.names.tensors[given.name]
         for node, name in self.names.folded.items():
-            self._expressions[node] = self.names.tensors[name]
+            if name:
+                self._expressions[node] = self.names.tensors[name]
 
     def _writes(self) -> list[tuple[fx.Node, fx.Node]]:
         """New values of buffers that no batch norm writes in place; counters go to a list of their own."""
@@ -240,7 +243,7 @@ class Body:
         name = target._schema.name.partition("::")[2]
         if target.namespace == "aten":
             return f"aten.{name}.{target._overloadname}"
-        self.imports.add(target.namespace)
+        self.imports.add(_import(target.namespace))
         return f"torch.ops.{target.namespace}.{name}.{target._overloadname}"
 
     def _assigned(self, node: fx.Node, stem: str, value: str) -> str:
@@ -278,6 +281,13 @@ class Body:
         raise ElasticError(f"extract: {value!r} in the graph has no form in code")
 
 
+def _import(namespace: str) -> str:
+    """The line that makes the operators of a namespace known, if a module of that name does."""
+    if importlib.util.find_spec(namespace) is None:
+        return f"# the operators torch.ops.{namespace} must be known"
+    return f"import {namespace}"
+
+
 def nested(structure: Any, imports: set[str]) -> str:
     """A nesting of expressions (objects whose ``str`` is one) as an expression. Dataclasses and named tuples are made by
     their classes, which are imported; raises ElasticError for others."""
@@ -295,8 +305,8 @@ def nested(structure: Any, imports: set[str]) -> str:
         return "{" + ", ".join(f"{k!r}: {nested(v, imports)}" for k, v in structure.items()) + "}"
     if "<" in kind.__qualname__ or kind.__module__ == "__main__":
         raise ElasticError(f"extract: the model returns a {kind.__qualname__}, which no other process can import")
-    imports.add(kind.__module__)
-    called = f"{kind.__module__}.{kind.__qualname__}"
+    imports.add(f"from {kind.__module__} import {kind.__qualname__.partition('.')[0]}")
+    called = kind.__qualname__
     if isinstance(structure, tuple) and hasattr(structure, "_fields"):
         return f"{called}({', '.join(nested(v, imports) for v in structure)})"
     if isinstance(structure, dict):

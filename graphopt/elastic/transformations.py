@@ -223,7 +223,8 @@ def inserted(draft: Draft, weight: fx.Node, name: str, label: str, transformatio
     inputs = [_input(draft, mode, f"{label}.{key}", parameter) for key, parameter in parameters.items()]
 
     def run(tensor: Tensor, *given: Tensor) -> Tensor:
-        return torch.func.functional_call(transformation, dict(zip(parameters, given, strict=True)), (tensor,))
+        made = torch.func.functional_call(transformation, dict(zip(parameters, given, strict=True)), (tensor,))
+        return made if is_dense(made) else made.clone()  # in a memory order that a weight by itself has
 
     try:
         with mode, torch.no_grad():
@@ -248,6 +249,16 @@ def inserted(draft: Draft, weight: fx.Node, name: str, label: str, transformatio
     required = set(draft.signature.tree.get("requires_grad", ()))
     required.update(f"{label}.{key}" for key, p in parameters.items() if p.requires_grad)
     draft.signature = replace(draft.signature, tree={**draft.signature.tree, "requires_grad": sorted(required)})
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements of a tensor lie side by side in memory, in any order of its dimensions."""
+    size = 1
+    for length, stride in sorted(zip(tensor.shape, tensor.stride()), key=lambda pair: pair[1]):
+        if length != 1 and stride != size:
+            return False
+        size *= length if length != 1 else 1
+    return True
 
 
 def _input(draft: Draft, mode: FakeTensorMode, name: str, parameter: nn.Parameter) -> fx.Node:
