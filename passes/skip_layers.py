@@ -34,6 +34,7 @@ class SkipLayers(Pass):
     ...     def __init__(self):
     ...         super().__init__()
     ...         self.body = torch.nn.Linear(4, 4)
+    ...
     ...     def forward(self, x):
     ...         return x + self.body(x)
     >>> graph = capture_forward(torch.nn.Sequential(Residual(), Residual(), torch.nn.Linear(4, 2)), torch.randn(3, 4))

@@ -1,7 +1,7 @@
 """Depth: how many of a stage's layers there are, or which of them.
 
-A dimension of depth is a stage (`graphopt.graph.depth`): runs with the same layers and parameters, one behind the other.
-Any subset of them may be left out. In another graph of the model (train mode) a run is found again by its module.
+A dimension of depth is a stage (`graphopt.graph.depth`): runs with the same layers and parameters, one behind the
+other. Any subset of them may be left out. In another graph of the model a run is found again by its module.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from graphopt.graph.axes import Axes
 from graphopt.graph.depth import Run, leave_out_of, stages
 from graphopt.graph.draft import Draft
 from graphopt.graph.resize import Resizer
+
 
 class Depth(Handle):
     """The runs of one stage: an int k keeps the first k, a tuple those of these indices."""

@@ -183,8 +183,8 @@ def _fold(graph: TrainingGraph, tensors: dict[str, torch.Tensor]) -> dict[fx.Nod
 class _Tree:
     """The parameters and buffers of the module by path, and how code says them.
 
-    ``parameters``, ``saved``, ``unsaved``: tensors by name (unsaved: buffers that no state dict has); ``aliases``: names
-    of tied tensors, with the names that they stand for; ``frozen``: parameters that are not trained.
+    ``parameters``, ``saved``, ``unsaved``: tensors by name (unsaved: buffers that no state dict has); ``aliases``:
+    names of tied tensors, with the names that they stand for; ``frozen``: parameters that are not trained.
     """
 
     def __init__(self, model: nn.Module, tensors: Mapping[str, torch.Tensor], states: Mapping[bool, _State]):
@@ -415,7 +415,9 @@ def _expressions(said: str, value: Any, found: dict[int, str]) -> None:
         for key, inside in value.items():
             _expressions(f"{said}[{key!r}]", inside, found)
     elif _leaves(value):
-        raise ElasticError(f"extract: the argument {said} is a {type(value).__name__}; expected tensors in lists or dicts")
+        raise ElasticError(
+            f"extract: the argument {said} is a {type(value).__name__}; expected tensors in lists or dicts"
+        )
 
 
 _numbers = count()

@@ -36,6 +36,7 @@ class KernelSize(Handle):
     """
 
     kind = Kind.KERNEL
+    full: int
 
     def __init__(self, weight: fx.Node, name: str, module: str, possible: Sequence[int]):
         self.weight, self.parameter, self.possible = weight, name, tuple(possible)

@@ -110,7 +110,7 @@ class Layers(nn.Module):
 
     # -- in a graph -------------------------------------------------------------------------------------------------
 
-    def apply(self, found: Found, axes: Axes) -> Found:
+    def complete(self, found: Found, axes: Axes) -> Found:
         """What was found in a graph of the model, with the choices of layers among it."""
         weights = axes.graph.input_nodes(InputKind.PARAMETER)
         handles = list(found.handles)
@@ -172,7 +172,9 @@ def _check_kernels(weight: fx.Node, name: str, transformations: Sequence[Transfo
             raise ElasticError(f"layers: {name} is no weight of a convolution, it has no kernel of a size")
         possible, why = possible_sizes(weight)
         if transformation.kernel not in possible:
-            raise ElasticError(f"layers: {name} can have kernels of {possible}, got {transformation.kernel}. {why}".strip())
+            raise ElasticError(
+                f"layers: {name} can have kernels of {possible}, got {transformation.kernel}. {why}".strip()
+            )
 
 
 class Transformed(Handle):

@@ -46,6 +46,7 @@ _PLAIN = {
 
 _NORM_IN_TRAINING = aten._native_batch_norm_legit_functional.default
 _NORM_IN_EVAL = aten._native_batch_norm_legit_no_training.default
+_NORMS: tuple[Any, ...] = (_NORM_IN_TRAINING, _NORM_IN_EVAL)
 _ATTENTION = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 """Arguments of attention behind queries, keys and values, with what they are by default."""
 
@@ -149,13 +150,18 @@ class Body:
                     last[source] = node
         kept = set(self._output.all_input_nodes)
         for node in reversed(self.graph.nodes):  # what is another name for a value lives as long as that does
-            source = self._alias(node)
-            if source is not None:
-                last[source] = max(last.get(source, node), last.get(node, node), key=self._order.__getitem__)
-                kept |= {source} if node in kept else set()
+            alias = self._alias(node)
+            if alias is not None:
+                last[alias] = max(last.get(alias, node), last.get(node, node), key=self._order.__getitem__)
+                kept |= {alias} if node in kept else set()
         dying: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node, at in last.items():
-            if node not in kept and node.op == "call_function" and self._alias(node) is None and not self._of_norm(node):
+            if (
+                node not in kept
+                and node.op == "call_function"
+                and self._alias(node) is None
+                and not self._of_norm(node)
+            ):
                 dying[at].append(node)
         return dying
 
@@ -176,13 +182,14 @@ class Body:
     @staticmethod
     def _of_norm(node: fx.Node) -> bool:
         """Whether a node takes one of the results of a batch norm: in code, 0 is all of it and 3 and 4 are buffers."""
-        return node.target is getitem and node.args[0].target in (_NORM_IN_TRAINING, _NORM_IN_EVAL)  # type: ignore[union-attr]
+        source = node.args[0] if node.target is getitem else None
+        return isinstance(source, fx.Node) and source.target in _NORMS
 
     # -- operators ------------------------------------------------------------------------------------------------
 
     def _line(self, node: fx.Node) -> str:
         target = node.target
-        if target in (_NORM_IN_TRAINING, _NORM_IN_EVAL):
+        if target in _NORMS:
             return self._assigned(node, "batch_norm", self._batch_norm(node))
         alias = self._alias(node)
         if alias is not None:
@@ -289,8 +296,8 @@ def _import(namespace: str) -> str:
 
 
 def nested(structure: Any, imports: set[str]) -> str:
-    """A nesting of expressions (objects whose ``str`` is one) as an expression. Dataclasses and named tuples are made by
-    their classes, which are imported; raises ElasticError for others."""
+    """A nesting of `Expression`s as an expression. Dataclasses and named tuples are made by their classes, which are
+    imported; raises ElasticError for others."""
     kind = type(structure)
     if isinstance(structure, Expression) or structure is None or isinstance(structure, (bool, int, str)):
         return str(structure) if isinstance(structure, Expression) else repr(structure)

@@ -1,9 +1,9 @@
-"""Partial reads: a layer reads only the first part of what its producer gives, and passes on a part of what it computes.
+"""Partial reads: a layer reads only the first part of what its producer gives, and passes on a part of its own output.
 
-``ReadInput(0.5)`` leaves the producer as wide as it is, for whoever else reads it: the layer reads the first half of its
-channels, by the first half of its own weight's columns. ``PassOutput(0.75)`` makes the layer's output narrower, and the
-axis behind follows: norms, gates and the next layer's columns. That is a width of one layer, so it is allowed where
-this layer alone makes that axis; a residual stream has many producers, and is a dimension of its own.
+``ReadInput(0.5)`` leaves the producer as wide as it is, for whoever else reads it: the layer reads the first half of
+its channels, by the first half of its own weight's columns. ``PassOutput(0.75)`` makes the layer's output narrower,
+and the axis behind follows: norms, gates and the next layer's columns. That is a width of one layer, so it is allowed
+where this layer alone makes that axis; a residual stream has many producers, and is a dimension of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from graphopt.graph.axes import Axes, Axis, Dim, Form
 from graphopt.graph.draft import Draft
 from graphopt.graph.op_rules.arguments import operand
 from graphopt.graph.training_graph import InputKind, TrainingGraph
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -50,11 +51,12 @@ class PassOutput(_Part):
 class ReadPart(Handle):
     """How many columns of its weight a layer reads, counted in those of the full layer.
 
-    Where the axis that it reads is narrower in a subnet, the layer reads the same share of it. Where it is a product (the
-    channels of an image that was flattened), the outer factors are cut.
+    Where the axis that it reads is narrower in a subnet, the layer reads the same share of it. Where it is a product
+    (the channels of an image that was flattened), the outer factors are cut.
     """
 
     kind = Kind.READ
+    full: int
 
     def __init__(self, axes: Axes, parameter: str, parts: Sequence[ReadInput]):
         self.parameter, self.parts = parameter, tuple(parts)
@@ -68,9 +70,11 @@ class ReadPart(Handle):
         self.unit = _rigid(columns)
 
     def choices(self, wanted: Sequence[int | float] | None) -> tuple[Value, ...]:
-        many = int(self.full) // self.unit
+        many = self.full // self.unit
         shares = [part.ratio for part in self.parts] if wanted is None else wanted
-        return tuple(self.unit * size for size in sizes_of(many, [float(s) if s <= 1 else s / self.unit for s in shares]))
+        return tuple(
+            self.unit * size for size in sizes_of(many, [float(s) if s <= 1 else s / self.unit for s in shares])
+        )
 
     def readers(self) -> frozenset[fx.Node]:
         return frozenset(self.layers)

@@ -36,7 +36,7 @@ class Run:
     """Layers that can be left out together: let every reader of ``exit`` read ``entry``.
 
     ``nodes``: the operators that are dead then, ``exit`` among them, in order. ``module``: the path of the module
-    around them. ``structure``: equal for runs that are alike: with the same operators on the same sizes, or the same parameters.
+    around them. ``structure``: equal for runs that are alike (see `stages`).
     """
 
     entry: fx.Node
@@ -308,7 +308,11 @@ class _Search:
         while waiting:
             node = max(waiting, key=self.order.__getitem__)
             waiting.discard(node)
-            if node is not entry and node.op == "call_function" and all(u in dead or is_size(u) for u in self.users(node)):
+            if (
+                node is not entry
+                and node.op == "call_function"
+                and all(u in dead or is_size(u) for u in self.users(node))
+            ):
                 dead.add(node)
                 waiting.update(node.all_input_nodes)
         return dead

@@ -155,7 +155,7 @@ def test_matrices_are_the_identity_at_first():
 
 
 def test_matrices_are_those_of_once_for_all():
-    """The filter of 3 x 3 goes through the matrix of 5 x 5 first, as in ``DynamicSeparableConv2d.get_active_filter``."""
+    """The filter of 3 x 3 goes through the matrix of 5 x 5 first, as in ``DynamicSeparableConv2d`` there."""
     space, x = matrix_space(), images()
     matrices = {tuple(p.shape): p for _, p in space.layers.named_parameters()}
     assert set(matrices) == {(25, 25), (9, 9), (1, 1)}

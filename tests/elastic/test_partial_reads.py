@@ -40,7 +40,9 @@ def test_the_example_of_the_document():
     choice = space.choice({"deep.read": 4, "deep.hidden": 9})
     net = space.model
     y = F.relu(net.one(X))  # the producer is as wide as before, for its other reader
-    z = F.layer_norm(F.linear(y[:, :4], net.deep.weight[:9, :4], net.deep.bias[:9]), (9,), net.norm.weight[:9], net.norm.bias[:9])
+    z = F.layer_norm(
+        F.linear(y[:, :4], net.deep.weight[:9, :4], net.deep.bias[:9]), (9,), net.norm.weight[:9], net.norm.bias[:9]
+    )
     right = F.linear(z, net.last.weight[:, :9], net.last.bias) + net.side(y)
     torch.testing.assert_close(space.run(choice, X), right)
     module = check_extraction(space, choice, (X,), training=True)
@@ -61,7 +63,11 @@ class Images(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.conv, self.up = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3, padding=1), nn.ConvTranspose2d(6, 4, 3, 2)
+        self.stem, self.conv, self.up = (
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 6, 3, padding=1),
+            nn.ConvTranspose2d(6, 4, 3, 2),
+        )
         self.fc = nn.Linear(4 * 7 * 7, 5)
 
     def forward(self, x):
@@ -82,7 +88,11 @@ def test_convolutions_and_flattened_images():
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()
-        self.stem, self.body, self.depthwise = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, 1, 1, groups=4)
+        self.stem, self.body, self.depthwise = (
+            nn.Conv2d(3, 4, 1),
+            nn.Conv2d(4, 4, 1),
+            nn.Conv2d(4, 4, 3, 1, 1, groups=4),
+        )
         self.head = nn.Conv2d(4, 2, 1)
 
     def forward(self, x):

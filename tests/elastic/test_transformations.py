@@ -114,7 +114,13 @@ def test_parameters_are_saved(space):
 def test_new_transformations_are_the_weight_itself():
     torch.manual_seed(0)
     weight = torch.randn(4, 3, 5, 5)
-    for made in (Linear(), NonLinear(), NonLinear(hidden=2, activation=torch.tanh), Own(), InTurn([Linear(), NonLinear()])):
+    for made in (
+        Linear(),
+        NonLinear(),
+        NonLinear(hidden=2, activation=torch.tanh),
+        Own(),
+        InTurn([Linear(), NonLinear()]),
+    ):
         made.fit(weight)
         torch.testing.assert_close(made(weight), weight)
         torch.testing.assert_close(made(weight[:2, :2]), weight[:2, :2])  # at any width
