@@ -294,16 +294,17 @@ def _code(space: Space, choice: Choice, states: Mapping[bool, _State], tree: _Tr
     first = next(iter(states.values()))
     signature, batch = _signature(space.model, first.layout)
     bodies: dict[bool, tuple[Body, str]] = {}
+    checks: dict[bool, list[str]] = {}
     imports: set[str] = set()
     for training, state in states.items():
         body = Body(state.graph, _names(state, tree, training, batch), training=training)
-        body.lines[:0] = _fixed_batch(state, batch)
+        body.lines[:0] = checks[training] = _checks(space, state, batch, training)
         imports |= body.imports
         bodies[training] = body, _returned(state, body, imports)
     in_eval = None
     if len(states) == 2:
         in_eval = Body(states[True].graph, _names(states[True], tree, True, batch), training=True, in_eval=True)
-        in_eval.lines[:0] = _fixed_batch(states[True], batch)
+        in_eval.lines[:0] = checks[True]
     name = type(space.model).__name__
     text = [
         f'"""A subnet of {name}, written by graphopt. It needs PyTorch only.',
@@ -363,13 +364,42 @@ def _returned(state: _State, body: Body, imports: set[str]) -> str:
     return nested(pytree.tree_unflatten(leaves, state.outputs), imports)
 
 
-def _fixed_batch(state: _State, batch: list[str]) -> list[str]:
-    """Lines that refuse other batch sizes, where a capture has fixed the size."""
-    symbols = state.graph.symbols
-    if "batch" in symbols.symbols or True not in state.layout.batched:
+def _checks(space: Space, state: _State, batch: list[str], training: bool) -> list[str]:
+    """Lines that refuse batch sizes for which the model would run other code."""
+    symbols, layout = state.graph.symbols, state.layout
+    if True not in layout.batched:
         return []
-    tensor, size = batch[state.layout.batched.index(True)], symbols.hints["batch"]
-    return [f"if {tensor}.size(0) != {size}:", f'    raise ValueError("the model was captured for batches of {size}")']
+    size = f"{batch[layout.batched.index(True)]}.size(0)"
+    if "batch" not in symbols.symbols:
+        only = symbols.hints["batch"]
+        return [f"if {size} != {only}:", f'    raise ValueError("the model was captured for batches of {only}")']
+    guards = [g for g in symbols.guards if g.free_symbols == {symbols.symbols["batch"]}]
+    other = next((n for n in range(2, _PROBED) if not symbols.admits({"batch": n})), None)
+    if other is None or _same_code(space, layout, other, training):
+        return []  # the guards are torch's own: which kernel it would choose
+    text = " and ".join(symbols.rename(g) for g in guards)
+    if "(" in text or not guards:
+        raise ElasticError(f"extract: the model's code depends on its batch size: {text}; make the space by such a batch")
+    return [
+        f"batch = {size}",
+        f"if not ({text}):",
+        f'    raise ValueError("the model was captured for batches where {text}")',
+    ]
+
+
+_PROBED = 130
+"""Up to which batch size it is asked whether a guard excludes one."""
+
+
+def _same_code(space: Space, layout: BatchLayout, size: int, training: bool) -> bool:
+    """Whether the model has the same graph for batches of another size."""
+    with _mode(space.model, training):
+        here = space.subnet(space.full).origin.graph
+        try:
+            there = space.subnet(space.full, batch=layout.restore(layout.example(size))).origin.graph
+        except (BatchError, CaptureError):
+            return False
+    return here.hash() == there.hash()
 
 
 def _signature(model: nn.Module, layout: BatchLayout) -> tuple[str, list[str]]:
