@@ -1,8 +1,8 @@
 """Elastic models: one set of weights, many sizes. `space` finds the dimensions of any model and runs its subnets.
 
-    space = graphopt.elastic.space(model, batch)
-    print(space)                                        # what is elastic, what is not and why
-    output = space.run(space.sample(seed=0), *inputs)   # gradients land in the model's own parameters
+space = graphopt.elastic.space(model, batch)
+print(space)                                        # what is elastic, what is not and why
+output = space.run(space.sample(seed=0), *inputs)   # gradients land in the model's own parameters
 """
 
 from graphopt.elastic.choice import Choice
