@@ -379,7 +379,7 @@ def _checks(space: Space, state: _State, batch: list[str], training: bool) -> li
         return []  # the guards are torch's own: which kernel it would choose
     text = " and ".join(symbols.rename(g) for g in guards)
     if "(" in text or not guards:
-        raise ElasticError(f"extract: the model's code depends on its batch size: {text}; make the space by such a batch")
+        raise ElasticError(f"extract: the code of the model depends on its batch size: {text}")
     return [
         f"batch = {size}",
         f"if not ({text}):",
