@@ -105,7 +105,8 @@ class Space:
         named = options.rename(tied_up, names)
         handles, kept = options.fix(tied_up, fixed)
         refused += [Refused(named[h], h.kind, str(h.full), "fixed by the user", h.where) for h in kept]
-        choices = {**self.layers.widths(self.primary.found, self.primary.axes), **(choices or {})}
+        if passed := self.layers.widths(self.primary.found, self.primary.axes):
+            choices = {**passed, **(choices or {})}
         values = options.choices_of(handles, choices)
         for handle in [h for h in handles if len(values[h]) < 2]:
             refused.append(Refused(handle.name, handle.kind, str(handle.full), "it has one choice only", handle.where))
