@@ -359,7 +359,8 @@ class _Resizing:
         if not self.other.isdisjoint(copy.all_input_nodes):
             return False
         if form.axes.isdisjoint(self.sizes):
-            return not form.dims or None not in form.orders or self.changed.isdisjoint(copy.all_input_nodes)
+            dense = bool(form.dims) and None not in form.orders
+            return dense or self.changed.isdisjoint(copy.all_input_nodes)
         orders = [how for how in form.orders if how is not None]
         if len(orders) < len(form.orders) or (node.target is _ATTENTION and not self._same_kernel(node)):
             return False

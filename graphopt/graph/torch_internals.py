@@ -74,7 +74,7 @@ def fake_like(value: torch.Tensor, shape: Sequence[Any], strides: Sequence[Any])
 
 def symbolic(like: torch.Tensor, expr: sympy.Expr) -> torch.SymInt:
     """``expr`` as a symbolic size, of the symbols that the shape of the fake tensor ``like`` has."""
-    size = next(s for s in like.shape if isinstance(s, torch.SymInt))
+    size: Any = next(s for s in like.shape if isinstance(s, torch.SymInt))
     hint = expr.xreplace({s: sympy.sympify(hint_of(s, size)) for s in expr.free_symbols})
     return torch.SymInt(SymNode(expr, size.node.shape_env, int, int(hint)))
 
