@@ -34,6 +34,7 @@ from graphopt.passes.selective_saving import SelectiveSaving
 from graphopt.passes.send_up_tree import SendUpTree
 from graphopt.passes.shard_axes import ShardAxes
 from graphopt.passes.shrink_axes import ShrinkAxes
+from graphopt.passes.skip_layers import SkipLayers
 from graphopt.passes.specialise import specialise
 from graphopt.passes.synchronise import BucketGradients, GatherAtOwner
 from graphopt.passes.zero_tangents import ZeroTangents
@@ -62,9 +63,10 @@ __all__ = [
     "SelectiveSaving",
     "SendUpTree",
     "ShardAxes",
+    "ShrinkAxes",
+    "SkipLayers",
     "Strategies",
     "Strategy",
-    "ShrinkAxes",
     "Tier",
     "ZeroTangents",
     "check",

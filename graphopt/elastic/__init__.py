@@ -7,6 +7,28 @@ output = space.run(space.sample(seed=0), *inputs)   # gradients land in the mode
 
 from graphopt.elastic.choice import Choice
 from graphopt.elastic.dimension import Dimension, Kind, Refused
+from graphopt.elastic.extract import save
+from graphopt.elastic.layers import KernelMatrices, draws
+from graphopt.elastic.partial_reads import PassOutput, ReadInput
 from graphopt.elastic.space import Space, space
+from graphopt.elastic.transformations import Identity, InTurn, Linear, NonLinear, Own, Transformation
 
-__all__ = ["Choice", "Dimension", "Kind", "Refused", "Space", "space"]
+__all__ = [
+    "Choice",
+    "Dimension",
+    "Identity",
+    "InTurn",
+    "KernelMatrices",
+    "Kind",
+    "Linear",
+    "NonLinear",
+    "Own",
+    "PassOutput",
+    "ReadInput",
+    "Refused",
+    "Space",
+    "Transformation",
+    "draws",
+    "save",
+    "space",
+]

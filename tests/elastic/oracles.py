@@ -50,7 +50,10 @@ def kept(space: Space, choice: Choice, batch: Any) -> dict[Any, Tensor]:
 
 
 def assert_is_slice(space: Space, choice: Choice, batch: Any) -> None:
-    """The subnet (one without left-out layers) against the resized graph, in the present mode of the model."""
+    """The subnet against the resized graph, in the present mode of the model: dimensions that are no axes (depth,
+    kernels) are full."""
+    others = [d.name for d in space.dimensions if not state(space, batch).handles[d.name].axes(d.smallest)]
+    choice = space.choice({**choice, **{name: space.dimension(name).full for name in others}})
     found = state(space, batch)
     chosen = kept(space, choice, batch)
     small = resize(found.graph, found.axes, keep=chosen) if chosen else found.graph

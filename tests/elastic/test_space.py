@@ -42,8 +42,9 @@ class Grouped(nn.Module):
 
 
 def grouped(**options):
+    """Its space without depth, which ``test_depths.py`` is about."""
     torch.manual_seed(0)
-    return space(Grouped(), torch.randn(2, 4, 5), **options)
+    return space(Grouped(), torch.randn(2, 4, 5), **{"fixed": Kind.DEPTH, **options})
 
 
 @pytest.fixture(scope="module")
@@ -115,10 +116,10 @@ def test_tied_named_fixed():
         ({"choices": [8]}, "expected a mapping"),
         ({"choices": {3: (8,)}}, "expected a Kind or a pattern"),
         ({"tied": [["embed", "layers.0.hidden"]]}, "differ in kind or size"),
-        ({"names": {"layers.0.*": "h"}}, "means 3 dimensions"),
+        ({"names": {"layers.0.*": "h"}}, r"means \d dimensions"),
         ({"names": {"embed": "layers.0.hidden"}}, "two dimensions are called"),
         (
-            {"fixed": tuple(Kind(k) for k in ("width", "heads", "queries", "embedding", "head size"))},
+            {"fixed": tuple(Kind(k) for k in ("width", "heads", "queries", "embedding", "head size", "depth"))},
             "nothing in it is",
         ),
     ],
