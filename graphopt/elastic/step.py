@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from graphopt.elastic import sized_code
 from graphopt.elastic.choice import Choice
 from graphopt.elastic.distillation import InPlaceDistillation
 from graphopt.elastic.region import Region
@@ -151,5 +152,5 @@ class _Net:
         self.output: Any = None
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
-        self.output = self.space.run(self.choice, *inputs, **keywords)
+        self.output = sized_code.run(self.space, self.choice, *inputs, **keywords)
         return self.output
