@@ -35,26 +35,32 @@ class CountedGraph:
     """A graph whose sizes follow choices.
 
     Args:
-        graph: of the whole model.
-        handles: of the space's dimensions, by name, in a graph with ``axes``.
-        axes: of the graph that the handles are of.
-        twins: for their axes those of ``graph``; for None they are the same.
+        graph: of the whole model, forward or joint.
+        handles: of the space's dimensions, by name.
+        axes: of the graph that the handles are of; ``graph``'s own, or those of the forward graph that it was derived
+            from.
         mode, threads: how it is run.
     """
 
-    def __init__(self, graph: TrainingGraph, handles: Mapping[str, Handle], mode: Mode, threads: int | None):
-        self.graph, self.handles = graph, dict(handles)
-        self._symbols: dict[Axis, sympy.Symbol] = {}
+    def __init__(
+        self, graph: TrainingGraph, handles: Mapping[str, Handle], axes: Axes, mode: Mode, threads: int | None
+    ):
+        self.graph, self.handles, self.axes = graph, dict(handles), axes
         self._of: dict[tuple[str, Value], Mapping[Axis, int]] = {}
+        self._symbols: dict[Axis, sympy.Symbol] = {}
         for name, handle in self.handles.items():
-            for axis in _axes_of(handle, graph.axes):
-                self._symbols.setdefault(axis, sympy.Symbol(f"{name}#{len(self._symbols)}", positive=True, integer=True))
-        counting = counted(graph, self._symbols, {})
+            for axis in self._sizes(name, handle.full):
+                symbol = sympy.Symbol(f"{name}#{len(self._symbols)}", positive=True, integer=True)
+                self._symbols.setdefault(axis, symbol)
+        twins = {axis: axis for axis in self._symbols} if axes.graph is graph else correspond(axes, graph.axes)
+        self._joint = axes.graph is not graph
+        inside = {twins[axis]: symbol for axis, symbol in self._symbols.items() if axis in twins}
+        counting = counted(graph, inside, {})
         self.work = Work(graph, mode, counting, threads)
-        parameters = graph.input_nodes(InputKind.PARAMETER)
-        self._parameters = tuple(parameters.values())
+        self._parameters = tuple(graph.input_nodes(InputKind.PARAMETER).values())
         self._numels = SizeTable([numel(counting.node[node].meta["val"]) for node in self._parameters])
         self._absent: dict[tuple[tuple[str, Value], ...], Absent] = {}
+        self._runs = runs_of(graph) if self._joint else {}
 
     def prices(
         self, choices: Sequence[Mapping[str, Any]], sizes: Mapping[str, int], *, machine: Machine | None, peak: bool
@@ -66,9 +72,15 @@ class CountedGraph:
     def parameters(self, choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """How many numbers the parameters of each choice hold, int64 ``(count,)``."""
         found = self._numels.at_many(self._values(choices, {}))
+        return np.where(self._there(choices), found, 0).sum(axis=0)
+
+    def parameter_tensors(self, choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """How many parameters each choice has, int64 ``(count,)``."""
+        return self._there(choices).sum(axis=0)
+
+    def _there(self, choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
         gone = [self.absent(choice).nodes for choice in choices]
-        there = np.array([[node not in out for out in gone] for node in self._parameters], dtype=bool)
-        return np.where(there, found, 0).sum(axis=0)
+        return np.array([[node not in out for out in gone] for node in self._parameters], dtype=bool)
 
     def _values(self, choices: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> dict[sympy.Symbol, np.ndarray]:
         count = len(choices)
@@ -82,11 +94,11 @@ class CountedGraph:
         return columns | {symbol: np.full(count, int(number)) for symbol, number in batch.items()}
 
     def _sizes(self, name: str, value: Value) -> Mapping[Axis, int]:
-        """The sizes of a dimension's axes at a value."""
-        key = (name, value)
-        if key not in self._of:
-            self._of[key] = _sizes_at(self.handles[name], value, self.graph.axes)
-        return self._of[key]
+        """The sizes of a dimension's axes at a value: those that it says, and those of the weights that it cuts
+        (kernels, whose places mean something and are no axes to shrink)."""
+        if (name, value) not in self._of:
+            self._of[name, value] = _sizes_at(self.handles[name], value, self.axes)
+        return self._of[name, value]
 
     def absent(self, choice: Mapping[str, Any]) -> Absent:
         """The operators that a choice leaves out, and the parameters and buffers that nothing reads then."""
@@ -114,13 +126,6 @@ def _left_out(handle: Handle, value: Value) -> list[Run]:
     if isinstance(handle, Tied):
         return [run for part in handle.parts for run in _left_out(part, value)]
     return handle.left_out(value) if isinstance(handle, Depth) else []
-
-
-def _axes_of(handle: Handle, axes: Axes) -> list[Axis]:
-    """The axes whose size a dimension changes."""
-    if isinstance(_first(handle), Depth):
-        return []
-    return list(_sizes_at(handle, handle.choices(None)[0], axes))
 
 
 def _sizes_at(handle: Handle, value: Value, axes: Axes) -> dict[Axis, int]:
