@@ -31,6 +31,7 @@ from graphopt.passes.scatter_gradients import ScatterGradients
 from graphopt.passes.selective_saving import SelectiveSaving
 from graphopt.passes.send_up_tree import SendUpTree
 from graphopt.passes.shard_axes import ShardAxes
+from graphopt.passes.skip_layers import SkipLayers
 from graphopt.passes.shrink_axes import ShrinkAxes
 from graphopt.passes.specialise import specialise
 from graphopt.passes.synchronise import BucketGradients, GatherAtOwner
@@ -59,6 +60,7 @@ __all__ = [
     "SelectiveSaving",
     "SendUpTree",
     "ShardAxes",
+    "SkipLayers",
     "ShrinkAxes",
     "Tier",
     "ZeroTangents",

@@ -20,6 +20,8 @@ class Kind(StrEnum):
     EMBEDDING = "embedding"  # the residual stream, everywhere at once
     KERNEL = "kernel"
     DEPTH = "depth"
+    READ = "read"  # how much of what its producer gives a layer reads
+    TRANSFORMATION = "transformation"  # which one the weight of a layer goes through
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,16 @@ class Handle(ABC):
         name of the input that `rewrite` added for them. They are kept with the space."""
         return {}
 
+    def counterpart(self, others: Iterable[Handle]) -> Handle:
+        """The same dimension among the handles of another graph: that of the same name.
+
+        Raises ElasticError if there is none.
+        """
+        found = next((other for other in others if other.name == self.name), None)
+        if found is None:
+            raise ElasticError(f"{self.name}: it was not found in this graph")
+        return found
+
 
 class Tied(Handle):
     """Several dimensions of one kind and size that the user wants to have one value."""

@@ -12,6 +12,7 @@ from graphopt.elastic import options
 from graphopt.elastic.choice import Choice
 from graphopt.elastic.dimension import Dimension, Kind, Refused
 from graphopt.elastic.handles import Handle
+from graphopt.elastic.layers import Layers
 from graphopt.elastic.options import Sizes
 from graphopt.elastic.subnet import Subnet
 from graphopt.elastic.supergraph import Supergraph
@@ -35,6 +36,7 @@ def space(
     tied: Any = (),
     names: Mapping[str, str] | None = None,
     free: FreeSizes | None = None,
+    layers: Mapping[str, Any] | None = None,
 ) -> Space:
     """Find the elastic dimensions of a model.
 
@@ -57,6 +59,8 @@ def space(
             new names to that.
         names: new names by pattern.
         free: further sizes to keep free in captures, as in `graphopt.capture`.
+        layers: choices of single layers, by path or pattern on paths: `Transformation`s of their weights,
+            `KernelMatrices`, `ReadInput` and `PassOutput`; see `graphopt.elastic.layers`.
 
     Raises:
         ElasticError: nothing is elastic (with the reasons), a pattern means nothing, a size is out of range, tied
@@ -74,7 +78,7 @@ def space(
         >>> net[0].weight.grad.abs().sum(1) > 0
         tensor([ True,  True, False, False, False, False, False, False])
     """
-    return Space(model, batch, choices=choices, fixed=fixed, tied=tied, names=names, free=free)
+    return Space(model, batch, choices=choices, fixed=fixed, tied=tied, names=names, free=free, layers=layers)
 
 
 class Space:
@@ -88,14 +92,17 @@ class Space:
     def __init__(
         self, model: nn.Module, batch: Any, *, choices: Mapping[Any, Sizes] | None = None, fixed: Any = (),
         tied: Any = (), names: Mapping[str, str] | None = None, free: FreeSizes | None = None,
+        layers: Mapping[str, Any] | None = None,
     ):  # fmt: skip
         self.model, self.batch, self.free = model, batch, free
+        self.layers = Layers(model, layers)
         self.notes: list[str] = []
         self._states: dict[Hashable, list[tuple[ModelWatch, Supergraph]]] = {}
         self.primary = self._captured(batch, None)
         refused = list(self.primary.found.refused)
         handles, kept = options.fix(options.tie(self.primary.found.handles, tied), fixed)
         refused += [Refused(h.name, h.kind, str(h.full), "fixed by the user", h.where) for h in kept]
+        choices = {**self.layers.widths(self.primary.found, self.primary.axes), **(choices or {})}
         values = options.choices_of(handles, choices)
         for handle in [h for h in handles if len(values[h]) < 2]:
             refused.append(Refused(handle.name, handle.kind, str(handle.full), "it has one choice only", handle.where))
@@ -259,7 +266,7 @@ class Space:
         _, layout, _ = flatten(batch)
         watch = ModelWatch(self.model)
         captured = capture_forward_call(self.model, batch, loss=loss, free=self.free)
-        made = Supergraph(captured, self.model)
+        made = Supergraph(captured, self.model, self.layers)
         self._states.setdefault((layout, loss), []).append((watch, made))
         return made
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphopt.elastic import axis_sizes
+from graphopt.elastic import axis_sizes, depths, kernel_sizes
 from graphopt.elastic.axis_sizes import AxisSize, correspond
 from graphopt.elastic.choice import Choice
 from graphopt.elastic.dimension import Value
 from graphopt.elastic.handles import Cut, Found, Handle, Tied, merged
+from graphopt.elastic.layers import Layers
 from graphopt.elastic.slices import Slice
 from graphopt.elastic.subnet import Subnet
 from graphopt.errors import ElasticError
@@ -27,7 +28,11 @@ from graphopt.graph.draft import Draft
 from graphopt.graph.resize import Resizer, cuts_of
 from graphopt.graph.training_graph import InputKind
 
-FINDERS: tuple[Callable[[Axes, Resizer], Found], ...] = (axis_sizes.find,)
+FINDERS: tuple[Callable[[Axes, Resizer], Found], ...] = (
+    axis_sizes.find,
+    depths.find,
+    kernel_sizes.find,
+)
 """Each kind of dimension finds its handles in a graph."""
 
 _KEPT = 256
@@ -38,7 +43,7 @@ class Supergraph:
     """See the module's docstring. ``captured``: graph, layout of the batch, nesting of outputs. ``handles``: by the
     name of the dimension; one that has no counterpart in this graph is missing, and ``missing`` says why."""
 
-    def __init__(self, captured: Captured, model: nn.Module):
+    def __init__(self, captured: Captured, model: nn.Module, layers: Layers):
         self.captured, self.graph = captured, captured.graph
         if own := self.graph.signature.tree.get("own_backward"):
             raise ElasticError(
@@ -47,7 +52,7 @@ class Supergraph:
             )
         self.axes = self.graph.axes
         self.resizer = Resizer(self.axes)
-        self.found = sum((find(self.axes, self.resizer) for find in FINDERS), Found())
+        self.found = layers.apply(sum((find(self.axes, self.resizer) for find in FINDERS), Found()), self.axes)
         self.handles: dict[str, Handle] = {}
         self.missing: dict[str, str] = {}
         self.tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
@@ -80,10 +85,9 @@ class Supergraph:
                 why = twin.reason or next((r.why for r in self.found.refused if r.name == twin.name), "it is not free")
                 raise ElasticError(f"{handle.name} must keep its size in this graph: {why}")
             return by_axis[twin]
-        if handle.name not in own:
-            why = next((r.why for r in self.found.refused if r.name == handle.name), "it was not found in this graph")
+        if why := next((r.why for r in self.found.refused if r.name == handle.name), ""):
             raise ElasticError(f"{handle.name}: {why}")
-        return own[handle.name]
+        return handle.counterpart(own.values())
 
     def changed(self, choice: Mapping[str, Value]) -> list[tuple[Handle, Value]]:
         """The handles whose value is not the full one, in the order in which they are applied.

@@ -23,6 +23,7 @@ from torch import fx
 
 from graphopt.errors import AxisError
 from graphopt.graph.axes import Axes
+from graphopt.graph.draft import Draft
 from graphopt.graph.op_rules import is_pure, rule
 from graphopt.graph.sizes import expression
 from graphopt.graph.training_graph import OutputKind, Phase, TrainingGraph
@@ -96,24 +97,60 @@ def leave_out(graph: TrainingGraph, runs: Iterable[Run]) -> TrainingGraph:
     """
     if any(n.meta.get("phase") == Phase.BACKWARD for n in graph.graph.nodes):
         raise AxisError("graph: it has a backward; leave runs out of the forward graph and derive its backward anew")
-    order = {node: i for i, node in enumerate(graph.graph.nodes)}
-    replaced: dict[fx.Node, fx.Node] = {}
-    gone: set[fx.Node] = set()
     draft = graph.draft()
+    leave_out_of(draft, runs)
+    return draft.finish()
+
+
+def leave_out_of(draft: Draft, runs: Iterable[Run]) -> None:
+    """`leave_out` in a draft of the forward graph on which the runs were found; others may have been left out before.
+
+    Random operators of a run go with it. Raises AxisError for runs of another graph.
+    """
+    order = {node: i for i, node in enumerate(draft.origin.graph.nodes)}
+    gone: set[fx.Node] = set()
     chosen = list(runs)
     for run in chosen:
         if run.exit not in order:
             raise AxisError(f"runs: {run} is no run of this graph")
     for run in sorted(chosen, key=lambda r: order[r.exit]):
         gone.update(run.nodes)
-        replaced[run.exit] = entry = replaced.get(run.entry, run.entry)
+        entry = run.entry
+        while entry in draft.left_out:
+            entry = draft.left_out[entry]
+        draft.left_out[run.exit] = entry
         draft.node(run.exit).replace_all_uses_with(draft.node(entry))
-    updates = [
-        o.kind is OutputKind.BUFFER and _reads(n, gone) for o, n in zip(graph.outputs, graph.results, strict=True)
+    _keep_statistics(draft, gone)
+    copies = {draft.node(node) for node in gone}
+    for node in reversed(draft.graph.nodes):
+        if node.op in ("call_function", "get_attr") and not node.users and (node in copies or is_pure(node)):
+            draft.graph.erase_node(node)
+
+
+def _keep_statistics(draft: Draft, gone: set[fx.Node]) -> None:
+    """Buffers that only layers which are gone give a new value have no new value any more: neither the statistics of a
+    norm nor the counter beside them."""
+    for node in gone:
+        for user in node.users if node.target is _BATCH_NORM else ():
+            if user.target is getitem and user.args[1] in _STATISTICS:
+                draft.node(user).replace_all_uses_with(draft.node(node.args[user.args[1]]))  # type: ignore[index, arg-type]
+    copies = {draft.node(node) for node in gone}
+    old = [
+        o.kind is OutputKind.BUFFER and r is not None and (r.op == "placeholder" or _reads(r, copies))
+        for o, r in zip(draft.signature.outputs, draft.results, strict=True)
     ]
-    draft.keep_outputs([not u for u in updates])
-    draft.graph.eliminate_dead_code(lambda node: not is_pure(node))
-    return draft.finish()
+    modules = {o.name.rpartition(".")[0] for o, same in zip(draft.signature.outputs, old, strict=True) if same}
+    draft.keep_outputs(
+        [
+            not same and not (o.kind is OutputKind.BUFFER and o.name.rpartition(".")[0] in modules)
+            for o, same in zip(draft.signature.outputs, old, strict=True)
+        ]
+    )
+
+
+_BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
+_STATISTICS = (3, 4)
+"""Positions of the running statistics among a batch norm's operands, and of their new values among its results."""
 
 
 def _reads(node: fx.Node | None, gone: set[fx.Node]) -> bool:

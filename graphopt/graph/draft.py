@@ -29,6 +29,7 @@ class Draft:
         self.origin = origin
         self.graph = fx.Graph()
         self.constants = dict(origin.constants)
+        self.left_out: dict[fx.Node, fx.Node] = {}  # exits of runs of layers, with the nodes that are read instead
         self._copies: dict[fx.Node, fx.Node] = {}
         for node in origin.graph.nodes:
             copy = self.graph.node_copy(node, lambda n: self._copies[n])
