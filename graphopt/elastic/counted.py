@@ -14,18 +14,22 @@ import sympy
 import torch
 from torch import fx
 
-from graphopt.cost_model.many_sizes import ManyPrices, price_many
 from graphopt.cost_model.machine import Machine
+from graphopt.cost_model.many_sizes import ManyPrices, price_many
 from graphopt.cost_model.memory import Absent
+from graphopt.cost_model.size_table import SizeTable
 from graphopt.cost_model.work import Mode, Work
-from graphopt.elastic.depths import Depth
-from graphopt.elastic.dimension import Value
+from graphopt.elastic.axis_sizes import correspond
+from graphopt.elastic.depths import Depth, find
+from graphopt.elastic.dimension import Dimension, Kind, Value
 from graphopt.elastic.handles import Handle, Tied
+from graphopt.elastic.supergraph import Supergraph
+from graphopt.errors import ElasticError
 from graphopt.graph.axes import Axes, Axis
 from graphopt.graph.depth import Run
-from graphopt.graph.sizes import expression, numel
-from graphopt.graph.training_graph import InputKind, TrainingGraph
-from graphopt.cost_model.size_table import SizeTable
+from graphopt.graph.sizes import numel
+from graphopt.graph.storages import is_view
+from graphopt.graph.training_graph import InputKind, Phase, TrainingGraph
 from graphopt.graph.widths import counted
 
 NOTHING = Absent(frozenset())
@@ -35,32 +39,39 @@ class CountedGraph:
     """A graph whose sizes follow choices.
 
     Args:
-        graph: of the whole model, forward or joint.
-        handles: of the space's dimensions, by name.
-        axes: of the graph that the handles are of; ``graph``'s own, or those of the forward graph that it was derived
-            from.
+        graph: of the whole model: the forward graph of ``origin``, or a joint graph that was derived from it.
+        origin: of the space's dimensions, with their handles.
+        dimensions: of the space.
         mode, threads: how it is run.
+
+    Raises:
+        ElasticError: layers that can be left out of the forward graph are not found in the joint one.
     """
 
     def __init__(
-        self, graph: TrainingGraph, handles: Mapping[str, Handle], axes: Axes, mode: Mode, threads: int | None
+        self, graph: TrainingGraph, origin: Supergraph, dimensions: Sequence[Dimension], mode: Mode, threads: int | None
     ):
-        self.graph, self.handles, self.axes = graph, dict(handles), axes
-        self._of: dict[tuple[str, Value], Mapping[Axis, int]] = {}
+        self.graph, self.axes, self.handles = graph, origin.axes, origin.handles
+        self._sizes = {(d.name, v): _sizes_at(self.handles[d.name], v, self.axes) for d in dimensions for v in d.choices}
         self._symbols: dict[Axis, sympy.Symbol] = {}
-        for name, handle in self.handles.items():
-            for axis in self._sizes(name, handle.full):
-                symbol = sympy.Symbol(f"{name}#{len(self._symbols)}", positive=True, integer=True)
-                self._symbols.setdefault(axis, symbol)
-        twins = {axis: axis for axis in self._symbols} if axes.graph is graph else correspond(axes, graph.axes)
-        self._joint = axes.graph is not graph
-        inside = {twins[axis]: symbol for axis, symbol in self._symbols.items() if axis in twins}
+        self._changed: dict[str, list[Axis]] = {}
+        for (name, _), sizes in self._sizes.items():
+            for axis in sizes:
+                if axis not in self._symbols:
+                    self._changed.setdefault(name, []).append(axis)
+                    self._symbols[axis] = sympy.Symbol(f"{name}#{len(self._symbols)}", positive=True, integer=True)
+        inside = self._symbols
+        depths = {d.name: _depths(self.handles[d.name]) for d in dimensions if d.kind is Kind.DEPTH}
+        if graph is not origin.graph:
+            inside = _translated(self._symbols, origin.axes, graph.axes)
+            others = find(graph.axes, origin.resizer).handles if depths else ()
+            depths = {name: [depth.counterpart(others) for depth in several] for name, several in depths.items()}
+        self._depths: dict[str, list[Depth]] = depths
         counting = counted(graph, inside, {})
         self.work = Work(graph, mode, counting, threads)
         self._parameters = tuple(graph.input_nodes(InputKind.PARAMETER).values())
         self._numels = SizeTable([numel(counting.node[node].meta["val"]) for node in self._parameters])
         self._absent: dict[tuple[tuple[str, Value], ...], Absent] = {}
-        self._runs = runs_of(graph) if self._joint else {}
 
     def prices(
         self, choices: Sequence[Mapping[str, Any]], sizes: Mapping[str, int], *, machine: Machine | None, peak: bool
@@ -84,53 +95,44 @@ class CountedGraph:
 
     def _values(self, choices: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> dict[sympy.Symbol, np.ndarray]:
         count = len(choices)
-        columns = {symbol: np.full(count, int(expression(axis.size))) for axis, symbol in self._symbols.items()}
-        for name in self.handles:
+        columns = {}
+        for name, axes in self._changed.items():
             given = [choice[name] for choice in choices]
-            each = {value: self._sizes(name, value) for value in dict.fromkeys(given)}
-            for axis in next(iter(each.values()), {}):
-                columns[self._symbols[axis]] = np.array([each[value][axis] for value in given], dtype=np.int64)
+            for axis in axes:
+                of = {value: self._sizes[name, value].get(axis, axis.size) for value in dict.fromkeys(given)}
+                columns[self._symbols[axis]] = np.array([of[value] for value in given], dtype=np.int64)
         batch = self.graph.symbols.substitution(sizes)
         return columns | {symbol: np.full(count, int(number)) for symbol, number in batch.items()}
 
-    def _sizes(self, name: str, value: Value) -> Mapping[Axis, int]:
-        """The sizes of a dimension's axes at a value: those that it says, and those of the weights that it cuts
-        (kernels, whose places mean something and are no axes to shrink)."""
-        if (name, value) not in self._of:
-            self._of[name, value] = _sizes_at(self.handles[name], value, self.axes)
-        return self._of[name, value]
-
     def absent(self, choice: Mapping[str, Any]) -> Absent:
         """The operators that a choice leaves out, and the parameters and buffers that nothing reads then."""
-        key = tuple((name, choice[name]) for name, h in self.handles.items() if isinstance(_first(h), Depth))
+        key = tuple((name, choice[name]) for name in self._depths)
         if key not in self._absent:
-            runs = [run for name, value in key for run in _left_out(self.handles[name], value)]
-            self._absent[key] = self._without(runs) if runs else NOTHING
+            runs = [run for name, value in key for depth in self._depths[name] for run in depth.left_out(value)]
+            self._absent[key] = without(self.graph, runs) if runs else NOTHING
         return self._absent[key]
 
-    def _without(self, runs: Sequence[Run]) -> Absent:
-        order = {node: i for i, node in enumerate(self.graph.nodes)}
-        runs = sorted(runs, key=lambda run: order[run.exit])
-        nodes = {node for run in runs for node in run.nodes}
-        owned = (InputKind.PARAMETER, InputKind.BUFFER)
-        inputs = [n for i, n in zip(self.graph.inputs, self.graph.placeholders, strict=True) if i.kind in owned]
-        unread = {node for node in inputs if node.users and nodes.issuperset(node.users)}
-        return Absent(frozenset(nodes | unread), tuple((run.exit, run.entry) for run in runs))
+
+def _translated(symbols: Mapping[Axis, sympy.Symbol], ours: Axes, theirs: Axes) -> dict[Axis, sympy.Symbol]:
+    """The symbols by the axes of another graph of the same model: by the parameters that carry them; where those are cut
+    otherwise there, by name, which is the same in every capture."""
+    twins, named = correspond(ours, theirs), {axis.name: axis for axis in theirs.groups() if axis.name}
+    found = {}
+    for axis, symbol in symbols.items():
+        twin = twins.get(axis) or named.get(axis.name)
+        if twin is None or twin.size != axis.size:
+            raise ElasticError(f"training: {axis!r} is no axis of the joint graph; its steps cannot be priced")
+        found[twin] = symbol
+    return found
 
 
-def _first(handle: Handle) -> Handle:
-    return handle.parts[0] if isinstance(handle, Tied) else handle
-
-
-def _left_out(handle: Handle, value: Value) -> list[Run]:
-    if isinstance(handle, Tied):
-        return [run for part in handle.parts for run in _left_out(part, value)]
-    return handle.left_out(value) if isinstance(handle, Depth) else []
+def _depths(handle: Handle) -> list[Any]:
+    return list(handle.parts) if isinstance(handle, Tied) else [handle]
 
 
 def _sizes_at(handle: Handle, value: Value, axes: Axes) -> dict[Axis, int]:
-    """The size of each axis of a dimension at ``value``: those that it says, and those of the weights that it cuts
-    (kernels, whose places mean something and are no axes to shrink)."""
+    """The size of each axis that a dimension has at ``value``: those that it says, and those of the weights that it
+    cuts (kernels, whose places mean something and are no axes to shrink)."""
     found = {axis: len(indices) for axis, indices in handle.axes(value).items()}
     carriers = axes.carriers()
     for name, dims in handle.cuts(value).items():
@@ -139,3 +141,59 @@ def _sizes_at(handle: Handle, value: Value, axes: Axes) -> dict[Axis, int]:
             if axis is not None:
                 found[axis] = len(cut) if isinstance(cut, torch.Tensor) else cut[1] - cut[0]
     return found
+
+
+# -- layers that are left out -------------------------------------------------------------------------------------------
+
+
+def without(graph: TrainingGraph, runs: Sequence[Run]) -> Absent:
+    """What is not run where layers are left out of a graph: their operators, those of their backward, and the
+    parameters and buffers that only they read."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    runs = sorted(runs, key=lambda run: order[run.exit])
+    nodes = {node for run in runs for node in run.nodes}
+    instead = [(run.exit, run.entry) for run in runs]
+    kinds = (InputKind.PARAMETER, InputKind.BUFFER)
+    owned = [n for i, n in zip(graph.inputs, graph.placeholders, strict=True) if i.kind in kinds]
+    forward = {n for n in owned if n.users and all(u in nodes or u.meta["phase"] == Phase.BACKWARD for u in n.users)}
+    backward = [node for node in graph.nodes if node.meta.get("phase") == Phase.BACKWARD]
+    for run in reversed(runs):
+        values = {n for n in run.nodes if n is not run.exit}
+        values |= {n for n in forward if not n.users.keys().isdisjoint(run.nodes)}
+        gone, replaced = _backward_of(run, values, backward)
+        nodes |= gone
+        instead += replaced
+    unread = {n for n in owned if n.users and nodes.issuperset(n.users)}
+    return Absent(frozenset(nodes | unread), tuple(instead))
+
+
+def _backward_of(
+    run: Run, values: set[fx.Node], backward: Sequence[fx.Node]
+) -> tuple[set[fx.Node], list[tuple[fx.Node, fx.Node]]]:
+    """The operators of the backward of a run, whose own values these are, and what stands for its gradient.
+
+    Autograd runs the backward of operators in the reverse of their order, so that of a run is one piece, from the first
+    to the last that reads its values; the sum with the gradient that passes by belongs to it. What a run ends in
+    (``relu(u + f(u))``) is read by its own backward too, which has its place, and by that of the layers behind.
+    """
+    place = _place(run.exit)
+    reading = [
+        i
+        for i, node in enumerate(backward)
+        if not values.isdisjoint(node.all_input_nodes) or (run.exit in node.all_input_nodes and _place(node) == place)
+    ]
+    if not reading:
+        return set(), []
+    end = max(reading) + 1
+    gone = set(backward[min(reading) : end])
+    for node in backward[end:]:
+        if node.target is torch.ops.aten.add.Tensor and not gone.isdisjoint(node.all_input_nodes):
+            past = [source for source in node.all_input_nodes if source not in gone]
+            return gone | {node}, [(node, past[0])] if past else []
+        if not is_view(node):
+            break
+    return gone, []
+
+
+def _place(node: fx.Node) -> tuple[str, str]:
+    return node.meta.get("module", ""), node.meta.get("source", "")

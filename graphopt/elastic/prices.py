@@ -12,13 +12,11 @@ import torch
 import graphopt
 from graphopt.cost_model.machine import Machine
 from graphopt.cost_model.work import Mode, compiled
-from graphopt.elastic.axis_sizes import correspond
 from graphopt.elastic.counted import CountedGraph
 from graphopt.elastic.modes import evaluating
 from graphopt.elastic.space import Space
 from graphopt.errors import ElasticError
 from graphopt.graph.batch import flatten
-from graphopt.graph.training_graph import InputKind, Phase
 
 METRICS = ("flops", "parameters", "peak_bytes", "latency_seconds", "step_seconds")
 """What a subnet can be priced by.
@@ -129,7 +127,7 @@ class Prices:
                 subnet = self.space.subnet(self.space.full)
             threads = self._machine.threads if self._machine is not None else 1
             origin = subnet.origin
-            self._forward = CountedGraph(origin.graph, origin.handles, origin.axes, self.mode, threads)
+            self._forward = CountedGraph(origin.graph, origin, self.space.dimensions, self.mode, threads)
         return self._forward
 
     # -- training steps -------------------------------------------------------------------------------------------
@@ -144,7 +142,8 @@ class Prices:
             given = self.training
             subnet = self.space.subnet(self.space.full, loss=given.loss, batch=given.batch)
             joint = self.space.graph(self.space.full, loss=given.loss, batch=given.batch, backward=True)
-            self._step = CountedGraph(joint, subnet.origin.handles, subnet.origin.axes, self.mode, self.machine.threads)
+            dimensions, threads = self.space.dimensions, self.machine.threads
+            self._step = CountedGraph(joint, subnet.origin, dimensions, self.mode, threads)
         priced = self._step.prices(choices, self._sizes(self._step), machine=self.machine, peak=False)
         return priced.seconds + self._update_seconds(choices, self._step)
 

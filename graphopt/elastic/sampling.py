@@ -186,7 +186,7 @@ class BudgetHistogram(Strategy):
         found: list[Choice] = []
         for _ in range(count):
             bin_ = turn.dice.choices(range(len(self.weights)), self.weights)[0]
-            pool = distinct((_spread(region, turn.dice) for _ in range(_POOL)), found)
+            pool = distinct((spread(region, turn.dice) for _ in range(_POOL)), found)
             if pool:
                 low, high = self.edges[bin_], self.edges[bin_ + 1]
                 costs = [float(c) for c in self.cost(pool)]
@@ -200,7 +200,7 @@ _POOL = 64
 """Subnets among which one of a bin is looked for."""
 
 
-def _spread(region: Region, dice: Dice) -> Choice:
+def spread(region: Region, dice: Dice) -> Choice:
     """A choice at random, of any size: all dimensions lean to the same side, by how much is drawn first."""
     lean = dice.random()
     values = {}
