@@ -5,7 +5,7 @@ Two numbers count: a *load*, which shall be small, and a *quality*, which shall 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, product
 from random import Random
 
@@ -54,9 +54,11 @@ def search(
     seen = distinct([region.full, region.smallest, *(spread(region, dice) for _ in range(population))])
     load, quality = evaluate(seen)
     known = {choice.key() for choice in seen}
+    pool = np.arange(len(seen))
     while len(seen) < candidates:
-        parents = [seen[i] for i in _parents(load, quality, population)]
-        made = []
+        pool = pool[_parents(load[pool], quality[pool], population)]
+        parents = [seen[i] for i in pool]
+        made: list[Choice] = []
         for child in islice(_children(region, parents, dice), 20 * population):
             if child.key() not in known:
                 known.add(child.key())
@@ -65,6 +67,7 @@ def search(
                     break
         if not made:
             break
+        pool = np.concatenate([pool, np.arange(len(seen), len(seen) + len(made))])
         more_load, more_quality = evaluate(made)
         seen += made
         load, quality = np.concatenate([load, more_load]), np.concatenate([quality, more_quality])
@@ -74,7 +77,7 @@ def search(
 
 def _parents(load: np.ndarray, quality: np.ndarray, count: int) -> list[int]:
     """Front by front until there are as many as wanted."""
-    rest, found = np.arange(len(load)), []
+    rest, found = np.arange(len(load)), list[int]()
     while len(rest) and len(found) < count:
         best = front(load[rest], quality[rest])
         found += rest[best].tolist()
@@ -82,7 +85,7 @@ def _parents(load: np.ndarray, quality: np.ndarray, count: int) -> list[int]:
     return found[:count]
 
 
-def _children(region: Region, parents: Sequence[Choice], dice: Random):  # type: ignore[no-untyped-def]
+def _children(region: Region, parents: Sequence[Choice], dice: Random) -> Iterator[Choice]:
     """Each from two parents, value by value, with some values moved to a neighbour or anywhere."""
     names = region.open
     rate = 1.5 / len(names)
