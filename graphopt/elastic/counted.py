@@ -7,6 +7,7 @@ space changes. A choice then is a number for each symbol and a set of operators 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import getitem
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from graphopt.errors import ElasticError
 from graphopt.graph.axes import Axes, Axis
 from graphopt.graph.depth import Run
 from graphopt.graph.sizes import numel
-from graphopt.graph.storages import is_view
+from graphopt.graph.storages import is_view, storage_root
 from graphopt.graph.training_graph import InputKind, Phase, TrainingGraph
 from graphopt.graph.widths import counted
 
@@ -163,6 +164,10 @@ def without(graph: TrainingGraph, runs: Sequence[Run]) -> Absent:
         gone, replaced = _backward_of(run, values, backward)
         nodes |= gone
         instead += replaced
+    read = {stands for _, stands in instead}
+    for node in reversed(graph.nodes):  # views for the backward alone
+        if node.op == "call_function" and node not in read and node.users and nodes.issuperset(node.users):
+            nodes.add(node)
     unread = {n for n in owned if n.users and nodes.issuperset(n.users)}
     return Absent(frozenset(nodes | unread), tuple(instead))
 
@@ -176,12 +181,12 @@ def _backward_of(
     to the last that reads its values; the sum with the gradient that passes by belongs to it. What a run ends in
     (``relu(u + f(u))``) is read by its own backward too, which has its place, and by that of the layers behind.
     """
-    place = _place(run.exit)
-    reading = [
-        i
-        for i, node in enumerate(backward)
-        if not values.isdisjoint(node.all_input_nodes) or (run.exit in node.all_input_nodes and _place(node) == place)
-    ]
+    place, whole = _place(run.exit), storage_root(run.exit)
+    reading = []
+    for i, node in enumerate(backward):
+        read = {storage_root(source) for source in node.all_input_nodes}
+        if not values.isdisjoint(read) or (whole in read and _place(node) == place):
+            reading.append(i)
     if not reading:
         return set(), []
     end = max(reading) + 1
@@ -190,8 +195,10 @@ def _backward_of(
         if node.target is torch.ops.aten.add.Tensor and not gone.isdisjoint(node.all_input_nodes):
             past = [source for source in node.all_input_nodes if source not in gone]
             return gone | {node}, [(node, past[0])] if past else []
-        if not is_view(node):
+        if node.target is not getitem and not is_view(node):
             break
+        if node.all_input_nodes[0] in gone:
+            gone.add(node)
     return gone, []
 
 
