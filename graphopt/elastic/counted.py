@@ -190,11 +190,12 @@ def _backward_of(
     if not reading:
         return set(), []
     end = max(reading) + 1
-    gone = set(backward[min(reading) : end])
+    piece = backward[min(reading) : end]
+    gone = set(piece)
+    coming = next((s for n in piece for s in n.all_input_nodes if s not in gone and s.meta["phase"] == Phase.BACKWARD), None)
     for node in backward[end:]:
         if node.target is torch.ops.aten.add.Tensor and not gone.isdisjoint(node.all_input_nodes):
-            past = [source for source in node.all_input_nodes if source not in gone]
-            return gone | {node}, [(node, past[0])] if past else []
+            return gone | {node}, [(node, coming)] if coming is not None else []
         if node.target is not getitem and not is_view(node):
             break
         if node.all_input_nodes[0] in gone:
