@@ -59,6 +59,8 @@ class Dimension:
             return False
         if self.kind is Kind.DEPTH and isinstance(value, tuple):
             return all(type(i) is int and 0 <= i < self.size for i in value) and len(set(value)) == len(value)
+        if self.kind is Kind.DEPTH:  # the first k are a subset too
+            return isinstance(value, int) and 0 <= value <= self.size
         return value in self.choices
 
     def normal(self, value: Value) -> Value:

@@ -11,6 +11,7 @@ forward is traced anew when it is unpickled, which would fix the mode in silence
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import keyword
 import linecache
@@ -310,7 +311,7 @@ def _code(space: Space, choice: Choice, states: Mapping[bool, _State], tree: _Tr
         *(f"{d}: {v}" for d, v in choice.items() if d not in choice.inactive),
         '"""',
         "",
-        *(f"import {module}" for module in sorted({"torch", *imports})),
+        *(_import(module) for module in sorted({"torch", *imports})),
         "from torch import nn",
         "from torch.nn import functional as F",
         "",
@@ -325,6 +326,13 @@ def _code(space: Space, choice: Choice, states: Mapping[bool, _State], tree: _Tr
         indent("\n".join(methods(signature, bodies, in_eval)), "    "),
     ]
     return "\n".join(text) + _LOAD
+
+
+def _import(module: str) -> str:
+    """The line that imports a module; a namespace of operators need not be one."""
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        return f"# the operators torch.ops.{module} must be known"
+    return f"import {module}"
 
 
 _LOAD = '''

@@ -142,7 +142,7 @@ class Body:
         for node in self.graph.nodes:
             if node.op == "call_function":
                 last[node] = node
-                for source in node.all_input_nodes:
+                for source in node.all_input_nodes if not self._of_norm(node) else ():
                     last[source] = node
         kept = set(self._output.all_input_nodes)
         for node in reversed(self.graph.nodes):  # what is another name for a value lives as long as that does
@@ -152,7 +152,7 @@ class Body:
                 kept |= {source} if node in kept else set()
         dying: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node, at in last.items():
-            if node not in kept and node.op == "call_function" and self._alias(node) is None:
+            if node not in kept and node.op == "call_function" and self._alias(node) is None and not self._of_norm(node):
                 dying[at].append(node)
         return dying
 
@@ -166,9 +166,14 @@ class Body:
             return None
         if self.in_eval and node.target is aten.dropout.default:
             return node.args[0]  # type: ignore[return-value]
-        if node.target is getitem and node.args[0].target in (_NORM_IN_TRAINING, _NORM_IN_EVAL):  # type: ignore[union-attr]
+        if self._of_norm(node) and node.args[1] == 0:
             return node.args[0]  # type: ignore[return-value]
         return None
+
+    @staticmethod
+    def _of_norm(node: fx.Node) -> bool:
+        """Whether a node takes one of the results of a batch norm: in code, 0 is all of it and 3 and 4 are buffers."""
+        return node.target is getitem and node.args[0].target in (_NORM_IN_TRAINING, _NORM_IN_EVAL)  # type: ignore[union-attr]
 
     # -- operators ------------------------------------------------------------------------------------------------
 
@@ -178,11 +183,14 @@ class Body:
             return self._assigned(node, "batch_norm", self._batch_norm(node))
         alias = self._alias(node)
         if alias is not None:
-            index = node.args[1] if target is getitem else None
+            self._expressions[node] = self._expressions[alias]
+            return ""
+        if self._of_norm(node):
+            norm, index = node.args
             if index in (3, 4):
-                self._expressions[node] = self.value(alias.args[index])  # type: ignore[index]
-            else:
-                self._expressions[node] = self._expressions[alias]
+                self._expressions[node] = self.value(norm.args[index])  # type: ignore[union-attr, index]
+            elif node.users:
+                raise ElasticError(f"extract: {node.name} reads the statistics of a batch, which F.batch_norm keeps")
             return ""
         if target is getitem:
             if not node.users:

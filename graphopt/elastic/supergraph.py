@@ -108,7 +108,8 @@ class Supergraph:
         dead = frozenset().union(*(self.handles[n].dead(v) for n, v in choice.items() if n in self.handles))
         if not dead:
             return frozenset()
-        return frozenset(n for n in choice if n in self.handles and dead.issuperset(self.handles[n].readers()))
+        others = [n for n in choice if n in self.handles and not self.handles[n].first]
+        return frozenset(n for n in others if dead.issuperset(self.handles[n].readers()))
 
     # -- subnets ------------------------------------------------------------------------------------------------------
 
