@@ -13,6 +13,7 @@ from graphopt.graph.axes import Axis
 from graphopt.graph.draft import Draft
 from graphopt.graph.op_rules import bytes_moved, flops
 from graphopt.graph.resize import Resizer, cuts_of
+from graphopt.graph.torch_internals import fake_mode_of
 from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
 from graphopt.passes._base import Change, Pass, PassResult, Refusal, Saving, Tier
 
@@ -108,8 +109,9 @@ class ShrinkAxes(Pass):
         draft.constants[name] = value
         with draft.graph.inserting_before(before):
             node = draft.graph.create_node("get_attr", name)
-        mode_of = next(n.meta["val"] for n in draft.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor))
-        node.meta = {**before.meta, "val": mode_of.fake_mode.from_tensor(value)}
+        mode = fake_mode_of([n.meta.get("val") for n in draft.placeholders])
+        assert mode is not None
+        node.meta = {**before.meta, "val": mode.from_tensor(value, static_shapes=True)}
         return node
 
     @staticmethod

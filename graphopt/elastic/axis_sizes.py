@@ -26,7 +26,7 @@ SHARES: dict[Kind, tuple[float, ...]] = {
     Kind.HEADS: (0.25, 0.5, 0.75, 1.0),
     Kind.QUERIES: (0.25, 0.5, 0.75, 1.0),
     Kind.EMBEDDING: (0.5, 0.75, 1.0),
-    Kind.HEAD_SIZE: (1.0,),  # the model's own numbers (1 / sqrt(64), tables of rotations) are made for one size
+    Kind.HEAD_SIZE: (1.0,),  # the model's own numbers (1 / sqrt(64)) are made for one size
 }
 """Choices by default, as shares of the full size."""
 
@@ -35,15 +35,22 @@ _WIDE = 64
 
 
 class AxisSize(Handle):
-    """The size of one axis: the first so many indices remain (`importance` brings the best ones to the front)."""
+    """The size of one axis: the first so many indices remain (`importance` brings the best ones to the front).
 
-    def __init__(self, axis: Axis, kind: Kind, name: str, where: tuple[str, ...], readers: frozenset[fx.Node]):
+    ``alone``: a head size without heads beside it, of an attention with one head or of a product of two activations: it
+    is the only width there, and varies by default.
+    """
+
+    def __init__(
+        self, axis: Axis, kind: Kind, name: str, where: tuple[str, ...], readers: frozenset[fx.Node], alone: bool = False
+    ):
         self.axis, self.kind, self.name, self.where, self._readers = axis, kind, name, where, readers
         self.full = int(axis.size)
+        self._shares = SHARES[Kind.WIDTH if kind is Kind.HEAD_SIZE and alone else kind]
 
     def choices(self, wanted: Sequence[int | float] | None) -> tuple[Value, ...]:
         size = int(self.axis.size)
-        given = SHARES[self.kind] if wanted is None else wanted
+        given = self._shares if wanted is None else wanted
         wrong = [w for w in given if isinstance(w, bool) or not isinstance(w, (int, float)) or not 0 < w <= size]
         if wrong or any(isinstance(w, float) and w > 1 for w in given):
             raise ElasticError(
@@ -67,7 +74,7 @@ def find(axes: Axes, resizer: Resizer) -> Found:
     refused: list[Refused] = []
     carriers = axes.carriers()
     parameters = axes.graph.input_nodes(InputKind.PARAMETER)
-    grouped = queries(axes)
+    grouped, headed = queries(axes), _with_heads(axes)
     used: set[str] = set()
     for axis in axes.groups():
         names = list(dict.fromkeys(p.name for p in axis.places if p.name in parameters))
@@ -83,7 +90,7 @@ def find(axes: Axes, resizer: Resizer) -> Found:
         used.add(name)
         places = {p.name for p in axis.places if p.name in carriers}
         readers = frozenset(user for place in places for user in carriers[place].users)
-        handles.append(AxisSize(axis, kind, name, where, readers))
+        handles.append(AxisSize(axis, kind, name, where, readers, axis not in headed))
     return Found(tuple(handles), tuple(refused))
 
 
@@ -106,8 +113,20 @@ def queries(axes: Axes) -> set[Axis]:
     return {axis for axis, others in always.items() if any(axis not in always[other] for other in others)}
 
 
+def _with_heads(axes: Axes) -> set[Axis]:
+    """The axes that stand beside heads in a product."""
+    found: set[Axis] = set()
+    for node in axes.graph.input_nodes(InputKind.PARAMETER).values():
+        for dim in axes.of(node):
+            for product in _products(dim):
+                inside = [d.axis for d in product if d.axis is not None]
+                if any(axis.kind is AxisKind.HEADS for axis in inside):
+                    found.update(inside)
+    return found
+
+
 def _products(dim: Dim) -> list[list[Dim]]:
-    """The products in a dimension, each as its factors."""
+    """The products in a dimension, each as its factors; a factor that is a concatenation gives one for each piece."""
     if dim.form is Form.CONCAT:
         return [found for part in dim.parts for found in _products(part)]
     if dim.form is Form.AXIS:
@@ -119,7 +138,7 @@ def _products(dim: Dim) -> list[list[Dim]]:
             nested += _products(part)
         else:
             flat += [f for found in _products(part) for f in found]
-    return [flat, *nested]
+    return [flat + inner for inner in nested] or [flat]
 
 
 # -- the same axes in another graph of the model ----------------------------------------------------------------------

@@ -19,7 +19,7 @@ from graphopt.elastic.supergraph import Supergraph
 from graphopt.errors import BatchError, CaptureError, ElasticError
 from graphopt.graph.batch import flatten, one_batch
 from graphopt.graph.forward import capture_forward_call
-from graphopt.graph.tracing import FreeSizes
+from graphopt.graph.tracing import FreeSizes, check_arguments
 from graphopt.graph.training_graph import TrainingGraph
 from graphopt.schemes import ModelWatch
 
@@ -57,7 +57,7 @@ def space(
         fixed: patterns of dimensions that keep their size.
         tied: patterns, or sequences of patterns: the dimensions that one of them means have one value. Or a mapping from
             new names to that.
-        names: new names by pattern.
+        names: new names by pattern. (Other arguments mean dimensions by the names that the analysis gave.)
         free: further sizes to keep free in captures, as in `graphopt.capture`.
         layers: choices of single layers, by path or pattern on paths: `Transformation`s of their weights,
             `KernelMatrices`, `ReadInput` and `PassOutput`; see `graphopt.elastic.layers`.
@@ -94,20 +94,22 @@ class Space:
         tied: Any = (), names: Mapping[str, str] | None = None, free: FreeSizes | None = None,
         layers: Mapping[str, Any] | None = None,
     ):  # fmt: skip
+        check_arguments(model, None)
         self.model, self.batch, self.free = model, batch, free
         self.layers = Layers(model, layers)
         self.notes: list[str] = []
         self._states: dict[Hashable, list[tuple[ModelWatch, Supergraph]]] = {}
         self.primary = self._captured(batch, None)
         refused = list(self.primary.found.refused)
-        handles, kept = options.fix(options.tie(self.primary.found.handles, tied), fixed)
-        refused += [Refused(h.name, h.kind, str(h.full), "fixed by the user", h.where) for h in kept]
+        tied_up = options.tie(self.primary.found.handles, tied)
+        named = options.rename(tied_up, names)
+        handles, kept = options.fix(tied_up, fixed)
+        refused += [Refused(named[h], h.kind, str(h.full), "fixed by the user", h.where) for h in kept]
         choices = {**self.layers.widths(self.primary.found, self.primary.axes), **(choices or {})}
         values = options.choices_of(handles, choices)
         for handle in [h for h in handles if len(values[h]) < 2]:
             refused.append(Refused(handle.name, handle.kind, str(handle.full), "it has one choice only", handle.where))
             handles.remove(handle)
-        named = options.rename(handles, names)
         self.dimensions: tuple[Dimension, ...] = ()
         self._set({named[h]: (h, Dimension(named[h], h.kind, values[h], h.where)) for h in handles})
         refused += self._in_the_other_mode()

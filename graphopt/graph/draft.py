@@ -149,7 +149,8 @@ class Draft:
 def infer(node: fx.Node) -> Any:
     """The value a node has on fake tensors: runs its operator on the ``meta["val"]`` of its arguments."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    mode = fake_mode_of((args, kwargs)) or fake_mode_of([n.meta.get("val") for n in node.graph.nodes])
+    others = (fake_mode_of(n.meta.get("val")) for n in node.graph.nodes)
+    mode = fake_mode_of((args, kwargs)) or next(filter(None, others), None)
     if mode is None:
         return node.target(*args, **kwargs)  # type: ignore[operator]
     with mode, without_guards(mode):

@@ -21,7 +21,7 @@ from graphopt.errors import AxisError
 from graphopt.graph.axes import Axes, Axis, Dim
 from graphopt.graph.draft import Draft, infer
 from graphopt.graph.literals import Literal, Role, literals
-from graphopt.graph.op_rules.arguments import set_operand
+from graphopt.graph.op_rules.arguments import operand, set_operand
 from graphopt.graph.sizes import Expr, expression
 from graphopt.graph.text import node_text
 from graphopt.graph.torch_internals import fake_like, fake_mode_of, symbolic, without_guards
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 Sizes = Mapping[Axis | str, int]
 Keep = Mapping[Axis | str, torch.Tensor]
+_Order = tuple[tuple[int, ...], tuple[bool, ...]]
+"""How a dense tensor lies in memory: its dimensions, those that run fastest first, and which are broadcast."""
 
 
 def resize(
@@ -198,6 +200,7 @@ class Resizer:
         for scalar in scalars:
             self._scalars.setdefault(scalar.node, []).append(scalar)
         self._forms: dict[fx.Node, _Form] = {}
+        self._fakes: dict[Any, torch.Tensor] = {}
         self._mode = fake_mode_of([node.meta.get("val") for node in self.graph.placeholders])
 
     def refusal(self, axis: Axis) -> str:
@@ -225,6 +228,16 @@ class Resizer:
         if chosen:
             _Resizing(self, draft, chosen, stay, checked).run()
 
+    def fake(self, like: torch.Tensor, shape: tuple[Expr, ...], how: _Order) -> torch.Tensor:
+        """A fake tensor of this shape, dense in this order; one for all values that look alike."""
+        key = (shape, how, like.dtype, like.device)
+        found = self._fakes.get(key)
+        if found is None:
+            free = next((s for s in like.shape if isinstance(s, torch.SymInt)), None)
+            sizes = [s if isinstance(s, int) else symbolic(free, s) for s in shape]
+            found = self._fakes[key] = fake_like(like, sizes, _packed(sizes, *how))
+        return found
+
     def form(self, node: fx.Node) -> _Form:
         """What is known of a node's values."""
         found = self._forms.get(node)
@@ -243,7 +256,7 @@ class _Form:
 
     dims: tuple[tuple[Dim, ...], ...]
     axes: frozenset[Axis]
-    orders: tuple[tuple[list[int], list[bool]] | None, ...]
+    orders: tuple[_Order | None, ...]
 
     @staticmethod
     def of(node: fx.Node, dims: tuple[Any, ...], number: Callable[[Any], int]) -> _Form:
@@ -256,11 +269,11 @@ class _Form:
         return _Form(tuple(tuple(d) for _, d in pairs), axes, orders)
 
 
-def _order(shape: list[int], strides: list[int]) -> tuple[list[int], list[bool]] | None:
+def _order(shape: list[int], strides: list[int]) -> _Order | None:
     order = sorted(range(len(shape)), key=lambda d: (strides[d], -d))
     broadcast = [stride == 0 for stride in strides]
     dense = _packed(shape, order, broadcast)
-    return (order, broadcast) if all(a == b or s == 1 for a, b, s in zip(dense, strides, shape)) else None
+    return (tuple(order), tuple(broadcast)) if all(a == b or s == 1 for a, b, s in zip(dense, strides, shape)) else None
 
 
 class _Resizing:
@@ -284,6 +297,7 @@ class _Resizing:
                     if literal.refusal and not (literal.role is Role.VALUE and node.name in self.stay):
                         self._refuse(node, f"its argument {literal}")
                 self.found[node] = touched
+        self.numbers: dict[Any, Any] = {}
         self.changed: set[fx.Node] = set()
         self.other: set[fx.Node] = set()  # whose memory order is not that of the graph
         with without_guards(self.mode) if self.mode is not None else nullcontext():
@@ -357,16 +371,11 @@ class _Resizing:
         self.changed.add(copy)
         return True
 
-    def _made(self, value: torch.Tensor, dims: tuple[Dim, ...], how: Any) -> torch.Tensor:
+    def _made(self, value: torch.Tensor, dims: tuple[Dim, ...], how: _Order) -> torch.Tensor:
         if not any(_changes(d, self.chosen) for d in dims):
             return value
-        shape = [self._size(d, s) if _changes(d, self.chosen) else s for d, s in zip(dims, value.shape)]
-        return fake_like(value, shape, _packed(shape, *how))
-
-    def _size(self, dim: Dim, size: Any) -> Any:
-        """The new size of a dimension, whose size was ``size``; a symbolic number where a free size is in it."""
-        new = dim.size_at(self.sizes)
-        return new if isinstance(new, int) else symbolic(size, new)
+        shape = tuple(d.size_at(self.sizes) if _changes(d, self.chosen) else expression(s) for d, s in zip(dims, value.shape))
+        return self.resizer.fake(value, shape, how)
 
     def _same_kernel(self, node: fx.Node) -> bool:
         """Whether an attention runs by the same kernel: where no head size changes."""
@@ -394,13 +403,21 @@ class _Resizing:
         new = literal.at(self.sizes)
         if new == literal.value:
             return
-        made = self.draft.size(new, like=copy) if not isinstance(new, int) else new
+        given: Any = operand(copy, literal.argument)
         if literal.index is None:
-            set_operand(copy, literal.argument, made)
+            set_operand(copy, literal.argument, self._number(new, given, copy))
             return
-        position = [a.name for a in copy.target._schema.arguments].index(literal.argument)
-        given: Any = copy.kwargs[literal.argument] if literal.argument in copy.kwargs else copy.args[position]
-        set_operand(copy, literal.argument, [made if i == literal.index else g for i, g in enumerate(given)])
+        changed = [self._number(new, g, copy) if i == literal.index else g for i, g in enumerate(given)]
+        set_operand(copy, literal.argument, changed)
+
+    def _number(self, new: Expr, old: Any, like: fx.Node) -> Any:
+        """A size as an argument in the place of ``old``; readers of one computed size share the new one too."""
+        if isinstance(new, int):
+            return new
+        key = (old, new)
+        if key not in self.numbers:
+            self.numbers[key] = self.draft.size(new, like=like)
+        return self.numbers[key]
 
     def _pieces(self, node: fx.Node, copy: fx.Node) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         """``split`` and ``chunk`` give equal pieces: where pieces are no longer equal, their sizes are written out."""
@@ -440,7 +457,7 @@ class _Resizing:
         raise AxisError(f"cannot change {sizes}: {node_text(node, self.graph.symbols)}: {why}")
 
 
-def _lies(value: torch.Tensor, order: list[int], broadcast: list[bool]) -> bool:
+def _lies(value: torch.Tensor, order: Sequence[int], broadcast: Sequence[bool]) -> bool:
     """Whether a fake tensor is dense in this order."""
     wanted = _packed(value.shape, order, broadcast)
     return all(

@@ -87,7 +87,7 @@ def scalar_literals(
         raise AxisError("scalar_literals: at other sizes of its axes the backward of this graph has other operators")
     candidates = _candidates(axes, chosen)
     found = []
-    for node, *twins in zip(joint.nodes, *(other.nodes for other in others), strict=True):
+    for node, *twins in zip(_values(joint), *map(_values, others), strict=True):
         for (argument, value), *rest in zip(_numbers(node), *map(_numbers, twins), strict=True):
             values = [value, *(v for _, v in rest)]
             if any(v != value for v in values):
@@ -143,16 +143,23 @@ def _grown(forward: TrainingGraph, axes: Axes, sizes: Mapping[Axis, int]) -> Tra
     return resize(forward, axes, keep={axis: torch.arange(size) % int(axis.size) for axis, size in sizes.items()})
 
 
+def _values(graph: TrainingGraph) -> list[fx.Node]:
+    """The nodes but arithmetic of sizes: whoever reads a size is asked for its dimension (`literals`), and how sizes are
+    computed depends on which of them are equal."""
+    return [n for n in graph.nodes if n.op != "call_function" or not isinstance(n.meta["val"], torch.SymInt)]
+
+
 def _alike(a: TrainingGraph, b: TrainingGraph) -> bool:
     """Whether two graphs have the same operators, joined in the same way, with as many numbers each."""
-    if len(a.nodes) != len(b.nodes):
+    left, right = _values(a), _values(b)
+    if len(left) != len(right):
         return False
-    place = {node: i for graph in (a, b) for i, node in enumerate(graph.nodes)}
+    place = {node: i for nodes in (left, right) for i, node in enumerate(nodes)}
     return all(
         x.target == y.target
-        and [place[n] for n in x.all_input_nodes] == [place[n] for n in y.all_input_nodes]
+        and [place[n] for n in x.all_input_nodes if n in place] == [place[n] for n in y.all_input_nodes if n in place]
         and [n for n, _ in _numbers(x)] == [n for n, _ in _numbers(y)]
-        for x, y in zip(a.nodes, b.nodes, strict=True)
+        for x, y in zip(left, right, strict=True)
         if x.op == "call_function"
     )
 

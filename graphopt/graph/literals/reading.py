@@ -142,6 +142,8 @@ class _Literals(Reader):
 
     def _place(self, argument: str, value: Expr) -> tuple[Dim | None, bool, bool]:
         """What lies before a place (behind it, for a negative one), and whether the place is that of no index."""
+        if argument == "step" and value == 1:
+            return None, False, True
         whole = self.whole()
         size = whole.size
         if not isinstance(size, int) or not isinstance(value, int):
@@ -149,7 +151,7 @@ class _Literals(Reader):
         step = operand(self.node, "step") if "step" in operand_names(self.node) else 1
         if argument == "step":
             parts = outer(whole, size // step) if step > 1 and size % step == 0 else None
-            return (parts[1] if parts else None), False, step == 1
+            return (parts[1] if parts else None), False, False
         if value == 0 or (argument == "end" and value >= size):
             # an end that is exactly the size is written as it was: eager's own slices say it so
             return (whole if value == size else None), False, value != size
