@@ -2,7 +2,7 @@
 
     python -m benchmarks.elastic_training [accuracy] [cost] [prices] [search] [--steps N] [--seeds N]
 
-- ``accuracy``: subnets of one joint (and one progressive) training against the same nets trained alone for as many steps.
+- ``accuracy``: subnets of one joint (one progressive) training against the same nets trained alone for as many steps.
 - ``cost``: a step over four subnets against the sum of those run alone as plain modules in eager mode, in turn.
 - ``prices``: predicted against measured step times of 30 subnets.
 - ``search``: candidates priced a second, and the time to select.
@@ -33,7 +33,7 @@ from graphopt.cost_model import Machine
 from graphopt.elastic import Choice, Space
 from graphopt.elastic.batch_norm_statistics import evaluate
 from graphopt.elastic.prices import METRICS, Prices, Training
-from graphopt.elastic.progressive import Stage, joint, progressive
+from graphopt.elastic.progressive import Stage, joint_mode, progressive_mode
 from graphopt.elastic.sampling import Sandwich
 from graphopt.elastic.select import select
 from graphopt.elastic.step import ElasticStep
@@ -194,10 +194,10 @@ def accuracy(steps: int, seeds: int, random: int) -> list[dict[str, Any]]:
         found: dict[tuple[str, str], list[float]] = {}
         for seed in range(seeds):
             first = space_of(name, seed)
-            ways: dict[str, tuple[Stage, ...]] = {"joint": joint(steps)}
+            ways: dict[str, tuple[Stage, ...]] = {"joint": joint_mode(steps)}
             order = [k for k in ("embedding", "width", "depth") if any(str(d.kind) == k for d in first.dimensions)]
             part = steps // (len(order) + 1)
-            ways["progressive"] = progressive(first, order, part, full=steps - part * len(order))
+            ways["progressive"] = progressive_mode(first, order, part, full=steps - part * len(order))
             for way, stages in ways.items():
                 space = space_of(name, seed)
                 optimizer = adamw(space.model.parameters())

@@ -1,8 +1,8 @@
 """Prices of one graph at many sizes at once: thousands a second, without a capture, for those who search.
 
 The same arithmetic as `graphopt.cost_model.estimate`, on arrays with a dimension more; operators that a candidate
-leaves out (layers of a network that is less deep) count for nothing. The first touch of fresh memory, which is a term of
-large steps on a CPU, is left out.
+leaves out (layers of a network that is less deep) count for nothing. The first touch of fresh memory, which is a term
+of large steps on a CPU, is left out.
 """
 
 from __future__ import annotations

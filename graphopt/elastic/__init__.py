@@ -1,12 +1,46 @@
 """Elastic models: one set of weights, many sizes. `space` finds the dimensions of any model and runs its subnets.
 
-    space = graphopt.elastic.space(model, batch)
-    print(space)                                        # what is elastic, what is not and why
-    output = space.run(space.sample(seed=0), *inputs)   # gradients land in the model's own parameters
+space = graphopt.elastic.space(model, batch)
+print(space)                                        # what is elastic, what is not and why
+output = space.run(space.sample(seed=0), *inputs)   # gradients land in the model's own parameters
+graphopt.elastic.train(space, loader, loss, optimizer, 1000)
+best = space.select({"flops": 1e9}).choice
+net = space.extract(best)
 """
 
+from graphopt.elastic.batch_norm_statistics import batch_norm_statistics, evaluate
 from graphopt.elastic.choice import Choice
 from graphopt.elastic.dimension import Dimension, Kind, Refused
+from graphopt.elastic.distillation import InPlaceDistillation
+from graphopt.elastic.prices import Prices, Training
+from graphopt.elastic.progressive import Convergence, Stage, joint_mode, progressive_mode
+from graphopt.elastic.sampler import Sampler, subnets_for
+from graphopt.elastic.select import Budget, Selection
 from graphopt.elastic.space import Space, space
+from graphopt.elastic.step import ElasticStep
+from graphopt.elastic.training import restore, train
 
-__all__ = ["Choice", "Dimension", "Kind", "Refused", "Space", "space"]
+__all__ = [
+    "Budget",
+    "Choice",
+    "Convergence",
+    "Dimension",
+    "ElasticStep",
+    "InPlaceDistillation",
+    "Kind",
+    "Prices",
+    "Refused",
+    "Sampler",
+    "Selection",
+    "Space",
+    "Stage",
+    "Training",
+    "batch_norm_statistics",
+    "evaluate",
+    "joint_mode",
+    "progressive_mode",
+    "restore",
+    "space",
+    "subnets_for",
+    "train",
+]

@@ -19,7 +19,7 @@ from graphopt.elastic.choice import Choice
 from graphopt.elastic.modes import evaluating
 from graphopt.elastic.space import Space
 from graphopt.errors import ElasticError
-from graphopt.graph.batch import TARGET_KEYS, call_model, flatten, normalise
+from graphopt.graph.batch import TARGET_KEYS, flatten, normalise
 from graphopt.graph.training_graph import InputKind, TrainingGraph
 
 aten = torch.ops.aten
@@ -128,7 +128,7 @@ def without_target(batch: Any) -> Any:
     return given[:-1] if len(given) > 1 else given
 
 
-# -- by running the graph -----------------------------------------------------------------------------------------------
+# -- by running the graph ---------------------------------------------------------------------------------------------
 
 
 def _statistics(graph: TrainingGraph, tensors: Mapping[str, Tensor], batch: list[Tensor]) -> dict[str, Tensor]:

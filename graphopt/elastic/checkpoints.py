@@ -68,7 +68,7 @@ class Checkpoints:
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The contents of a checkpoint: ``model``, ``optimizers`` and what a training needs to go on.
+    """The contents of a checkpoint: ``weights``, ``optimizers`` and what a training needs to go on.
 
     Raises ElasticError for a file that is damaged or of another version.
     """

@@ -53,7 +53,9 @@ class CountedGraph:
         self, graph: TrainingGraph, origin: Supergraph, dimensions: Sequence[Dimension], mode: Mode, threads: int | None
     ):
         self.graph, self.axes, self.handles = graph, origin.axes, origin.handles
-        self._sizes = {(d.name, v): _sizes_at(self.handles[d.name], v, self.axes) for d in dimensions for v in d.choices}
+        self._sizes = {
+            (d.name, v): _sizes_at(self.handles[d.name], v, self.axes) for d in dimensions for v in d.choices
+        }
         self._symbols: dict[Axis, sympy.Symbol] = {}
         self._changed: dict[str, list[Axis]] = {}
         for (name, _), sizes in self._sizes.items():
@@ -115,8 +117,8 @@ class CountedGraph:
 
 
 def _translated(symbols: Mapping[Axis, sympy.Symbol], ours: Axes, theirs: Axes) -> dict[Axis, sympy.Symbol]:
-    """The symbols by the axes of another graph of the same model: by the parameters that carry them; where those are cut
-    otherwise there, by name, which is the same in every capture."""
+    """The symbols by the axes of another graph of the same model: by the parameters that carry them; where those are
+    cut otherwise there, by name, which is the same in every capture."""
     twins, named = correspond(ours, theirs), {axis.name: axis for axis in theirs.groups() if axis.name}
     found = {}
     for axis, symbol in symbols.items():
@@ -144,7 +146,7 @@ def _sizes_at(handle: Handle, value: Value, axes: Axes) -> dict[Axis, int]:
     return found
 
 
-# -- layers that are left out -------------------------------------------------------------------------------------------
+# -- layers that are left out -----------------------------------------------------------------------------------------
 
 
 def without(graph: TrainingGraph, runs: Sequence[Run]) -> Absent:
@@ -192,7 +194,9 @@ def _backward_of(
     end = max(reading) + 1
     piece = backward[min(reading) : end]
     gone = set(piece)
-    coming = next((s for n in piece for s in n.all_input_nodes if s not in gone and s.meta["phase"] == Phase.BACKWARD), None)
+    coming = next(
+        (s for n in piece for s in n.all_input_nodes if s not in gone and s.meta["phase"] == Phase.BACKWARD), None
+    )
     for node in backward[end:]:
         if node.target is torch.ops.aten.add.Tensor and not gone.isdisjoint(node.all_input_nodes):
             return gone | {node}, [(node, coming)] if coming is not None else []

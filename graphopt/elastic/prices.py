@@ -22,7 +22,8 @@ METRICS = ("flops", "parameters", "peak_bytes", "latency_seconds", "step_seconds
 """What a subnet can be priced by.
 
 ``flops``: of a forward pass of the batch in eval mode, a multiply-add counts two. ``parameters``: how many numbers they
-hold. ``peak_bytes``: the most memory of that forward pass, parameters and batch included. ``latency_seconds``: its time.
+hold. ``peak_bytes``: the most memory of that forward pass, parameters and batch included. ``latency_seconds``: its
+time.
 ``step_seconds``: the time of a training step: forward, backward and, where an optimizer was given, update.
 """
 
@@ -71,7 +72,9 @@ class Prices:
     ):
         if mode not in ("flat", "eager"):
             raise ElasticError(f"mode: expected 'flat' or 'eager', got {mode!r}")
-        if batch_size is not None and (isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1):
+        if batch_size is not None and (
+            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+        ):
             raise ElasticError(f"batch_size: expected a positive integer, got {batch_size!r}")
         self.space, self.mode, self.training = space, mode, training
         self.batch_size = batch_size if batch_size is not None else flatten(space.batch)[2]

@@ -1,4 +1,4 @@
-"""Stages of training: all dimensions at once (`joint`), or opened one after the other (`progressive`).
+"""Stages of training: all dimensions at once (`joint_mode`), or opened one after the other (`progressive_mode`).
 
 Progressive mode is that of Cai et al., "Once-for-All: Train One Network and Specialize it for Efficient Deployment",
 ICLR 2020: the full net first, then each stage opens one more dimension, from the weights of the stage before.
@@ -7,14 +7,14 @@ ICLR 2020: the full net first, then each stage opens one more dimension, from th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf, isfinite
 from typing import Any
 
 from graphopt.elastic.dimension import Kind
 from graphopt.elastic.distillation import InPlaceDistillation
 from graphopt.elastic.region import Pattern, matching
-from graphopt.elastic.sampling import DepthSamples, Empty, Sandwich, Strategy
+from graphopt.elastic.sampling import SANDWICH, DepthSamples, Empty, Strategy
 from graphopt.elastic.space import Space
 from graphopt.elastic.step import Combine
 from graphopt.errors import ElasticError
@@ -98,7 +98,7 @@ class Stage:
     name: str
     dimensions: tuple[Pattern, ...]
     steps: int
-    strategy: Strategy = field(default_factory=Sandwich)
+    strategy: Strategy = SANDWICH
     subnets: int = 4
     combine: Combine = "mean"
     until: Convergence | None = None
@@ -110,10 +110,10 @@ class Stage:
             raise ElasticError(f"steps: stage {self.name!r} expected a positive number of steps, got {self.steps!r}")
 
 
-def joint(
+def joint_mode(
     steps: int,
     *,
-    strategy: Strategy = Sandwich(),
+    strategy: Strategy = SANDWICH,
     subnets: int = 4,
     combine: Combine = "mean",
     until: Convergence | None = None,
@@ -124,7 +124,7 @@ def joint(
     return (Stage("joint", ("*",), steps, strategy, subnets, combine, until, distillation, any_runs),)
 
 
-def progressive(
+def progressive_mode(
     space: Space,
     order: Sequence[Pattern],
     steps: int | Sequence[int],
@@ -176,7 +176,7 @@ def progressive(
             raise ElasticError(f"order: {pattern!r} means {sorted(mine & opened)}, which an earlier stage opens")
         opened |= mine
         depth = all(kinds[name] is Kind.DEPTH for name in mine)
-        usual: Strategy = DepthSamples() if depth else Sandwich()
+        usual: Strategy = DepthSamples() if depth else SANDWICH
         stages.append(
             Stage(
                 pattern, tuple(order[: index + 1]), count, given.get(pattern, usual), subnets, combine,

@@ -43,7 +43,7 @@ class Strategy(ABC):
 
 
 def distinct(choices: Iterable[Choice], known: Iterable[Choice] = ()) -> list[Choice]:
-    """The choices that are different subnets (`Choice.key`), from each other and from those that are known; in order."""
+    """The choices that are different subnets (`Choice.key`) from each other and from those that are known, in order."""
     seen = {choice.key() for choice in known}
     found = []
     for choice in choices:
@@ -257,8 +257,12 @@ class Sandwich(Strategy):
         return found[:count]
 
 
+SANDWICH = Sandwich()
+"""Largest, smallest, and the rest at random: what trains all sizes best in short trainings."""
+
+
 def _further(strategy: Strategy, region: Region, count: int, turn: Turn, known: Sequence[Choice]) -> list[Choice]:
-    """Up to ``count`` subnets that a strategy draws beyond those that are known; it is asked again for those that are."""
+    """Up to ``count`` subnets that a strategy draws beyond those that are known; it is asked again where it must be."""
     found: list[Choice] = []
     for _ in range(_TRIES):
         if len(found) >= count:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         given = self.given
-        if not given or any(isinstance(v, bool) or not isinstance(v, (int, float)) or not v > 0 for v in given.values()):
+        if not given or any(
+            isinstance(v, bool) or not isinstance(v, (int, float)) or not v > 0 for v in given.values()
+        ):
             raise ElasticError(f"budget: expected positive numbers for some of {', '.join(METRICS)}, got {given}")
 
     @property
@@ -189,12 +192,12 @@ def _unmet(budget: Budget, nearest: Candidate) -> ElasticError:
 def _measured(
     space: Space, within: list[Candidate], front: list[Candidate], count: int, budget: Budget
 ) -> tuple[list[Candidate], list[Candidate]]:
-    """The best ``count`` candidates with their measured forward pass; those that keep the bound of it, and the front."""
+    """The best ``count`` candidates with their measured forward pass, those that keep its bound; and the front."""
     tried = sorted(within, key=lambda one: -one.quality)[:count]
     inputs: Any = normalise(space.batch)
     with evaluating(space.model), torch.no_grad():
         nets = {one.choice: space.extract(one.choice).eval() for one in tried}
-        found = measure({choice: lambda net=net: call_model(net, inputs) for choice, net in nets.items()})
+        found = measure({choice: partial(call_model, net, inputs) for choice, net in nets.items()})
     timed = {one.choice: Candidate(one.choice, one.prices, one.quality, found[one.choice]) for one in tried}
     bound = budget.latency_seconds
     kept = [one for one in timed.values() if bound is None or one.measured is None or one.measured.seconds <= bound]

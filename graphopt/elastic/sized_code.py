@@ -2,8 +2,8 @@
 
 Subnets that differ in sizes of axes only have the same operators; what differs are slices of parameters and numbers in
 arguments (sizes of views, borders of splits). So the forward graph of each pattern is lowered once, at full sizes, with
-those numbers as inputs. A training step that draws subnets nobody has seen before then costs no rewriting of graphs. The
-same kernels run on the same slices as in `Space.run`: results are equal bit for bit.
+those numbers as inputs. A training step that draws subnets nobody has seen before then costs no rewriting of graphs.
+The same kernels run on the same slices as in `Space.run`: results are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class SizedCode:
 
     def _write_pieces(self, copy: fx.Node, node: fx.Node, number: Any) -> None:
         """``split`` and ``chunk`` with the sizes of the pieces written out."""
-        source, how, *rest = copy.args
+        source, _, *rest = copy.args
         along: Any = rest[0] if rest else copy.kwargs.get("dim", 0)
         pieces = [dims[along] for dims in self.base.graph.axes.of(node)]
         if all(self._varying.isdisjoint(piece.axes()) for piece in pieces):

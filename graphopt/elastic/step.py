@@ -13,7 +13,7 @@ from graphopt.elastic.choice import Choice
 from graphopt.elastic.distillation import InPlaceDistillation
 from graphopt.elastic.region import Region
 from graphopt.elastic.sampler import FEWEST, Sampler
-from graphopt.elastic.sampling import Sandwich, Strategy
+from graphopt.elastic.sampling import SANDWICH, Strategy
 from graphopt.elastic.space import Space
 from graphopt.errors import ElasticError, GraphoptError, LossError
 from graphopt.graph.assemble import as_optimizers
@@ -62,7 +62,7 @@ class ElasticStep:
         loss: Callable[..., Any] | str,
         optimizer: Any,
         *,
-        strategy: Strategy = Sandwich(),
+        strategy: Strategy = SANDWICH,
         subnets: int = FEWEST,
         combine: Combine = "mean",
         distillation: InPlaceDistillation | None = None,
@@ -112,8 +112,8 @@ class ElasticStep:
         weight = self.distillation.at(self.sampler.step - 1) if self.distillation else 0.0
         if weight and choices[0] != self.sampler.region.full:
             raise ElasticError(
-                "distillation: the largest net, which the others learn from, is not among the subnets of this step; use "
-                "a strategy that always draws it (Sandwich)"
+                "distillation: the largest net, which the others learn from, is not among the subnets of this step; "
+                "use a strategy that always draws it (Sandwich)"
             )
         teacher: Any = None
         losses = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.optim import Optimizer
 
-from graphopt.elastic.checkpoints import Checkpoints
-from graphopt.elastic.progressive import Stage, Watch, joint
+from graphopt.elastic.checkpoints import Checkpoints, read
+from graphopt.elastic.progressive import Stage, Watch, joint_mode
 from graphopt.elastic.region import Region
 from graphopt.elastic.sampler import Sampler
 from graphopt.elastic.space import Space
@@ -61,7 +61,8 @@ def train(
         loader: gives batches, and is gone through again and again. Each is ``(inputs..., target)``, or a mapping.
         loss: ``loss(net(*inputs), target)``, or ``"model"`` for a model that returns its own.
         optimizer: of the model's parameters (and those of the space's transformations), or a list of them.
-        stages: of `joint` or `progressive`, or any list of `Stage`; a number of steps means ``joint(steps)``.
+        stages: of `joint_mode` or `progressive_mode`, or any list of `Stage`; a number of steps means that
+            many in joint mode.
         clip: largest norm of the gradient, as in `graphopt.optimize`.
         seed: of the draws; each stage has its own from it.
         scheduler: gives a scheduler of the learning rate for each stage, which starts from the rate of the first one.
@@ -88,9 +89,9 @@ def train(
         >>> reports[0].losses[-1] < reports[0].losses[0]
         True
     """
-    stages = joint(stages) if isinstance(stages, int) else tuple(stages)
+    stages = joint_mode(stages) if isinstance(stages, int) else tuple(stages)
     if not stages or not all(isinstance(stage, Stage) for stage in stages):
-        raise ElasticError("stages: expected a number of steps or a sequence of Stage (joint, progressive)")
+        raise ElasticError("stages: expected a number of steps or a sequence of Stage (joint_mode, progressive_mode)")
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ElasticError(f"every: expected a positive number of steps, got {every!r}")
     run = _Training(space, loader, loss, optimizer, stages, clip, seed, scheduler, every)
@@ -105,9 +106,7 @@ def restore(space: Space, path: str | os.PathLike[str]) -> None:
 
     Raises ElasticError for a damaged file, or weights that do not fit; then nothing was changed.
     """
-    from graphopt.elastic.checkpoints import read
-
-    _load_weights(space, read(path)["model"])
+    _load_weights(space, read(path)["weights"])
 
 
 def _bars() -> Progress:
@@ -202,7 +201,7 @@ class _Training:
     def _state(self) -> dict[str, Any]:
         return {
             "stage": self.stage,
-            "model": _weights(self.space),
+            "weights": _weights(self.space),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "step": self.step.state_dict(),
             "watch": asdict(self.watch),
@@ -221,7 +220,7 @@ class _Training:
             raise ElasticError(
                 f"checkpoint: it was written with {len(state['optimizers'])} optimizers, got {len(self.optimizers)}"
             )
-        _load_weights(self.space, state["model"])
+        _load_weights(self.space, state["weights"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.stage, self.rates = state["stage"], state["rates"]
@@ -241,17 +240,20 @@ class _Training:
 
 
 def _weights(space: Space) -> dict[str, Any]:
-    """Parameters and buffers of the model, and those of the space's transformations."""
-    return {"model": space.model.state_dict()}
+    """Parameters and buffers of the model, and parameters of the space's transformations."""
+    return {"model": space.model.state_dict(), "layers": space.layers.state_dict()}
 
 
-def _load_weights(space: Space, weights: dict[str, Any]) -> None:
-    mine = _weights(space)["model"]
-    theirs = weights["model"]
-    odd = sorted(set(mine) ^ set(theirs)) + [n for n in mine if n in theirs and mine[n].shape != theirs[n].shape]
-    if odd:
-        raise ElasticError(f"checkpoint: it is of another model; {odd[0]} differs (and {len(odd) - 1} others)")
-    space.model.load_state_dict(theirs)
+def _load_weights(space: Space, weights: Mapping[str, Any]) -> None:
+    for owner, mine in _weights(space).items():
+        theirs = weights[owner]
+        odd = sorted(set(mine) ^ set(theirs)) + [n for n in mine if n in theirs and mine[n].shape != theirs[n].shape]
+        if odd:
+            raise ElasticError(
+                f"checkpoint: it is of another model; {odd[0]} differs" + f" and {len(odd) - 1} more" * (len(odd) > 1)
+            )
+    space.model.load_state_dict(weights["model"])
+    space.layers.load_state_dict(weights["layers"])
 
 
 def _endless(loader: Iterable[Any]) -> Iterator[Any]:

@@ -39,7 +39,7 @@ def counting_graph(graph: TrainingGraph, names: Iterable[str]) -> CountingGraph:
 
 
 def counted(graph: TrainingGraph, sizes: dict[Axis, sympy.Symbol], symbols: dict[str, sympy.Symbol]) -> CountingGraph:
-    """The nodes of ``graph`` with a symbol for the size of each of these axes, free or not; ``symbols``: their names."""
+    """The nodes of ``graph`` with a symbol for the size of each of these axes, free or not; ``symbols``: by name."""
     copy = fx.Graph()
     nodes: dict[fx.Node, fx.Node] = {}
     copy.graph_copy(graph.graph, nodes)

@@ -42,7 +42,9 @@ def graph():
         torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8), torch.nn.GELU(), torch.nn.Flatten(),
         torch.nn.Linear(8 * 36, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4),
     )  # fmt: skip
-    return graphopt.capture(net, (torch.randn(4, 3, 6, 6), torch.randint(4, (4,))), loss=torch.nn.functional.cross_entropy)
+    return graphopt.capture(
+        net, (torch.randn(4, 3, 6, 6), torch.randint(4, (4,))), loss=torch.nn.functional.cross_entropy
+    )
 
 
 @pytest.mark.parametrize("machine", [simple(), Machine.named("H100")], ids=["cpu", "gpu"])
@@ -51,7 +53,9 @@ def test_prices_are_those_of_estimate(graph, machine, mode):
     names = [axis.name for axis in graph.axes.groups() if axis.free]
     assert len(names) >= 2
     rng = np.random.default_rng(0)
-    sizes = [{name: int(rng.integers(1, 200)) for name in names} | {"batch": int(rng.integers(2, 16))} for _ in range(40)]
+    sizes = [
+        {name: int(rng.integers(1, 200)) for name in names} | {"batch": int(rng.integers(2, 16))} for _ in range(40)
+    ]
     work = compiled(graph, mode, names, machine.threads)
     columns = [work.values(each) for each in sizes]
     values = {symbol: np.array([column[symbol] for column in columns]) for symbol in columns[0]}

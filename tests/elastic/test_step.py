@@ -118,7 +118,9 @@ def test_other_batch_sizes_and_modes_by_the_same_code():
 def test_new_subnets_make_no_new_graphs(supernet):
     space, x, y = supernet
     step = ElasticStep(space, F.cross_entropy, sgd(space), strategy=Random(), subnets=4, seed=7)
-    step.sampler.region = step.sampler.region.only(["width", "embedding", "heads"][: 3 if "heads" in kinds(space) else 2])
+    step.sampler.region = step.sampler.region.only(
+        ["width", "embedding", "heads"][: 3 if "heads" in kinds(space) else 2]
+    )
     step(x, y)
     origin = space.subnet(space.full).origin
     made = len(origin._subnets)
@@ -204,13 +206,12 @@ def test_interrupt_waits_for_the_update():
         for interrupted in (False, True):
             space.model.load_state_dict(state)
 
-            def loss(output, target, interrupted=interrupted):
+            def loss(output, target, interrupted=interrupted, hits=[]):  # noqa: B006
                 if interrupted and not hits:
                     hits.append(1)
                     signal.raise_signal(signal.SIGINT)
                 return F.cross_entropy(output, target)
 
-            hits: list[int] = []
             step = ElasticStep(space, loss, sgd(space), subnets=3, seed=1)
             if interrupted:
                 with pytest.raises(KeyboardInterrupt):

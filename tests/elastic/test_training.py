@@ -1,4 +1,4 @@
-"""Training in stages: what each stage opens, when it ends, and that a killed training goes on as if nothing had been."""
+"""Training in stages: what each one opens, when it ends, and that a killed training goes on as if nothing had been."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from graphopt.elastic.progressive import Convergence, Stage, Watch, joint, progressive
+from graphopt.elastic.progressive import Convergence, Stage, Watch, joint_mode, progressive_mode
 from graphopt.elastic.sampling import Empty, Fixed, Random, Sandwich
 from graphopt.elastic.step import ElasticStep
 from graphopt.elastic.training import restore, train
@@ -77,14 +77,14 @@ def test_joint_training_lowers_the_loss_of_every_size(space):
             for choice in (space.full, space.smallest, space.sample(seed=1))
         ]
         if moment == "before":
-            (report,) = train(space, Loader(), F.cross_entropy, adam(space), joint(60), progress=False)
+            (report,) = train(space, Loader(), F.cross_entropy, adam(space), joint_mode(60), progress=False)
     assert report.steps == 60 == len(report.losses)
     assert all(after < 0.7 * before for before, after in zip(losses["before"], losses["after"], strict=True))
 
 
 def test_progressive_stages_open_one_dimension_after_the_other(space, monkeypatch, tmp_path):
     seen = drawn_by(monkeypatch)
-    stages = progressive(space, ["heads", "depth", "embedding"], [3, 4, 2], full=2)
+    stages = progressive_mode(space, ["heads", "depth", "embedding"], [3, 4, 2], full=2)
     assert [stage.name for stage in stages] == ["full", "heads", "depth", "embedding"]
     reports = train(space, Loader(), F.cross_entropy, adam(space), stages, progress=False, checkpoint=tmp_path)
     assert [report.steps for report in reports] == [2, 3, 4, 2]
@@ -107,14 +107,14 @@ def test_progressive_stages_open_one_dimension_after_the_other(space, monkeypatc
 
 def test_a_trained_model_needs_no_stage_of_its_own(space, monkeypatch):
     seen = drawn_by(monkeypatch)
-    train(space, Loader(), F.cross_entropy, adam(space), progressive(space, ["width"], 2), progress=False)
+    train(space, Loader(), F.cross_entropy, adam(space), progressive_mode(space, ["width"], 2), progress=False)
     assert len(seen) == 2 and all(len(drawn) > 1 for drawn in seen)
 
 
 @pytest.mark.parametrize("killed_at", [1, 4, 5, 8, 11])
 def test_a_killed_training_goes_on_in_its_stage(space, tmp_path, killed_at):
     """Weights in the end are those of a training that nobody killed, bit for bit."""
-    stages = progressive(space, ["width", "depth"], [5, 4], full=3)
+    stages = progressive_mode(space, ["width", "depth"], [5, 4], full=3)
     start = weights(space)
 
     def scheduler(optimizer, steps):
@@ -150,19 +150,19 @@ def test_interrupt_keeps_the_step_and_writes_the_checkpoint(space, tmp_path):
         return F.cross_entropy(output, target)
 
     with pytest.raises(KeyboardInterrupt):
-        train(space, Loader(), loss, adam(space), joint(6), progress=False, checkpoint=tmp_path, every=100)
+        train(space, Loader(), loss, adam(space), joint_mode(6), progress=False, checkpoint=tmp_path, every=100)
     assert len(calls) == 12
     interrupted = weights(space)
     space.model.load_state_dict(start)
-    train(space, Loader(), F.cross_entropy, adam(space), joint(3), progress=False)
+    train(space, Loader(), F.cross_entropy, adam(space), joint_mode(3), progress=False)
     assert all(torch.equal(value, interrupted[name]) for name, value in weights(space).items())
     space.model.load_state_dict(start)
-    (report,) = train(space, Loader(), F.cross_entropy, adam(space), joint(6), progress=False, checkpoint=tmp_path)
+    (report,) = train(space, Loader(), F.cross_entropy, adam(space), joint_mode(6), progress=False, checkpoint=tmp_path)
     assert len(report.losses) == 3
 
 
 def test_a_stage_can_be_restored(space, tmp_path):
-    stages, start = progressive(space, ["width", "depth"], 2), weights(space)
+    stages, start = progressive_mode(space, ["width", "depth"], 2), weights(space)
     train(space, Loader(), F.cross_entropy, adam(space), stages[:1], progress=False)
     expected = weights(space)
     space.model.load_state_dict(start)
@@ -176,7 +176,7 @@ def test_a_stage_can_be_restored(space, tmp_path):
 
 
 def test_a_stage_ends_when_it_has_converged(space):
-    stages = progressive(space, ["width"], 3, full=500, until=Convergence(below=0.9))
+    stages = progressive_mode(space, ["width"], 3, full=500, until=Convergence(below=0.9))
     reports = train(space, Loader(), F.cross_entropy, adam(space), stages, progress=False)
     assert reports[0].converged and 10 <= reports[0].steps < 500
     assert reports[1].steps == 3
@@ -196,7 +196,7 @@ def test_sum_and_mean_differ_by_the_number_of_subnets(space):
     start, moved = weights(space), {}
     for combine, rate in (("sum", 0.01), ("mean", 0.04)):
         space.model.load_state_dict(start)
-        stages = joint(1, combine=combine, strategy=Fixed([{}, {"width": 0.5}, space.smallest, {"depth": 1}]))
+        stages = joint_mode(1, combine=combine, strategy=Fixed([{}, {"width": 0.5}, space.smallest, {"depth": 1}]))
         train(space, Loader(), F.cross_entropy, torch.optim.SGD(space.model.parameters(), rate), stages, progress=False)
         moved[combine] = weights(space)
     for name, value in moved["sum"].items():
@@ -212,13 +212,13 @@ def test_progress_is_shown(space, capsys):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda s, f: progressive(s, [], 1), "one to 5"),
-        (lambda s, f: progressive(s, ["a", "b", "c", "d", "e", "f"], 1), "one to 5"),
-        (lambda s, f: progressive(s, ["width", "nothing"], 1), "nothing"),
-        (lambda s, f: progressive(s, ["width", "*"], 1), "earlier stage"),
-        (lambda s, f: progressive(s, ["width"], [1, 2]), "2 numbers for 1"),
-        (lambda s, f: progressive(s, ["width"], 1, strategies={"depth": Empty()}), "not in the order"),
-        (lambda s, f: progressive(s, ["width"], 1, until=Convergence(below=1)), "full net"),
+        (lambda s, f: progressive_mode(s, [], 1), "one to 5"),
+        (lambda s, f: progressive_mode(s, ["a", "b", "c", "d", "e", "f"], 1), "one to 5"),
+        (lambda s, f: progressive_mode(s, ["width", "nothing"], 1), "nothing"),
+        (lambda s, f: progressive_mode(s, ["width", "*"], 1), "earlier stage"),
+        (lambda s, f: progressive_mode(s, ["width"], [1, 2]), "2 numbers for 1"),
+        (lambda s, f: progressive_mode(s, ["width"], 1, strategies={"depth": Empty()}), "not in the order"),
+        (lambda s, f: progressive_mode(s, ["width"], 1, until=Convergence(below=1)), "full net"),
         (lambda s, f: Stage("x", ("*",), 0), "positive number"),
         (lambda s, f: Convergence(), "threshold"),
         (lambda s, f: Convergence(patience=0), "patience"),
@@ -238,7 +238,7 @@ def test_bad_input(space, tmp_path, make, words):
 
 
 def other_stages(space, folder):
-    for strategy, steps in ((Sandwich(), joint(1)), (Random(), progressive(space, ["width"], 1))):
+    for strategy, steps in ((Sandwich(), joint_mode(1)), (Random(), progressive_mode(space, ["width"], 1))):
         assert strategy is not None
         train(space, Loader(), F.cross_entropy, adam(space), steps, progress=False, checkpoint=folder)
 
