@@ -28,23 +28,73 @@ from graphopt.graph.lowering import lower
 from graphopt.graph.op_rules.arguments import set_operand
 from graphopt.graph.resize import EVEN_PIECES
 from graphopt.graph.sizes import Expr, expression
-from graphopt.graph.training_graph import Input, InputKind
+from graphopt.graph.training_graph import Input, InputKind, TrainingGraph
 
 Sizes = Mapping[Axis, int]
 
 
 def run(space: Space, choice: Choice, *args: Any, **kwargs: Any) -> Any:
     """As `Space.run`, for a choice of the space."""
-    batch = one_batch(args, kwargs)
-    supergraph = space.subnet(space.full, batch=batch).origin
-    tensors = flatten(batch)[0]
-    pattern, sizes = _parted(supergraph, choice)
-    codes: dict[Hashable, SizedCode | None] = supergraph.derived.setdefault("sized codes", {})
-    key = pattern.key()
-    if key not in codes:
-        codes[key] = SizedCode.of(supergraph.subnet(pattern))
-    code = codes[key]
-    return code(sizes, tensors) if code is not None else supergraph.subnet(choice)(tensors)
+    return Runs(space)(choice, *args, **kwargs)
+
+
+class Runs:
+    """Runs of several subnets on batches of one form, while the model stays in one state: what a step makes.
+
+    Args:
+        space: the space.
+        leaves: collects gradients; see `Leaves`. None: autograd carries them into the model's parameters.
+    """
+
+    def __init__(self, space: Space, leaves: Leaves | None = None):
+        self.space, self.leaves = space, leaves
+        self._supergraph: Supergraph | None = None
+
+    def __call__(self, choice: Choice, *args: Any, **kwargs: Any) -> Any:
+        """As `Space.run`."""
+        batch = one_batch(args, kwargs)
+        if self._supergraph is None:
+            self._supergraph = self.space.subnet(self.space.full, batch=batch).origin
+        supergraph, tensors = self._supergraph, flatten(batch)[0]
+        pattern, sizes = _parted(supergraph, choice)
+        codes: dict[Hashable, SizedCode | None] = supergraph.derived.setdefault("sized codes", {})
+        key = pattern.key()
+        if key not in codes:
+            codes[key] = SizedCode.of(supergraph.subnet(pattern))
+        code = codes[key]
+        if code is None:
+            return supergraph.subnet(choice)(tensors)
+        return code(sizes, tensors, self.leaves)
+
+
+class Leaves:
+    """Parts of parameters as leaves of autograd of their own.
+
+    Autograd's gradient of a slice is as large as the whole parameter, zero beside the part, for each subnet anew. Here
+    the gradient stays as small as the part, and `add_gradients` adds it to that of the parameter. Parameters with hooks,
+    which must see whole gradients, are left to autograd.
+    """
+
+    def __init__(self) -> None:
+        self._taken: list[tuple[torch.Tensor, Slice, torch.Tensor]] = []
+
+    def take(self, tensor: torch.Tensor, part: Slice) -> torch.Tensor:
+        """The part of a tensor, as `Slice.take` gives it."""
+        hooked = tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None)
+        if not tensor.requires_grad or not tensor.is_leaf or hooked:
+            return part.take(tensor)
+        leaf = part.dense(tensor.detach()).requires_grad_()
+        self._taken.append((tensor, part, leaf))
+        return leaf
+
+    def add_gradients(self) -> None:
+        """Add the gradients of all parts taken so far to those of the parameters, and forget the parts."""
+        for tensor, part, leaf in self._taken:
+            if leaf.grad is not None:
+                if tensor.grad is None:
+                    tensor.grad = torch.zeros_like(tensor)
+                part.add(tensor.grad, leaf.grad)
+        self._taken.clear()
 
 
 def _parted(supergraph: Supergraph, choice: Choice) -> tuple[Choice, dict[Axis, int]]:
@@ -75,13 +125,12 @@ class SizedCode:
         self.twins = dict(twins)
         elastic = set(self.origin.elastic_axes())
         self._varying = {axis for axis, twin in self.twins.items() if twin in elastic}
-        self._numbers: dict[tuple[Dim, bool], int] = {}
-        self._constants: dict[str, fx.Node] = {}
         self._added: list[tuple[Dim, bool] | str] = []  # what each further input is
         self._lowered = lower(for_autograd(self._sized()), in_place=False)
         self._carriers = self._elastic_carriers()
         self._slices: dict[tuple[str, tuple[int, ...]], Slice] = {}
         self._values: dict[Hashable, list[int]] = {}
+        self._free = _places(base.graph)
 
     @staticmethod
     def of(base: Subnet) -> SizedCode | None:
@@ -147,7 +196,7 @@ class SizedCode:
 
     # -- running it -------------------------------------------------------------------------------------------------
 
-    def __call__(self, sizes: Sizes, batch: Sequence[torch.Tensor]) -> Any:
+    def __call__(self, sizes: Sizes, batch: Sequence[torch.Tensor], leaves: Leaves | None = None) -> Any:
         """The output at these sizes of axes of the supergraph; see `Subnet.__call__`."""
         rest = iter(batch)
         given: list[Any] = []
@@ -155,20 +204,22 @@ class SizedCode:
             if input_.kind is InputKind.BATCH:
                 given.append(next(rest))
             elif node.users:
-                given.append(self._part(input_.name, self.origin.tensors[input_.name], sizes))
+                given.append(self._part(input_.name, self.origin.tensors[input_.name], sizes, leaves))
             else:
                 given.append(None)
         numbers = iter(self._numbers_at(sizes, batch))
         for what in self._added:
             if isinstance(what, str):
-                given.append(self._part(what, self.origin.graph.constants[what], sizes))
+                given.append(self._part(what, self.origin.graph.constants[what], sizes, None))
             else:
                 given.append(next(numbers))
         return self.base.nested(self._lowered, self._lowered.run(*given), lambda name: self._slice(name, sizes))
 
-    def _part(self, name: str, tensor: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+    def _part(self, name: str, tensor: torch.Tensor, sizes: Sizes, leaves: Leaves | None) -> torch.Tensor:
         found = self._slice(name, sizes)
-        return tensor if found is None else found.take(tensor)
+        if found is None or found.whole:
+            return tensor
+        return leaves.take(tensor, found) if leaves is not None else found.take(tensor)
 
     def _slice(self, name: str, sizes: Sizes) -> Slice | None:
         """The part of a tensor at these sizes; None for all of it."""
@@ -200,16 +251,18 @@ class SizedCode:
 
     def _free_sizes(self, batch: Sequence[torch.Tensor]) -> dict[str, int]:
         """The free sizes of the graph, read off the tensors of the batch."""
-        symbols = self.base.graph.symbols.symbols
-        nodes = self.base.graph.input_nodes(InputKind.BATCH).values()
-        found: dict[str, int] = {}
-        for name, symbol in symbols.items():
-            for tensor, node in zip(batch, nodes, strict=True):
-                at = next((d for d, s in enumerate(node.meta["val"].shape) if expression(s) == symbol), None)
-                if at is not None:
-                    found[name] = int(tensor.shape[at])
-                    break
-        return found
+        return {name: int(batch[tensor].shape[dim]) for name, (tensor, dim) in self._free.items()}
+
+
+def _places(graph: TrainingGraph) -> dict[str, tuple[int, int]]:
+    """For each free size a tensor of the batch, and the dimension of it that has that size."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, symbol in graph.symbols.symbols.items():
+        for i, node in enumerate(graph.input_nodes(InputKind.BATCH).values()):
+            for dim, size in enumerate(node.meta["val"].shape):
+                if expression(size) == symbol:
+                    found.setdefault(name, (i, dim))
+    return found
 
 
 _KEPT = 4096

@@ -8,12 +8,12 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from graphopt.elastic import sized_code
 from graphopt.elastic.choice import Choice
 from graphopt.elastic.distillation import InPlaceDistillation
 from graphopt.elastic.region import Region
 from graphopt.elastic.sampler import FEWEST, Sampler
 from graphopt.elastic.sampling import SANDWICH, Strategy
+from graphopt.elastic.sized_code import Leaves, Runs
 from graphopt.elastic.space import Space
 from graphopt.errors import ElasticError, GraphoptError, LossError
 from graphopt.graph.assemble import as_optimizers
@@ -117,8 +117,10 @@ class ElasticStep:
             )
         teacher: Any = None
         losses = []
+        leaves = Leaves()
+        runs = Runs(self.space, leaves)
         for choice in choices:
-            net = _Net(self.space, choice)
+            net = _Net(runs, choice)
             own = check_loss(compute_loss(net, batch, self._task.loss or ModelLoss))  # type: ignore[arg-type]
             if not own.requires_grad:
                 raise LossError("loss: it does not depend on any parameter that requires grad; is it detached?")
@@ -130,6 +132,7 @@ class ElasticStep:
                     value = self.distillation.loss(net.output, teacher, own, self.sampler.step - 1)
             with autocast(active_autocast(device_types(self.space.model, [value])), enabled=False):
                 value.backward(torch.full_like(value, share))
+            leaves.add_gradients()
             losses.append(own.detach().reshape(()))
         return losses
 
@@ -147,10 +150,10 @@ class ElasticStep:
 class _Net:
     """A subnet as a callable; ``output``: what it gave last."""
 
-    def __init__(self, space: Space, choice: Choice):
-        self.space, self.choice = space, choice
+    def __init__(self, runs: Runs, choice: Choice):
+        self.runs, self.choice = runs, choice
         self.output: Any = None
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
-        self.output = sized_code.run(self.space, self.choice, *inputs, **keywords)
+        self.output = self.runs(self.choice, *inputs, **keywords)
         return self.output
