@@ -187,10 +187,10 @@ def _draw_anew(net: nn.Module) -> None:
                 parameter.uniform_(-bound, bound)
 
 
-def accuracy(steps: int, seeds: int, random: int) -> list[dict[str, Any]]:
-    """Rows: model, way of training, subnet, accuracy, and how far from the same net trained alone, by seed."""
+def accuracy(steps: int, seeds: int, random: int, models: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows: model, way of training, subnet, accuracy, and how far from the same net trained alone, means over seeds."""
     rows = []
-    for name in MODELS:
+    for name in models:
         found: dict[tuple[str, str], list[float]] = {}
         for seed in range(seeds):
             first = space_of(name, seed)
@@ -324,6 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000, help="of each training (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (%(default)s)")
     parser.add_argument("--random", type=int, default=5, help="random subnets trained alone too (%(default)s)")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="for accuracy")
     parser.add_argument("--rounds", type=int, default=20, help="of timings (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where results go (%(default)s)")
     options = parser.parse_args(arguments)
@@ -331,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "cost": lambda: cost(options.rounds),
         "prices": lambda: prices(30, options.rounds),
         "search": search,
-        "accuracy": lambda: accuracy(options.steps, options.seeds, options.random),
+        "accuracy": lambda: accuracy(options.steps, options.seeds, options.random, options.models),
     }
     if unknown := set(options.parts) - set(parts):
         parser.error(f"unknown parts {sorted(unknown)}; there are {', '.join(parts)}")

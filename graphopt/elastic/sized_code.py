@@ -71,8 +71,8 @@ class Leaves:
     """Parts of parameters as leaves of autograd of their own.
 
     Autograd's gradient of a slice is as large as the whole parameter, zero beside the part, for each subnet anew. Here
-    the gradient stays as small as the part, and `add_gradients` adds it to that of the parameter. Parameters with hooks,
-    which must see whole gradients, are left to autograd.
+    the gradient stays as small as the part, and `add_gradients` adds it to that of the parameter. Parameters with
+    hooks, which must see whole gradients, are left to autograd.
     """
 
     def __init__(self) -> None:
