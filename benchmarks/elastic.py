@@ -5,10 +5,10 @@
     python -m benchmarks.elastic convert --only 'resnet*' vit_small --jobs 2
     python -m benchmarks.elastic speed                       # milliseconds; writes results/elastic_speed.json
 
-**convert**: each architecture of the zoo in a process of its own, in eval mode and float64, with parameters so spread that
-attention is far from uniform. A space is made of it with no option. Reported: dimensions by kind, the share of parameters
-that is rigid (in no dimension that changes sizes), whether heads and depth are elastic where the model has them. Checked
-by execution:
+**convert**: each architecture of the zoo in a process of its own, in eval mode and float64, with parameters so spread
+that attention is far from uniform. A space is made of it with no option. Reported: dimensions by kind, the share of
+parameters that is rigid (in no dimension that changes sizes), whether heads and depth are elastic where the model has
+them. Checked by execution:
 
 - **permutation**: the indices of all dimensions at random orders: the whole model's output stays;
 - **slice**: the smallest subnet and random ones have the outputs and gradients of the graph that is resized operator by
@@ -327,7 +327,9 @@ def load() -> dict[str, dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.elastic", description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.elastic", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("section", choices=("convert", "speed"))
     parser.add_argument("--only", metavar="PATTERN", nargs="+", help="names, such as 'resnet*'")
     parser.add_argument("--resume", action="store_true", help="keep the results of an interrupted run")

@@ -11,7 +11,7 @@ from torch import fx
 from graphopt.errors import AxisError
 from graphopt.graph.axes import Axis
 from graphopt.graph.draft import Draft
-from graphopt.graph.op_rules import bytes_moved, flops
+from graphopt.graph.op_rules import bytes_moved
 from graphopt.graph.resize import Resizer, cuts_of
 from graphopt.graph.torch_internals import fake_mode_of
 from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
@@ -131,7 +131,9 @@ class ShrinkAxes(Pass):
                 operator, where = torch.ops.aten.slice_scatter.default, (dim, 0, len(kept))
                 results[i] = draft.add(operator, old, value, *where, like=value, before=draft.output)
             else:
-                indices = next(n for n in draft.graph.nodes if n.op == "get_attr" and n.target == f"kept_{old.name}_{dim}")
+                indices = next(
+                    n for n in draft.graph.nodes if n.op == "get_attr" and n.target == f"kept_{old.name}_{dim}"
+                )
                 operator = torch.ops.aten.index_copy.default
                 results[i] = draft.add(operator, old, dim, indices, value, like=value, before=draft.output)
         draft.output.args = (tuple(results),)

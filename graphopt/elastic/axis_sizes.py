@@ -42,7 +42,13 @@ class AxisSize(Handle):
     """
 
     def __init__(
-        self, axis: Axis, kind: Kind, name: str, where: tuple[str, ...], readers: frozenset[fx.Node], alone: bool = False
+        self,
+        axis: Axis,
+        kind: Kind,
+        name: str,
+        where: tuple[str, ...],
+        readers: frozenset[fx.Node],
+        alone: bool = False,
     ):
         self.axis, self.kind, self.name, self.where, self._readers = axis, kind, name, where, readers
         self.full = int(axis.size)
@@ -164,9 +170,16 @@ def correspond(ours: Axes, theirs: Axes) -> dict[Axis, Axis]:
 def _match(a: Dim, b: Dim, found: dict[Axis, set[Axis | None]]) -> None:
     if a.axis is not None and b.axis is not None:
         found.setdefault(a.axis, set()).add(b.axis if a.axis.size == b.axis.size else None)
-    elif a.form is b.form and len(a.parts) == len(b.parts):
-        for x, y in zip(a.parts, b.parts, strict=True):
+        return
+    ours, theirs = _parts(a), _parts(b)
+    if a.form is b.form and len(ours) == len(theirs):
+        for x, y in zip(ours, theirs, strict=True):
             _match(x, y, found)
     else:
         for axis in a.axes():
             found.setdefault(axis, set()).add(None)
+
+
+def _parts(dim: Dim) -> list[Dim]:
+    """The parts of a dimension, those of its own form taken apart: 3 x (4 x 8) is 3 x 4 x 8."""
+    return [p for part in dim.parts for p in (_parts(part) if part.form is dim.form else [part])]

@@ -1,8 +1,8 @@
 """`Handle`: what a dimension is in one captured forward graph. Each kind of dimension brings its own.
 
-A space holds several graphs of its model (train mode, eval mode, with a loss). Each kind has a finder that looks for its
-dimensions in a graph: ``find(axes) -> Found``. A dimension is the same one in two graphs if it has the same name there
-(axes, whose names depend on the graph, are matched by the parameters that carry them, see `axis_sizes`).
+A space holds several graphs of its model (train mode, eval mode, with a loss). Each kind has a finder that looks for
+its dimensions in a graph: ``find(axes) -> Found``. A dimension is the same one in two graphs if it has the same name
+there (axes, whose names depend on the graph, are matched by the parameters that carry them, see `axis_sizes`).
 
 A subnet is made on one `Draft` of the graph. First runs of layers are left out, then axes shrink, all of them at once,
 then the handles of the other kinds rewrite what is left. So a handle works with nodes of the original graph:
@@ -71,9 +71,10 @@ class Handle(ABC):
         """What remains of parameters and buffers beside what `axes` says: by name and dimension."""
         return {}
 
-    def rewrite(self, draft: Draft, value: Value) -> None:
-        """Apply ``value`` to a draft of the graph: operators, their arguments, and the metadata of what changes, that of
-        the inputs in `cuts` among it. Axes have their new sizes already, unless this handle is one that comes `first`.
+    def rewrite(self, draft: Draft, value: Value) -> None:  # noqa: B027  (axes have nothing to rewrite)
+        """Apply ``value`` to a draft of the graph: operators, their arguments, and the metadata of what changes, that
+        of the inputs in `cuts` among it. Axes have their new sizes already, unless this handle is one that comes
+        `first`.
         Not called for the full value."""
 
     def parameters(self, value: Value) -> Mapping[str, torch.nn.Parameter]:

@@ -26,7 +26,11 @@ Scores = Mapping[str, torch.Tensor]
 
 
 def sort_by_importance(
-    space: Space, by: str | Scores = "norm", *, batches: Iterable[Any] = (), loss: Callable[..., Any] | str | None = None
+    space: Space,
+    by: str | Scores = "norm",
+    *,
+    batches: Iterable[Any] = (),
+    loss: Callable[..., Any] | str | None = None,
 ) -> dict[str, torch.Tensor]:
     """Sort the indices of each dimension by importance, the best first, in all tensors that carry it.
 

@@ -40,12 +40,12 @@ def space(
 ) -> Space:
     """Find the elastic dimensions of a model.
 
-    The forward pass is captured in train and in eval mode, and the identities of tensor dimensions in it are found; each
-    group of coupled dimensions that may shrink is a `Dimension`. No module class is known and none is changed: the model
-    stays what it is, and owns the shared weights.
+    The forward pass is captured in train and in eval mode, and the identities of tensor dimensions in it are found;
+    each group of coupled dimensions that may shrink is a `Dimension`. No module class is known and none is changed: the
+    model stays what it is, and owns the shared weights.
 
-    Patterns below are a `Kind`, or shell patterns on names of dimensions or on the paths of all modules that one reaches
-    (``layers.3.*``).
+    Patterns below are a `Kind`, or shell patterns on names of dimensions or on the paths of all modules that one
+    reaches (``layers.3.*``).
 
     Args:
         model: any `torch.nn.Module`.
@@ -55,8 +55,8 @@ def space(
             and all of widths and heads, a half to all of the embedding, kernel sizes 3, 5, 7 ..., every number of runs
             of layers.
         fixed: patterns of dimensions that keep their size.
-        tied: patterns, or sequences of patterns: the dimensions that one of them means have one value. Or a mapping from
-            new names to that.
+        tied: patterns, or sequences of patterns: the dimensions that one of them means have one value. Or a mapping
+            from new names to that.
         names: new names by pattern. (Other arguments mean dimensions by the names that the analysis gave.)
         free: further sizes to keep free in captures, as in `graphopt.capture`.
         layers: choices of single layers, by path or pattern on paths: `Transformation`s of their weights,
@@ -84,9 +84,9 @@ def space(
 class Space:
     """The elastic dimensions of a model, and its subnets. Made by `space`.
 
-    ``model``: the owner of the shared weights. ``dimensions``: in the order of the graph. ``refusals``: groups that keep
-    their size, with the reason. ``full``, ``smallest``: the choices at the ends. ``notes``: what was left undone, in
-    sentences (a mode that could not be captured).
+    ``model``: the owner of the shared weights. ``dimensions``: in the order of the graph. ``refusals``: groups that
+    keep their size, with the reason. ``full``, ``smallest``: the choices at the ends. ``notes``: what was left undone,
+    in sentences (a mode that could not be captured).
     """
 
     def __init__(

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 class Subnet:
     """One choice in one state of the model.
 
-    ``graph``: its forward graph. Its inputs are those of the supergraph; parameters and buffers have the shapes of their
-    ``slices``, which name those that got smaller. ``own``: parameters of transformations, by the names of the inputs
-    behind the others. ``chosen``: the axes that are smaller, and their indices that remain; ``pattern``: the choice with
-    all axes at their full size.
+    ``graph``: its forward graph. Its inputs are those of the supergraph; parameters and buffers have the shapes of
+    their ``slices``, which name those that got smaller. ``own``: parameters of transformations, by the names of the
+    inputs behind the others. ``chosen``: the axes that are smaller, and their indices that remain; ``pattern``: the
+    choice with all axes at their full size.
     """
 
     def __init__(
@@ -107,5 +107,5 @@ def batch_norm(
 ) -> tuple[torch.Tensor, ...]:
     """Batch norm that leaves the running statistics it is given as they are, and gives new ones behind its results."""
     mean, variance = mean.detach().clone(), variance.detach().clone()
-    result = torch._native_batch_norm_legit(x, weight, bias, mean, variance, training, momentum, eps)  # type: ignore[attr-defined]
-    return (*result, mean, variance)
+    norm: Any = torch._native_batch_norm_legit  # type: ignore[attr-defined]
+    return (*norm(x, weight, bias, mean, variance, training, momentum, eps), mean, variance)

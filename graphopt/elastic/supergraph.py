@@ -47,8 +47,8 @@ class Supergraph:
         self.captured, self.graph = captured, captured.graph
         if own := self.graph.signature.tree.get("own_backward"):
             raise ElasticError(
-                f"model: it runs through {', '.join(own)}, whose own backward no graph of operators holds; subnets would "
-                "get other gradients"
+                f"model: it runs through {', '.join(own)}, whose own backward no graph of operators holds; subnets "
+                "would get other gradients"
             )
         self.axes = self.graph.axes
         self.resizer = Resizer(self.axes)

@@ -13,8 +13,8 @@ from graphopt.errors import AxisError, ElasticError
 def misfits(supergraph: Supergraph, dimensions: Sequence[Dimension]) -> dict[str, str]:
     """Why some dimensions cannot take their smallest value in this graph: by name.
 
-    All layers are there, everything else is at its smallest; shapes are compared with what the axes say. The analysis is
-    to refuse beforehand what does not fit, so this is a second line, and usually one trial.
+    All layers are there, everything else is at its smallest; shapes are compared with what the axes say. The analysis
+    is to refuse beforehand what does not fit, so this is a second line, and usually one trial.
     """
     wrong: dict[str, str] = {}
     while True:

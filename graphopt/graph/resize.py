@@ -233,8 +233,7 @@ class Resizer:
         key = (shape, how, like.dtype, like.device)
         found = self._fakes.get(key)
         if found is None:
-            free = next((s for s in like.shape if isinstance(s, torch.SymInt)), None)
-            sizes = [s if isinstance(s, int) else symbolic(free, s) for s in shape]
+            sizes = [s if isinstance(s, int) else symbolic(like, s) for s in shape]
             found = self._fakes[key] = fake_like(like, sizes, _packed(sizes, *how))
         return found
 
@@ -361,12 +360,15 @@ class _Resizing:
             return False
         if form.axes.isdisjoint(self.sizes):
             return not form.dims or None not in form.orders or self.changed.isdisjoint(copy.all_input_nodes)
-        if None in form.orders or (node.target is _ATTENTION and not self._same_kernel(node)):
+        orders = [how for how in form.orders if how is not None]
+        if len(orders) < len(form.orders) or (node.target is _ATTENTION and not self._same_kernel(node)):
             return False
         value = node.meta["val"]
         several = isinstance(value, (list, tuple))
-        rest = iter(zip(form.dims, form.orders))
-        made = [self._made(v, *next(rest)) if isinstance(v, torch.Tensor) else v for v in (value if several else [value])]
+        rest = iter(zip(form.dims, orders))
+        made = [
+            self._made(v, *next(rest)) if isinstance(v, torch.Tensor) else v for v in (value if several else [value])
+        ]
         copy.meta["val"] = type(value)(made) if several else made[0]
         self.changed.add(copy)
         return True
@@ -374,7 +376,9 @@ class _Resizing:
     def _made(self, value: torch.Tensor, dims: tuple[Dim, ...], how: _Order) -> torch.Tensor:
         if not any(_changes(d, self.chosen) for d in dims):
             return value
-        shape = tuple(d.size_at(self.sizes) if _changes(d, self.chosen) else expression(s) for d, s in zip(dims, value.shape))
+        shape = tuple(
+            d.size_at(self.sizes) if _changes(d, self.chosen) else expression(s) for d, s in zip(dims, value.shape)
+        )
         return self.resizer.fake(value, shape, how)
 
     def _same_kernel(self, node: fx.Node) -> bool:

@@ -144,8 +144,8 @@ def _grown(forward: TrainingGraph, axes: Axes, sizes: Mapping[Axis, int]) -> Tra
 
 
 def _values(graph: TrainingGraph) -> list[fx.Node]:
-    """The nodes but arithmetic of sizes: whoever reads a size is asked for its dimension (`literals`), and how sizes are
-    computed depends on which of them are equal."""
+    """The nodes but arithmetic of sizes: whoever reads a size is asked for its dimension (`literals`), and how sizes
+    are computed depends on which of them are equal."""
     return [n for n in graph.nodes if n.op != "call_function" or not isinstance(n.meta["val"], torch.SymInt)]
 
 

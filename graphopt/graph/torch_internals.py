@@ -64,19 +64,19 @@ def without_guards(mode: FakeTensorMode) -> Iterator[None]:
 
 
 def fake_like(value: torch.Tensor, shape: Sequence[Any], strides: Sequence[Any]) -> torch.Tensor:
-    """A fake tensor of this shape beside the fake tensor ``value``, made without running an operator on fakes. Sizes may
-    be symbolic; call it inside of `without_guards`."""
+    """A fake tensor of this shape beside the fake tensor ``value``, made without running an operator on fakes. Sizes
+    may be symbolic; call it inside of `without_guards`."""
     assert isinstance(value, FakeTensor)
     with disable_dispatch_modes():
         plain = torch.empty_strided(shape, strides, dtype=value.dtype, device="meta")
     return FakeTensor(value.fake_mode, plain, value.device)
 
 
-def symbolic(like: torch.SymInt, expr: sympy.Expr) -> torch.SymInt:
-    """``expr`` as a symbolic size beside another one."""
-    env = like.node.shape_env
-    hint = expr.xreplace({s: sympy.sympify(hint_of(s, like)) for s in expr.free_symbols})
-    return torch.SymInt(SymNode(expr, env, int, int(hint)))
+def symbolic(like: torch.Tensor, expr: sympy.Expr) -> torch.SymInt:
+    """``expr`` as a symbolic size, of the symbols that the shape of the fake tensor ``like`` has."""
+    size = next(s for s in like.shape if isinstance(s, torch.SymInt))
+    hint = expr.xreplace({s: sympy.sympify(hint_of(s, size)) for s in expr.free_symbols})
+    return torch.SymInt(SymNode(expr, size.node.shape_env, int, int(hint)))
 
 
 def preserve_node_meta() -> AbstractContextManager[None]:

@@ -62,7 +62,9 @@ def assert_is_slice(space: Space, choice: Choice, batch: Any) -> None:
     got, landed = ours(space, choice, batch)
     assert len(got) == len(right)
     problems = [far(f"output {i}", a, b) for i, (a, b) in enumerate(zip(got, right, strict=True))]
-    problems += [far(f"gradient of {n}", landed[n], _scattered(landed[n], g, remaining.get(n))) for n, g in theirs.items()]
+    problems += [
+        far(f"gradient of {n}", landed[n], _scattered(landed[n], g, remaining.get(n))) for n, g in theirs.items()
+    ]
     assert not any(problems), [p for p in problems if p]
 
 

@@ -117,7 +117,10 @@ def test_tied_named_fixed():
         ({"tied": [["embed", "layers.0.hidden"]]}, "differ in kind or size"),
         ({"names": {"layers.0.*": "h"}}, "means 3 dimensions"),
         ({"names": {"embed": "layers.0.hidden"}}, "two dimensions are called"),
-        ({"fixed": tuple(Kind(k) for k in ("width", "heads", "queries", "embedding", "head size"))}, "nothing in it is"),
+        (
+            {"fixed": tuple(Kind(k) for k in ("width", "heads", "queries", "embedding", "head size"))},
+            "nothing in it is",
+        ),
     ],
 )
 def test_bad_options(options, message):
@@ -163,7 +166,7 @@ def test_a_tied_weight_in_two_incompatible_places():
         def forward(self, x):
             return F.linear(self.square(x).relu(), self.square.weight)
 
-    with pytest.raises(ElasticError, match="nothing in it is elastic .*dimension 1 of the"):
+    with pytest.raises(ElasticError, match=r"nothing in it is elastic .*dimension 1 of the"):
         space(Tied(), torch.randn(3, 6))
 
 

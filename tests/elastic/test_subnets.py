@@ -1,4 +1,4 @@
-"""Subnets of random models: outputs, gradients and buffers are those of the slices, in both modes and at any batch size."""
+"""Subnets of random models: outputs, gradients, buffers are those of the slices, in both modes, at any batch size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ class Residual(nn.Module):
     def __init__(self, width=8, inner=12):
         super().__init__()
         self.stem, self.norm = nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width)
-        self.a, self.norm_a, self.b = nn.Conv2d(width, inner, 3, padding=1), nn.BatchNorm2d(inner), nn.Conv2d(inner, width, 1)
+        self.a, self.norm_a, self.b = (
+            nn.Conv2d(width, inner, 3, padding=1),
+            nn.BatchNorm2d(inner),
+            nn.Conv2d(inner, width, 1),
+        )
         self.squeeze, self.excite, self.head = nn.Linear(inner, 4), nn.Linear(4, inner), nn.Linear(width, 2)
         self.drop = nn.Dropout(0.3)
 
@@ -42,7 +46,7 @@ def residual():
     return space(model, torch.randn(4, 3, 6, 6).double())
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(case=cases(dtypes=(torch.float64,)), seed=st.integers(0, 99))
 def test_random_models(case, seed):
     model = copy.deepcopy(case.model)
@@ -55,8 +59,12 @@ def test_random_models(case, seed):
     for mode in (True, False):
         model.train(mode)
         assert_is_slice(found, found.sample(seed=seed), (x,))
+    untouched = copy.deepcopy(model)  # a call may change buffers in eval mode too
     with torch.no_grad():
-        got, right = outputs(found.run(found.full, x)), outputs(model(x))
+        torch.manual_seed(0)
+        got = outputs(found.run(found.full, x))
+        torch.manual_seed(0)
+        right = outputs(untouched(x))
     assert all(torch.allclose(a, b, 1e-9, 1e-9) for a, b in zip(got, right, strict=True))
 
 
@@ -121,7 +129,9 @@ def test_slices_are_dense_in_the_memory_order_of_the_whole():
     found = space(model, torch.randn(4, 3, 6, 6).contiguous(memory_format=torch.channels_last))
     weight = found.subnet(found.smallest).tensors()["a.weight"]
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
-    assert weight.stride() == found.graph(found.smallest).input_nodes(InputKind.PARAMETER)["a.weight"].meta["val"].stride()
+    assert (
+        weight.stride() == found.graph(found.smallest).input_nodes(InputKind.PARAMETER)["a.weight"].meta["val"].stride()
+    )
 
 
 def test_keywords_and_nested_outputs():
