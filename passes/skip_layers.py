@@ -34,6 +34,7 @@ class SkipLayers(Pass):
     ...     def __init__(self):
     ...         super().__init__()
     ...         self.body = torch.nn.Linear(4, 4)
+    ...
     ...     def forward(self, x):
     ...         return x + self.body(x)
     >>> graph = capture_forward(torch.nn.Sequential(Residual(), Residual(), torch.nn.Linear(4, 2)), torch.randn(3, 4))
@@ -55,7 +56,7 @@ class SkipLayers(Pass):
     def rewrite(self, graph: TrainingGraph) -> PassResult:
         """See the class. A path that is no run is refused; a graph with a backward is an error of the caller."""
         known: dict[str, list[Run]] = {}
-        for stage in stages(graph.axes):
+        for stage in stages(graph.axes, alike="parameters"):
             for run in stage.runs:
                 known.setdefault(run.module, []).append(run)
         runs = [run for path in dict.fromkeys(self.layers) for run in known.get(path, ())]

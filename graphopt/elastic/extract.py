@@ -11,7 +11,6 @@ forward is traced anew when it is unpickled, which would fix the mode in silence
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import keyword
 import linecache
@@ -184,8 +183,8 @@ def _fold(graph: TrainingGraph, tensors: dict[str, torch.Tensor]) -> dict[fx.Nod
 class _Tree:
     """The parameters and buffers of the module by path, and how code says them.
 
-    ``parameters``, ``saved``, ``unsaved``: tensors by name (unsaved: buffers that no state dict has); ``aliases``: names
-    of tied tensors, with the names that they stand for; ``frozen``: parameters that are not trained.
+    ``parameters``, ``saved``, ``unsaved``: tensors by name (unsaved: buffers that no state dict has); ``aliases``:
+    names of tied tensors, with the names that they stand for; ``frozen``: parameters that are not trained.
     """
 
     def __init__(self, model: nn.Module, tensors: Mapping[str, torch.Tensor], states: Mapping[bool, _State]):
@@ -203,12 +202,13 @@ class _Tree:
             for node in state.graph.graph.find_nodes(op="get_attr"):
                 self._constant(training, str(node.target), state.graph.constants[str(node.target)])
         first = {id(t): n for n, t in _all_tensors(model)}
-        every = {*self.parameters, *self.saved, *self.unsaved}
+        every = self.values()
         self.aliases = {}
         for name, tensor in _all_tensors(model, twice=True):
             if first[id(tensor)] != name and first[id(tensor)] in every:
                 self.aliases[name] = first[id(tensor)]
-        names = [*every, *self.aliases]
+        order = [n for n, _ in _all_tensors(model, twice=True)]
+        names = [n for n in order if n in every or n in self.aliases] + [n for n in every if n not in set(order)]
         self.paths: list[str] = []
         for name in names:
             parts = name.split(".")[:-1]
@@ -294,16 +294,17 @@ def _code(space: Space, choice: Choice, states: Mapping[bool, _State], tree: _Tr
     first = next(iter(states.values()))
     signature, batch = _signature(space.model, first.layout)
     bodies: dict[bool, tuple[Body, str]] = {}
+    checks: dict[bool, list[str]] = {}
     imports: set[str] = set()
     for training, state in states.items():
         body = Body(state.graph, _names(state, tree, training, batch), training=training)
-        body.lines[:0] = _fixed_batch(state, batch)
+        body.lines[:0] = checks[training] = _checks(space, state, batch, training)
         imports |= body.imports
         bodies[training] = body, _returned(state, body, imports)
     in_eval = None
     if len(states) == 2:
         in_eval = Body(states[True].graph, _names(states[True], tree, True, batch), training=True, in_eval=True)
-        in_eval.lines[:0] = _fixed_batch(states[True], batch)
+        in_eval.lines[:0] = checks[True]
     name = type(space.model).__name__
     text = [
         f'"""A subnet of {name}, written by graphopt. It needs PyTorch only.',
@@ -311,7 +312,7 @@ def _code(space: Space, choice: Choice, states: Mapping[bool, _State], tree: _Tr
         *(f"{d}: {v}" for d, v in choice.items() if d not in choice.inactive),
         '"""',
         "",
-        *(_import(module) for module in sorted({"torch", *imports})),
+        *sorted({"import torch", *imports}, key=lambda line: (line.startswith("from"), line)),
         "from torch import nn",
         "from torch.nn import functional as F",
         "",
@@ -326,13 +327,6 @@ def _code(space: Space, choice: Choice, states: Mapping[bool, _State], tree: _Tr
         indent("\n".join(methods(signature, bodies, in_eval)), "    "),
     ]
     return "\n".join(text) + _LOAD
-
-
-def _import(module: str) -> str:
-    """The line that imports a module; a namespace of operators need not be one."""
-    if importlib.util.find_spec(module.partition(".")[0]) is None:
-        return f"# the operators torch.ops.{module} must be known"
-    return f"import {module}"
 
 
 _LOAD = '''
@@ -370,13 +364,42 @@ def _returned(state: _State, body: Body, imports: set[str]) -> str:
     return nested(pytree.tree_unflatten(leaves, state.outputs), imports)
 
 
-def _fixed_batch(state: _State, batch: list[str]) -> list[str]:
-    """Lines that refuse other batch sizes, where a capture has fixed the size."""
-    symbols = state.graph.symbols
-    if "batch" in symbols.symbols or True not in state.layout.batched:
+def _checks(space: Space, state: _State, batch: list[str], training: bool) -> list[str]:
+    """Lines that refuse batch sizes for which the model would run other code."""
+    symbols, layout = state.graph.symbols, state.layout
+    if True not in layout.batched:
         return []
-    tensor, size = batch[state.layout.batched.index(True)], symbols.hints["batch"]
-    return [f"if {tensor}.size(0) != {size}:", f'    raise ValueError("the model was captured for batches of {size}")']
+    size = f"{batch[layout.batched.index(True)]}.size(0)"
+    if "batch" not in symbols.symbols:
+        only = symbols.hints["batch"]
+        return [f"if {size} != {only}:", f'    raise ValueError("the model was captured for batches of {only}")']
+    guards = [g for g in symbols.guards if g.free_symbols == {symbols.symbols["batch"]}]
+    other = next((n for n in range(2, _PROBED) if not symbols.admits({"batch": n})), None)
+    if other is None or _same_code(space, layout, other, training):
+        return []  # the guards are torch's own: which kernel it would choose
+    text = " and ".join(symbols.rename(g) for g in guards)
+    if "(" in text or not guards:
+        raise ElasticError(f"extract: the model's code depends on its batch size: {text}; make the space by such a batch")
+    return [
+        f"batch = {size}",
+        f"if not ({text}):",
+        f'    raise ValueError("the model was captured for batches where {text}")',
+    ]
+
+
+_PROBED = 130
+"""Up to which batch size it is asked whether a guard excludes one."""
+
+
+def _same_code(space: Space, layout: BatchLayout, size: int, training: bool) -> bool:
+    """Whether the model has the same graph for batches of another size."""
+    with _mode(space.model, training):
+        here = space.subnet(space.full).origin.graph
+        try:
+            there = space.subnet(space.full, batch=layout.restore(layout.example(size))).origin.graph
+        except (BatchError, CaptureError):
+            return False
+    return here.hash() == there.hash()
 
 
 def _signature(model: nn.Module, layout: BatchLayout) -> tuple[str, list[str]]:
@@ -422,7 +445,9 @@ def _expressions(said: str, value: Any, found: dict[int, str]) -> None:
         for key, inside in value.items():
             _expressions(f"{said}[{key!r}]", inside, found)
     elif _leaves(value):
-        raise ElasticError(f"extract: the argument {said} is a {type(value).__name__}; expected tensors in lists or dicts")
+        raise ElasticError(
+            f"extract: the argument {said} is a {type(value).__name__}; expected tensors in lists or dicts"
+        )
 
 
 _numbers = count()
@@ -436,6 +461,7 @@ def _made(code: str, tree: _Tree) -> nn.Module:
     exec(compile(code, name, "exec"), namespace)
     module: nn.Module = namespace["Subnet"]()
     tensors = tree.values()
+    tensors.update({name: tensors[first] for name, first in tree.aliases.items()})
     devices = {t.device for t in tensors.values()}
     if len(devices) == 1:
         module.to(devices.pop())

@@ -36,6 +36,7 @@ class KernelSize(Handle):
     """
 
     kind = Kind.KERNEL
+    full: int
 
     def __init__(self, weight: fx.Node, name: str, module: str, possible: Sequence[int]):
         self.weight, self.parameter, self.possible = weight, name, tuple(possible)
@@ -46,10 +47,10 @@ class KernelSize(Handle):
     def choices(self, wanted: Sequence[int | float] | None) -> tuple[Value, ...]:
         if wanted is None:  # a centre of 1 is another kind of layer: it must be asked for
             return tuple(size for size in self.possible if size > 1)
-        sizes = sizes_of(self.full, wanted)
-        if wrong := [size for size in sizes if size not in self.possible and size in wanted]:
-            raise ElasticError(f"choices: {self.name} can be {self.possible}, got {wrong[0]}")
-        return tuple(size for size in sizes if size in self.possible)
+        if wrong := [w for w in wanted if isinstance(w, bool) or not isinstance(w, (int, float)) or w <= 0]:
+            raise ElasticError(f"choices: {self.name} can be {', '.join(map(str, self.possible))}, got {wrong[0]!r}")
+        # one list is for kernels of many sizes: what this one cannot have is left out
+        return tuple(size for size in sizes_of(self.full, wanted) if size in self.possible)
 
     def readers(self) -> frozenset[fx.Node]:
         return frozenset(uses(self.weight))
@@ -168,14 +169,15 @@ def _why_not(node: fx.Node, weight: fx.Node, before: Sequence[int], after: Seque
 
 def _is_weight(node: fx.Node, weight: fx.Node) -> bool:
     others = [n for name in operand_names(node) if name != "weight" for n in _sources(operand(node, name))]
-    return all(_origin(n) is not weight for n in others)
+    return all(origin(n) is not weight for n in others)
 
 
 def _sources(value: Any) -> list[fx.Node]:
     return [value] if isinstance(value, fx.Node) else []
 
 
-def _origin(node: fx.Node) -> fx.Node:
+def origin(node: fx.Node) -> fx.Node:
+    """What a value is a cast or slice of."""
     while node.target in (_CAST, _SLICE):
         node = node.args[0]  # type: ignore[assignment]
     return node

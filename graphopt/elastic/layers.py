@@ -110,7 +110,7 @@ class Layers(nn.Module):
 
     # -- in a graph -------------------------------------------------------------------------------------------------
 
-    def apply(self, found: Found, axes: Axes) -> Found:
+    def complete(self, found: Found, axes: Axes) -> Found:
         """What was found in a graph of the model, with the choices of layers among it."""
         weights = axes.graph.input_nodes(InputKind.PARAMETER)
         handles = list(found.handles)
@@ -120,7 +120,10 @@ class Layers(nn.Module):
             _check_kernels(weight, name, transformations)
             if any(t.kernel for t in transformations):  # they choose the kernel
                 handles = [h for h in handles if not (isinstance(h, KernelSize) and h.parameter == name)]
-            handles.append(Transformed(weight, name, path, transformations))
+            made = Transformed(weight, name, path, transformations)
+            for i in range(len(transformations)):
+                made.rewrite(axes.graph.draft(), i)  # the user's own code: what does not work is an error at once
+            handles.append(made)
         for i, handle in enumerate(handles):
             if isinstance(handle, KernelSize) and handle.parameter in self.matrices:
                 handles[i] = self._with_matrices(handle, axes)
@@ -169,7 +172,9 @@ def _check_kernels(weight: fx.Node, name: str, transformations: Sequence[Transfo
             raise ElasticError(f"layers: {name} is no weight of a convolution, it has no kernel of a size")
         possible, why = possible_sizes(weight)
         if transformation.kernel not in possible:
-            raise ElasticError(f"layers: {name} can have kernels of {possible}, got {transformation.kernel}. {why}".strip())
+            raise ElasticError(
+                f"layers: {name} can have kernels of {possible}, got {transformation.kernel}. {why}".strip()
+            )
 
 
 class Transformed(Handle):

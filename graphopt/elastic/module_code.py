@@ -6,6 +6,7 @@ with ``self.training`` in those calls (`methods`); else each mode has its own.
 
 from __future__ import annotations
 
+import importlib.util
 import keyword
 import operator
 from collections import defaultdict
@@ -45,6 +46,7 @@ _PLAIN = {
 
 _NORM_IN_TRAINING = aten._native_batch_norm_legit_functional.default
 _NORM_IN_EVAL = aten._native_batch_norm_legit_no_training.default
+_NORMS: tuple[Any, ...] = (_NORM_IN_TRAINING, _NORM_IN_EVAL)
 _ATTENTION = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 """Arguments of attention behind queries, keys and values, with what they are by default."""
 
@@ -54,7 +56,8 @@ _RESERVED = {"self", "torch", "nn", "F", "aten", "getattr", "float"}
 @dataclass(frozen=True)
 class Names:
     """What the inputs of a graph are called in code: expressions of parameters, buffers and constants by their name in
-    the graph, of the batch's tensors in order. ``folded``: nodes that have become parameters, with their names."""
+    the graph, of the batch's tensors in order. ``folded``: nodes that have become parameters, with their names, and
+    nodes that those were computed from, with an empty one."""
 
     tensors: Mapping[str, str]
     batch: Sequence[str]
@@ -70,7 +73,7 @@ class Body:
         training: the mode that it is of.
         in_eval: write a graph of train mode as it is in eval mode, without dropout.
 
-    ``counters``: lines that count the batches that norms have seen; ``imports``: modules that the lines need;
+    ``counters``: lines that count the batches that norms have seen; ``imports``: lines of imports that they need;
     ``results``: expressions of the outputs in order, without those that are new values of buffers.
     """
 
@@ -113,7 +116,8 @@ class Body:
             elif given.name in self.names.tensors:
                 self._expressions[node] = self.names.tensors[given.name]
         for node, name in self.names.folded.items():
-            self._expressions[node] = self.names.tensors[name]
+            if name:
+                self._expressions[node] = self.names.tensors[name]
 
     def _writes(self) -> list[tuple[fx.Node, fx.Node]]:
         """New values of buffers that no batch norm writes in place; counters go to a list of their own."""
@@ -146,13 +150,18 @@ class Body:
                     last[source] = node
         kept = set(self._output.all_input_nodes)
         for node in reversed(self.graph.nodes):  # what is another name for a value lives as long as that does
-            source = self._alias(node)
-            if source is not None:
-                last[source] = max(last.get(source, node), last.get(node, node), key=self._order.__getitem__)
-                kept |= {source} if node in kept else set()
+            alias = self._alias(node)
+            if alias is not None:
+                last[alias] = max(last.get(alias, node), last.get(node, node), key=self._order.__getitem__)
+                kept |= {alias} if node in kept else set()
         dying: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node, at in last.items():
-            if node not in kept and node.op == "call_function" and self._alias(node) is None and not self._of_norm(node):
+            if (
+                node not in kept
+                and node.op == "call_function"
+                and self._alias(node) is None
+                and not self._of_norm(node)
+            ):
                 dying[at].append(node)
         return dying
 
@@ -173,13 +182,14 @@ class Body:
     @staticmethod
     def _of_norm(node: fx.Node) -> bool:
         """Whether a node takes one of the results of a batch norm: in code, 0 is all of it and 3 and 4 are buffers."""
-        return node.target is getitem and node.args[0].target in (_NORM_IN_TRAINING, _NORM_IN_EVAL)  # type: ignore[union-attr]
+        source = node.args[0] if node.target is getitem else None
+        return isinstance(source, fx.Node) and source.target in _NORMS
 
     # -- operators ------------------------------------------------------------------------------------------------
 
     def _line(self, node: fx.Node) -> str:
         target = node.target
-        if target in (_NORM_IN_TRAINING, _NORM_IN_EVAL):
+        if target in _NORMS:
             return self._assigned(node, "batch_norm", self._batch_norm(node))
         alias = self._alias(node)
         if alias is not None:
@@ -240,7 +250,7 @@ class Body:
         name = target._schema.name.partition("::")[2]
         if target.namespace == "aten":
             return f"aten.{name}.{target._overloadname}"
-        self.imports.add(target.namespace)
+        self.imports.add(_import(target.namespace))
         return f"torch.ops.{target.namespace}.{name}.{target._overloadname}"
 
     def _assigned(self, node: fx.Node, stem: str, value: str) -> str:
@@ -278,9 +288,16 @@ class Body:
         raise ElasticError(f"extract: {value!r} in the graph has no form in code")
 
 
+def _import(namespace: str) -> str:
+    """The line that makes the operators of a namespace known, if a module of that name does."""
+    if importlib.util.find_spec(namespace) is None:
+        return f"# the operators torch.ops.{namespace} must be known"
+    return f"import {namespace}"
+
+
 def nested(structure: Any, imports: set[str]) -> str:
-    """A nesting of expressions (objects whose ``str`` is one) as an expression. Dataclasses and named tuples are made by
-    their classes, which are imported; raises ElasticError for others."""
+    """A nesting of `Expression`s as an expression. Dataclasses and named tuples are made by their classes, which are
+    imported; raises ElasticError for others."""
     kind = type(structure)
     if isinstance(structure, Expression) or structure is None or isinstance(structure, (bool, int, str)):
         return str(structure) if isinstance(structure, Expression) else repr(structure)
@@ -295,8 +312,8 @@ def nested(structure: Any, imports: set[str]) -> str:
         return "{" + ", ".join(f"{k!r}: {nested(v, imports)}" for k, v in structure.items()) + "}"
     if "<" in kind.__qualname__ or kind.__module__ == "__main__":
         raise ElasticError(f"extract: the model returns a {kind.__qualname__}, which no other process can import")
-    imports.add(kind.__module__)
-    called = f"{kind.__module__}.{kind.__qualname__}"
+    imports.add(f"from {kind.__module__} import {kind.__qualname__.partition('.')[0]}")
+    called = kind.__qualname__
     if isinstance(structure, tuple) and hasattr(structure, "_fields"):
         return f"{called}({', '.join(nested(v, imports) for v in structure)})"
     if isinstance(structure, dict):

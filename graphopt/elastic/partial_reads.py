@@ -1,9 +1,9 @@
-"""Partial reads: a layer reads only the first part of what its producer gives, and passes on a part of what it computes.
+"""Partial reads: a layer reads only the first part of what its producer gives, and passes on a part of its own output.
 
-``ReadInput(0.5)`` leaves the producer as wide as it is, for whoever else reads it: the layer reads the first half of its
-channels, by the first half of its own weight's columns. ``PassOutput(0.75)`` makes the layer's output narrower, and the
-axis behind follows: norms, gates and the next layer's columns. That is a width of one layer, so it is allowed where
-this layer alone makes that axis; a residual stream has many producers, and is a dimension of its own.
+``ReadInput(0.5)`` leaves the producer as wide as it is, for whoever else reads it: the layer reads the first half of
+its channels, by the first half of its own weight's columns. ``PassOutput(0.75)`` makes the layer's output narrower,
+and the axis behind follows: norms, gates and the next layer's columns. That is a width of one layer, so it is allowed
+where this layer alone makes that axis; a residual stream has many producers, and is a dimension of its own.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from torch import fx
 
 from graphopt.elastic.dimension import Kind, Value
 from graphopt.elastic.handles import Handle, sizes_of
-from graphopt.elastic.kernel_sizes import is_convolution, refresh, uses
+from graphopt.elastic.kernel_sizes import is_convolution, origin, refresh, uses
 from graphopt.elastic.transformations import PREPARES
 from graphopt.errors import ElasticError
 from graphopt.graph.axes import Axes, Axis, Dim, Form
 from graphopt.graph.draft import Draft
 from graphopt.graph.op_rules.arguments import operand
-from graphopt.graph.training_graph import InputKind
+from graphopt.graph.training_graph import InputKind, TrainingGraph
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -50,11 +51,12 @@ class PassOutput(_Part):
 class ReadPart(Handle):
     """How many columns of its weight a layer reads, counted in those of the full layer.
 
-    Where the axis that it reads is narrower in a subnet, the layer reads the same share of it. Where it is a product (the
-    channels of an image that was flattened), the outer factors are cut.
+    Where the axis that it reads is narrower in a subnet, the layer reads the same share of it. Where it is a product
+    (the channels of an image that was flattened), the outer factors are cut.
     """
 
     kind = Kind.READ
+    full: int
 
     def __init__(self, axes: Axes, parameter: str, parts: Sequence[ReadInput]):
         self.parameter, self.parts = parameter, tuple(parts)
@@ -68,9 +70,11 @@ class ReadPart(Handle):
         self.unit = _rigid(columns)
 
     def choices(self, wanted: Sequence[int | float] | None) -> tuple[Value, ...]:
-        many = int(self.full) // self.unit
+        many = self.full // self.unit
         shares = [part.ratio for part in self.parts] if wanted is None else wanted
-        return tuple(self.unit * size for size in sizes_of(many, [float(s) if s <= 1 else s / self.unit for s in shares]))
+        return tuple(
+            self.unit * size for size in sizes_of(many, [float(s) if s <= 1 else s / self.unit for s in shares])
+        )
 
     def readers(self) -> frozenset[fx.Node]:
         return frozenset(self.layers)
@@ -86,9 +90,10 @@ class ReadPart(Handle):
             return
         layers = [draft.node(layer) for layer in self.layers]
         first = next(n for n in draft.graph.nodes if n.op == "call_function")
-        part = draft.add(SLICE, weight, self.dim, 0, count, like=layers[0], before=first)
-        part.meta[PREPARES] = self.parameter
-        for user in [u for u in weight.users if u is not part]:
+        view = draft.add(SLICE, weight, self.dim, 0, count, like=layers[0], before=first)
+        part = draft.add(torch.ops.aten.clone.default, view, like=layers[0], before=first)  # dense, as by itself
+        view.meta[PREPARES] = part.meta[PREPARES] = self.parameter
+        for user in [u for u in weight.users if u is not view]:
             user.replace_input_with(weight, part)
         refresh(list(part.users))
         for layer in layers:
@@ -105,6 +110,13 @@ def _rigid(dim: Dim) -> int:
             break
         unit *= part.count({})
     return unit
+
+
+def _parameter(graph: TrainingGraph, name: str) -> fx.Node:
+    found = graph.input_nodes(InputKind.PARAMETER).get(name)
+    if found is None:
+        raise ElasticError(f"layers: the forward pass reads no parameter {name!r}")
+    return found
 
 
 def _layers(weight: fx.Node, name: str) -> list[fx.Node]:
@@ -155,19 +167,20 @@ def passed_axis(axes: Axes, weight: str) -> Axis:
 
 
 def _makers(axes: Axes, axis: Axis) -> list[str]:
-    """The weights of layers that have ``axis`` in their output and not in what they contract."""
+    """The weights of layers that compute ``axis`` anew. A convolution in groups hands the axis of its groups on."""
     found = []
     carriers = axes.graph.input_nodes(InputKind.PARAMETER)
     for name in dict.fromkeys(place.name for place in axis.places if place.name in carriers):
         for node in uses(carriers[name]):
-            if node.target is _EMBEDDING or node.target is _LINEAR or is_convolution(node):
-                dims = axes.of(node)
-                made = dims[_channels(node)]
-                source = operand(node, "input") if node.target is not _EMBEDDING else None
-                read = axes.of(source)[_channels(node)] if source is not None else None
-                if axis in made.axes() and (read is None or axis not in read.axes()):
-                    found.append(name)
-                    break
+            layer = node.target is _EMBEDDING or node.target is _LINEAR or is_convolution(node)
+            if not layer or origin(operand(node, "weight")) is not carriers[name]:
+                continue
+            handed_on: set[Axis] = set()
+            if is_convolution(node) and operand(node, "groups") != 1:
+                handed_on.update(axes.of(operand(node, "input"))[_channels(node)].axes())
+            if axis in axes.of(node)[_channels(node)].axes() and axis not in handed_on:
+                found.append(name)
+                break
     return found
 
 

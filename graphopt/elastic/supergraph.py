@@ -52,7 +52,7 @@ class Supergraph:
             )
         self.axes = self.graph.axes
         self.resizer = Resizer(self.axes)
-        self.found = layers.apply(sum((find(self.axes, self.resizer) for find in FINDERS), Found()), self.axes)
+        self.found = layers.complete(sum((find(self.axes, self.resizer) for find in FINDERS), Found()), self.axes)
         self.handles: dict[str, Handle] = {}
         self.missing: dict[str, str] = {}
         self.tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -26,7 +26,6 @@ from graphopt.graph.draft import Draft
 from graphopt.graph.torch_internals import FakeTensorMode, fake_mode_of
 from graphopt.graph.training_graph import Input, InputKind, Phase
 
-
 PREPARES = "prepares"
 """In the metadata of a node that computes the subnet's weight from the shared one: the name of that weight."""
 
@@ -48,7 +47,7 @@ class Transformation(nn.Module, ABC):
             raise ElasticError(f"kernel: expected a positive int or None, got {kernel!r}")
         self.kernel = kernel
 
-    def fit(self, weight: Tensor) -> None:  # noqa: B027 (most have no parameters)
+    def fit(self, weight: Tensor) -> None:
         """Make the parameters, for the full weight of the layer. Called once, by the space."""
 
     @abstractmethod
@@ -107,9 +106,8 @@ class NonLinear(Transformation):
         """See `Transformation.fit`."""
         positions = _positions(self.centre(weight))
         hidden = self.hidden or positions
-        kind = {"dtype": weight.dtype, "device": weight.device}
-        self.down = nn.Parameter(torch.randn(hidden, positions, **kind) / positions**0.5)  # type: ignore[arg-type]
-        self.up = nn.Parameter(torch.zeros(positions, hidden, **kind))  # type: ignore[arg-type]
+        self.down = nn.Parameter(torch.randn(hidden, positions).to(weight) / positions**0.5)
+        self.up = nn.Parameter(torch.zeros(positions, hidden).to(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
         """See the class."""
@@ -139,11 +137,13 @@ class Own(Transformation):
 class InTurn(Transformation):
     """Several transformations one behind the other: 7 to 5 to 3."""
 
+    steps: Sequence[Transformation]
+
     def __init__(self, steps: Iterable[Transformation]):
         steps = list(steps)
         sizes = [step.kernel for step in steps if step.kernel is not None]
         super().__init__(sizes[-1] if sizes else None)
-        self.steps = nn.ModuleList(steps)
+        self.steps = nn.ModuleList(steps)  # type: ignore[assignment]
 
     def fit(self, weight: Tensor) -> None:
         """See `Transformation.fit`. Steps that were fitted for another one keep their parameters."""
@@ -223,14 +223,17 @@ def inserted(draft: Draft, weight: fx.Node, name: str, label: str, transformatio
     inputs = [_input(draft, mode, f"{label}.{key}", parameter) for key, parameter in parameters.items()]
 
     def run(tensor: Tensor, *given: Tensor) -> Tensor:
-        return torch.func.functional_call(transformation, dict(zip(parameters, given, strict=True)), (tensor,))
+        made = torch.func.functional_call(transformation, dict(zip(parameters, given, strict=True)), (tensor,))
+        return made if is_dense(made) else made.clone()  # in a memory order that a weight by itself has
 
     try:
         with mode, torch.no_grad():
             parts = make_fx(run)(*(o.meta["val"] for o in (weight, *inputs))).graph
     except Exception as error:  # the user's own code ran: any exception is possible
         first = str(error).strip().partition("\n")[0]
-        raise ElasticError(f"transformations: {label} cannot be traced on {name} {list(before.shape)}: {first}") from error
+        raise ElasticError(
+            f"transformations: {label} cannot be traced on {name} {list(before.shape)}: {first}"
+        ) from error
     after = next(iter(reversed(parts.nodes))).args[0].meta["val"]
     window = before.shape[2:]
     wanted = (*before.shape[:2], *small_window(window, transformation.kernel or max(window, default=1)))
@@ -248,6 +251,16 @@ def inserted(draft: Draft, weight: fx.Node, name: str, label: str, transformatio
     required = set(draft.signature.tree.get("requires_grad", ()))
     required.update(f"{label}.{key}" for key, p in parameters.items() if p.requires_grad)
     draft.signature = replace(draft.signature, tree={**draft.signature.tree, "requires_grad": sorted(required)})
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements of a tensor lie side by side in memory, in any order of its dimensions."""
+    size = 1
+    for length, stride in sorted(zip(tensor.shape, tensor.stride()), key=lambda pair: pair[1]):
+        if length != 1 and stride != size:
+            return False
+        size *= length if length != 1 else 1
+    return True
 
 
 def _input(draft: Draft, mode: FakeTensorMode, name: str, parameter: nn.Parameter) -> fx.Node:

@@ -14,10 +14,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import takewhile
-from operator import getitem
-from typing import Any
+from operator import add, getitem, mul
+from typing import Any, Literal
 
+import sympy
 import torch
 from torch import fx
 
@@ -25,8 +27,8 @@ from graphopt.errors import AxisError
 from graphopt.graph.axes import Axes
 from graphopt.graph.draft import Draft
 from graphopt.graph.op_rules import is_pure, rule
-from graphopt.graph.sizes import expression
-from graphopt.graph.training_graph import OutputKind, Phase, TrainingGraph
+from graphopt.graph.sizes import Expr, expression
+from graphopt.graph.training_graph import InputKind, OutputKind, Phase, TrainingGraph
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Run:
     """Layers that can be left out together: let every reader of ``exit`` read ``entry``.
 
     ``nodes``: the operators that are dead then, ``exit`` among them, in order. ``module``: the path of the module
-    around them. ``structure``: equal for runs with the same operators on the same sizes.
+    around them. ``structure``: equal for runs that are alike (see `stages`).
     """
 
     entry: fx.Node
@@ -59,17 +61,23 @@ class Stage:
         return _around(run.module for run in self.runs)
 
 
-def stages(axes: Axes) -> tuple[Stage, ...]:
+def stages(axes: Axes, *, alike: Literal["operators", "parameters"] = "operators") -> tuple[Stage, ...]:
     """The runs of the graph of ``axes``, in order, grouped by structure.
 
     A run of a stage may hold several sums: where attention and MLP alternate, both are one run. A stage has one run
     where no neighbour is like it.
 
+    Args:
+        axes: of a forward or joint graph.
+        alike: what runs of one stage have in common: all operators, or the layers among them and the parameters. The
+            latter is the same in train and eval mode (stochastic depth gives each layer operators of its own), and for
+            blocks that shift their windows and blocks that do not.
+
     Raises AxisError if ``axes`` is no `Axes`.
     """
     if not isinstance(axes, Axes):
         raise AxisError(f"axes: expected Axes (see graphopt.graph.axes.analyse), got {type(axes).__name__}")
-    search = _Search(axes)
+    search = _Search(axes, alike)
     found = [stage for chain in search.chains() for stage in _grouped(chain, search.order)]
     wider = Counter(_with_sum(run) for stage in found for run in stage.runs)
     return tuple(Stage(tuple(_named(run, wider) for run in stage.runs)) for stage in found)
@@ -121,6 +129,7 @@ def leave_out_of(draft: Draft, runs: Iterable[Run]) -> None:
         draft.left_out[run.exit] = entry
         draft.node(run.exit).replace_all_uses_with(draft.node(entry))
     _keep_statistics(draft, gone)
+    _keep_sizes(draft, gone)
     copies = {draft.node(node) for node in gone}
     for node in reversed(draft.graph.nodes):
         if node.op in ("call_function", "get_attr") and not node.users and (node in copies or is_pure(node)):
@@ -146,6 +155,54 @@ def _keep_statistics(draft: Draft, gone: set[fx.Node]) -> None:
             for o, same in zip(draft.signature.outputs, old, strict=True)
         ]
     )
+
+
+def _keep_sizes(draft: Draft, gone: set[fx.Node]) -> None:
+    """What reads a free size off a tensor that is gone reads it off an input."""
+    inputs: dict[sympy.Symbol, fx.Node] = {}
+    for node in gone:
+        for user in node.users:
+            copy = draft.node(user)
+            if copy.users and user not in gone and is_size(user):
+                copy.replace_all_uses_with(_size(draft, expression(user.meta["val"]), copy, inputs))
+
+
+def _size(draft: Draft, size: Expr, like: fx.Node, inputs: dict[sympy.Symbol, fx.Node]) -> Any:
+    """A size as an argument: a number, or nodes that compute it from sizes of inputs."""
+    if isinstance(size, int):
+        return size
+    if isinstance(size, sympy.Symbol):
+        if size not in inputs:
+            last = draft.placeholders[-1]
+            source, dim = _input_of_size(draft.placeholders, size)  # type: ignore[misc]
+            inputs[size] = draft.add(torch.ops.aten.sym_size.int, source, dim, like=like, after=last)
+        return inputs[size]
+    parts = [_size(draft, part, like, inputs) for part in size.args]
+    operator = add if isinstance(size, sympy.Add) else mul
+    return reduce(lambda a, b: draft.add(operator, a, b, like=like), parts)
+
+
+def _input_of_size(placeholders: Iterable[fx.Node], symbol: sympy.Symbol) -> tuple[fx.Node, int] | None:
+    for node in placeholders:
+        for dim, size in enumerate(getattr(node.meta.get("val"), "shape", ())):
+            if expression(size) == symbol:
+                return node, dim
+    return None
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node computes a free size that inputs tell too, by sums and products of theirs: it says nothing about
+    the values of a tensor that it is read off."""
+    value = node.meta.get("val")
+    return isinstance(value, torch.SymInt) and _of_inputs(expression(value), node.graph)
+
+
+def _of_inputs(size: Expr, graph: fx.Graph) -> bool:
+    if isinstance(size, sympy.Symbol):
+        return _input_of_size(graph.find_nodes(op="placeholder"), size) is not None
+    if isinstance(size, (sympy.Add, sympy.Mul)):
+        return all(_of_inputs(expression(part), graph) for part in size.args)
+    return isinstance(size, int)
 
 
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
@@ -175,9 +232,10 @@ class _Search:
     """The search for residual sums of the forward pass. ``order``: the position of each node; ``live``: what loss and
     outputs are computed from. Values that only backward or running statistics read do not hold a layer in place."""
 
-    def __init__(self, axes: Axes):
-        self.axes = axes
+    def __init__(self, axes: Axes, alike: str = "operators"):
+        self.axes, self.alike = axes, alike
         graph = axes.graph
+        self.parameters = {node: name for name, node in graph.input_nodes(InputKind.PARAMETER).items()}
         self.order = {node: i for i, node in enumerate(graph.graph.nodes)}
         results = zip(graph.outputs, graph.results, strict=True)
         waiting = [n for o, n in results if n is not None and o.kind in (OutputKind.LOSS, OutputKind.OUTPUT)]
@@ -223,7 +281,7 @@ class _Search:
         between = self.between(entry, node)
         if not all(t in between for t in terms if t is not entry) or not self.results.isdisjoint(between - {node}):
             return None
-        if any(u not in between for n in between - {node} for u in self.users(n)):
+        if any(u not in between and not is_size(u) for n in between - {node} if not is_size(n) for u in self.users(n)):
             return None
         dead = self.dead(node, entry)
         return _Sum(entry, node, frozenset(dead)) if any(map(_is_layer, dead)) else None
@@ -250,7 +308,11 @@ class _Search:
         while waiting:
             node = max(waiting, key=self.order.__getitem__)
             waiting.discard(node)
-            if node is not entry and node.op == "call_function" and all(u in dead for u in self.users(node)):
+            if (
+                node is not entry
+                and node.op == "call_function"
+                and all(u in dead or is_size(u) for u in self.users(node))
+            ):
                 dead.add(node)
                 waiting.update(node.all_input_nodes)
         return dead
@@ -297,7 +359,17 @@ class _Search:
         """The sum as a run."""
         nodes = tuple(sorted(found.nodes, key=self.order.__getitem__))
         layers = [n.meta.get("module", "") for n in nodes if _is_layer(n)]
-        return Run(found.entry, found.exit, nodes, _around(layers), _structure(found.entry, nodes))
+        structure = _structure(found.entry, nodes) if self.alike == "operators" else self.layers(nodes)
+        return Run(found.entry, found.exit, nodes, _around(layers), structure)
+
+    def layers(self, nodes: Sequence[fx.Node]) -> str:
+        """A digest of the layers in a run and of the parameters that its operators read, in the order of use."""
+        words: list[Any] = []
+        for node in nodes:
+            words += [str(node.target)] if _is_layer(node) else []
+            read = [source for source in node.all_input_nodes if source in self.parameters]
+            words += [(self.parameters[source].rpartition(".")[2], _sizes(source)) for source in read]
+        return _digest(words)
 
 
 _LAYERS = {"contraction", "convolution", "attention", "recurrent", "pooling", "resampling", "transform"}
@@ -323,7 +395,7 @@ def _structure(entry: fx.Node, nodes: Sequence[fx.Node]) -> str:
     """A digest of the operators, how they are connected, and the sizes they work on."""
     numbers: dict[fx.Node, Any] = {entry: "entry"}
     words = []
-    for i, node in enumerate(nodes):
+    for i, node in enumerate(n for n in nodes if not isinstance(n.meta.get("val"), torch.SymInt)):
         sources = tuple(numbers.get(s) or _sizes(s) for s in node.all_input_nodes)
         words.append((str(node.target), _sizes(node), sources))
         numbers[node] = i + 1

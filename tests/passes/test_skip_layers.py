@@ -37,7 +37,9 @@ def test_a_layer_goes_with_its_draws_and_buffers(training):
     assert [(c.module, c.saving.flops) for c in result.changes] == [("0", 5 * 2 * 6 * 6)]
     assert result.graph.inputs == graph.inputs
     buffers = {o.name for o in result.graph.outputs if o.kind is OutputKind.BUFFER}
-    assert buffers == ({f"1.norm.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")} if training else set())
+    assert buffers == (
+        {f"1.norm.{n}" for n in ("running_mean", "running_var", "num_batches_tracked")} if training else set()
+    )
     unread = {n for n, node in result.graph.input_nodes(InputKind.PARAMETER).items() if not node.users}
     assert unread == {"0.norm.weight", "0.norm.bias", "0.body.weight", "0.body.bias"}
     torch.manual_seed(1)
