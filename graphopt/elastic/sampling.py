@@ -18,8 +18,12 @@ from math import isfinite
 from random import Random as Dice
 from typing import Any
 
+import torch
+
 from graphopt.elastic.choice import Choice
+from graphopt.elastic.dimension import Kind
 from graphopt.elastic.region import Pattern, Region, matching
+from graphopt.elastic.transformations import draw
 from graphopt.errors import ElasticError
 
 _TRIES = 20
@@ -343,6 +347,29 @@ class DepthSamples(Strategy):
         more = max(count - len(found), 0)
         found += _different(more, found, lambda: region.choice({**sizes, **region.uniform(turn.dice, open_)}))
         return found[: max(count, 1)]
+
+
+@dataclass(frozen=True)
+class PerLayer(Strategy):
+    """Transformations drawn layer by layer: of each layer as many as there are subnets, none again before all were
+    there; the i-th draws of all layers are subnet i. All other dimensions are drawn by another strategy."""
+
+    others: Strategy = Empty()
+
+    def draw(self, region: Region, count: int, turn: Turn) -> list[Choice]:
+        """See `Strategy.draw`. Raises ElasticError where no layer of the space has transformations."""
+        layers = matching(region.space.dimensions, [Kind.TRANSFORMATION])
+        rest = [d.name for d in region.space.dimensions if d.name not in layers and d.name in region.open]
+        bases = self.others.draw(region.only(rest), count, turn) if rest else []
+        bases = bases or [region.full]
+        counts = {name: len(region.choices[name]) for name in layers}
+        drawn = draw(counts, count, torch.Generator().manual_seed(turn.dice.getrandbits(60)))
+        made = ({**bases[i % len(bases)], **_picked(region, one)} for i, one in enumerate(drawn))
+        return distinct(region.choice(values) for values in made)
+
+
+def _picked(region: Region, indices: Mapping[str, int]) -> dict[str, Any]:
+    return {name: region.choices[name][index] for name, index in indices.items()}
 
 
 def _check_weights(where: str, weights: Sequence[float]) -> None:

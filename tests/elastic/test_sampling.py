@@ -4,9 +4,12 @@ from collections import Counter
 from random import Random as Dice
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
+from graphopt import elastic
 from graphopt.elastic.region import Region
 from graphopt.elastic.sampler import Sampler, subnets_for
 from graphopt.elastic.sampling import (
@@ -16,6 +19,7 @@ from graphopt.elastic.sampling import (
     Empty,
     Fixed,
     Mixed,
+    PerLayer,
     Random,
     Sandwich,
     Strategy,
@@ -74,7 +78,7 @@ def strategies(space) -> dict[str, Strategy]:
 NAMES = sorted(strategies(convolutional()[0]))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(name=st.sampled_from(NAMES), count=st.integers(1, 8), seed=st.integers(0, 99), runs=st.booleans())
 def test_draws_are_different_subnets_of_the_region_and_follow_the_seed(name, count, seed, runs):
     space = convolutional()[0]
@@ -157,6 +161,33 @@ def test_depths_share_their_sizes_and_hold_the_shallowest_and_a_fixed_one(space)
         assert len(drawn) == 4
     shared = {draw(DepthSamples(), region, 2, seed)[0][widths_of(space)[0].name] for seed in range(20)}
     assert len(shared) > 1
+
+
+def test_transformations_are_drawn_layer_by_layer():
+    """Two layers with two and three ways each: four subnets hold each way of each layer once before one comes again."""
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 6, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(6, 4, 3, padding=1), torch.nn.Flatten(),
+        torch.nn.Linear(4 * 25, 3),
+    )  # fmt: skip
+    x, y = torch.randn(8, 1, 5, 5), torch.randint(3, (8,))
+    layers = {
+        "0": [elastic.Identity(), elastic.Linear()],
+        "2": [elastic.Identity(), elastic.Linear(), elastic.NonLinear()],
+    }
+    space = elastic.space(net, x, layers=layers)
+    ways = {d.name: d.choices for d in space.dimensions if d.kind == "transformation"}
+    assert sorted(map(len, ways.values())) == [2, 3]
+    for seed in range(5):
+        drawn = draw(PerLayer(Random()), Region.of(space), 3, seed)
+        assert len(drawn) == 3
+        for name, choices in ways.items():
+            assert {choice[name] for choice in drawn} == set(choices)
+    parameters = [*net.parameters(), *space.layers.parameters()]
+    before = [p.detach().clone() for p in parameters]
+    step = elastic.ElasticStep(space, F.cross_entropy, torch.optim.SGD(parameters, 0.1), strategy=PerLayer(), subnets=6)
+    losses = [float(step(x, y)) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    assert not any(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
 
 
 def test_any_runs_draws_subsets(space):
