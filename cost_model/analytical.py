@@ -91,7 +91,7 @@ def estimate(
     work = compiled(graph, mode, sizes, machine.threads)
     values = work.values(sizes)
     counts, peak = work.at(values), work.memory.at(values)
-    kernel, by_compute = _kernel_seconds(work, counts, machine, precision)
+    kernel, by_compute = kernel_seconds_at(work, counts, machine, precision)
     launch = _visible_launches(work, machine, kernel)
     touched = machine.touch * machine.scales.get("touch", 1.0) * fresh_bytes(peak.blocks, machine.largest)
     updating = work.updating
@@ -112,7 +112,7 @@ def estimate(
         compile_seconds=fixed + each * len(work.kernels) if mode == "compiled" else 0.0,
         flops=int(counts.flops.sum()),
         bytes_moved=int(counts.bytes.sum()),
-        bytes_kept=counts.bytes_kept,
+        bytes_kept=int(counts.bytes_kept),
         sizes={**graph.symbols.hints, **sizes},
         machine=machine.name,
         mode=mode,
@@ -129,12 +129,12 @@ def factor_seconds(graph: TrainingGraph, machine: Machine, sizes: Mapping[str, i
     work = compiled(graph, mode, sizes, machine.threads)
     values = work.values(sizes)
     counts, plain = work.at(values), replace(machine, scales={})
-    kernel, _ = _kernel_seconds(work, counts, plain, None)
+    kernel, _ = kernel_seconds_at(work, counts, plain, None)
     found = dict.fromkeys(FACTORS, 0.0)
     for family, at in work.of_family.items():
         if family in _GROUP_OF:
             found[_GROUP_OF[family]] += float(kernel[at].sum())
-    found[_launch_factor(mode)] = float(_launch_seconds(work, plain).sum())
+    found[_launch_factor(mode)] = float(launch_seconds(work, plain).sum())
     found["touch"] = machine.touch * fresh_bytes(work.memory.at(values).blocks, machine.largest)
     return found
 
@@ -158,7 +158,7 @@ class Pieces:
 def pieces(price: Estimate, machine: Machine, processors: int = 1) -> Pieces:
     """The seconds of a price in their order. ``machine`` and ``processors`` must be those that it was made for."""
     work, counts = price.work, price.counts
-    kernel, _ = _kernel_seconds(work, counts, machine, price.precision)
+    kernel, _ = kernel_seconds_at(work, counts, machine, price.precision)
     kernel = kernel + _visible_launches(work, machine, kernel)
     seconds = tuple(_transfer_seconds(work, counts, machine, processors))
     found = scheduled(work.transfers if seconds else (), seconds, kernel)
@@ -168,21 +168,21 @@ def pieces(price: Estimate, machine: Machine, processors: int = 1) -> Pieces:
 
 def kernel_seconds(work: Work, machine: Machine) -> np.ndarray:
     """Seconds of each kernel at the sizes of the capture."""
-    return _kernel_seconds(work, work.at(work.values({})), machine, None)[0]
+    return kernel_seconds_at(work, work.at(work.values({})), machine, None)[0]
 
 
-def _kernel_seconds(
-    work: Work, counts: Counts, machine: Machine, precision: str | None
+def kernel_seconds_at(
+    work: Work, counts: Counts, machine: Machine, precision: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds of each kernel, and whether its FLOPs decide them."""
-    seconds = np.zeros(len(work.kernels))
-    by_compute = np.zeros(len(work.kernels), dtype=bool)
+    """Seconds of each kernel, and whether its FLOPs decide them; at many sizes at once for the counts of many."""
     moved, dims = counts.kernel_bytes.astype(np.float64), counts.dims.astype(np.float64)
+    seconds, by_compute = np.zeros(moved.shape), np.zeros(moved.shape, dtype=bool)
+    each = (slice(None), *[None] * (moved.ndim - 1))  # what a kernel has at all sizes
     if precision in ("bf16", "fp16"):
-        moved = np.where(work.updating, moved, moved / 2)
-    rates = work.per_kernel(machine, precision or "rate", lambda i: _rate(work, i, machine, precision))
-    relative = work.per_kernel(machine, "relative", lambda i: _relative(work, i, machine))
-    streams = _streams(float(moved[work.updating].sum()), machine)
+        moved = np.where(work.updating[each], moved, moved / 2)
+    rates = work.per_kernel(machine, precision or "rate", lambda i: _rate(work, i, machine, precision))[each]
+    relative = work.per_kernel(machine, "relative", lambda i: _relative(work, i, machine))[each]
+    streams = _streams(moved[work.updating].sum(axis=0), machine)
     for family, at in work.of_family.items():
         if family in (Family.NONE, Family.COMMUNICATION):
             continue
@@ -200,12 +200,12 @@ def _kernel_seconds(
     return seconds, by_compute
 
 
-def _streams(moved: float, machine: Machine) -> float:
+def _streams(moved: np.ndarray, machine: Machine) -> np.ndarray:
     """How much of an update comes from memory, 0 to 1, where it moves ``moved`` bytes: each tensor some times."""
     if not machine.cache_bytes:
-        return 0.0
-    tensors = moved / _TIMES_MOVED
-    return min(max(math.log(max(tensors, 1.0) / machine.cache_bytes) / math.log(16.0) + 0.5, 0.0), 1.0)
+        return np.zeros(())
+    tensors = np.maximum(moved / _TIMES_MOVED, 1.0)
+    return np.clip(np.log(tensors / machine.cache_bytes) / math.log(16.0) + 0.5, 0.0, 1.0)
 
 
 IN_UPDATES = "update "
@@ -242,7 +242,7 @@ def _relative(work: Work, kernel: int, machine: Machine) -> float:
     return machine.relative.get(f"{IN_UPDATES}{name}" if work.updating[kernel] else name, 1.0)
 
 
-def _launch_seconds(work: Work, machine: Machine) -> np.ndarray:
+def launch_seconds(work: Work, machine: Machine) -> np.ndarray:
     """Seconds of the host for each kernel."""
     each = work.per_kernel(machine, "launch", lambda i: machine.launch[launch_kind(work, i)])
     scale = machine.scales.get(_launch_factor(work.mode), 1.0)
@@ -251,7 +251,7 @@ def _launch_seconds(work: Work, machine: Machine) -> np.ndarray:
 
 def _visible_launches(work: Work, machine: Machine, kernel: np.ndarray) -> np.ndarray:
     """What launches add to each kernel."""
-    launch = _launch_seconds(work, machine)
+    launch = launch_seconds(work, machine)
     if machine.asynchronous:  # the host runs ahead: only what it takes longer than the kernels is seen
         launch = launch * max(0.0, 1 - kernel.sum() / max(launch.sum(), 1e-30))
     return launch

@@ -51,6 +51,7 @@ class Block:
     part: str
     born: int
     dies: int
+    node: fx.Node  # whose value it holds first
 
 
 def stored_bytes(node: fx.Node) -> list[Expr]:
@@ -92,7 +93,8 @@ class _Blocks:
         unseen = unseen_results(node, self.sizes)
         paths = _paths(node.meta.get("val"))
         found = {
-            p: Block(unseen.get(p, size), part, born, dies) for p, size in zip(paths, self.bytes_of(node), strict=True)
+            p: Block(unseen.get(p, size), part, born, dies, node)
+            for p, size in zip(paths, self.bytes_of(node), strict=True)
         }
         self.blocks += found.values()
         return found

@@ -50,7 +50,7 @@ class Curve:
     def memory_seconds(self, moved: np.ndarray) -> np.ndarray:
         """Args: moved: bytes read and written by each kernel."""
         if not self.points:
-            return np.zeros(len(moved))
+            return np.zeros(moved.shape)
         at, seconds = np.array(self.points, dtype=np.float64).T
         inside = np.interp(moved, at, seconds)
         return np.where(moved > at[-1], seconds[-1] / at[-1] * moved, np.where(moved < at[0], seconds[0], inside))

@@ -16,6 +16,7 @@ from types import MappingProxyType
 
 import numpy as np
 import sympy
+from scipy.sparse import csr_array
 from torch import fx
 
 from graphopt.cost_model.blocks import BytesOf, Mode, blocks_of, stored_bytes
@@ -23,6 +24,7 @@ from graphopt.cost_model.kernel_sizes import ShapesOf, Sizes, shapes
 from graphopt.cost_model.size_table import SizeTable
 from graphopt.cost_model.workspace import workspace
 from graphopt.errors import GraphoptError
+from graphopt.graph.storages import storage_root
 from graphopt.graph.training_graph import TrainingGraph
 
 __all__ = ["Memory", "Mode", "Peak", "peak"]
@@ -44,6 +46,15 @@ class Peak:
     node: fx.Node | None
     timeline: np.ndarray
     blocks: np.ndarray
+
+
+@dataclass(frozen=True)
+class Absent:
+    """Operators of a graph that are not run: ``nodes`` (inputs that only they read among them), and for each value of
+    theirs that others read, in order, the value that those read ``instead``."""
+
+    nodes: frozenset[fx.Node]
+    instead: tuple[tuple[fx.Node, fx.Node], ...] = ()
 
 
 class Memory:
@@ -81,6 +92,7 @@ class Memory:
         self._parts = np.array([b.part for b in blocks], dtype=object)
         self._born = np.array([b.born for b in blocks], dtype=np.int64)
         self._dies = np.array([b.dies for b in blocks], dtype=np.int64)
+        self._nodes = tuple(b.node for b in blocks)
         self._at = np.array([k for k, _ in moments], dtype=np.int64)
         self._table = SizeTable([*(b.nbytes for b in blocks), *(m for _, m in moments)])
 
@@ -117,6 +129,40 @@ class Memory:
             parts["workspace"] = int(work[at])
         node = self._order[at] if steps and own else None
         return Peak(before + own, own, MappingProxyType(parts), node, after, blocks[self._born >= 0])
+
+    def sizes_at_many(self, values: Mapping[sympy.Symbol, np.ndarray]) -> np.ndarray:
+        """What `totals` needs, one column for each of many sizes: for each symbol an int64 array of them."""
+        return self._table.at_many(values)
+
+    def totals(self, sizes: np.ndarray, absent: Absent) -> np.ndarray:
+        """The total of `at` for each column of `sizes_at_many`, int64, where these operators are left out."""
+        count, steps = len(self._born), len(self._order)
+        blocks, work, dies = sizes[:count], sizes[count:], self._dies
+        if absent.nodes:
+            gone = np.array([node in absent.nodes for node in self._nodes], dtype=bool)
+            blocks = np.where(gone[:, None], 0, blocks)
+            work = np.where(np.array([self._order[k] in absent.nodes for k in self._at], dtype=bool)[:, None], 0, work)
+            dies = self._dies_without(absent)
+        places = np.arange(count)
+        born = csr_array((np.ones(count, np.int64), (self._born + 1, places)), shape=(steps + 2, count))
+        died = csr_array((np.ones(count, np.int64), (np.minimum(dies, steps) + 1, places)), shape=(steps + 2, count))
+        held, freed = np.cumsum(born @ blocks, axis=0), np.cumsum(died @ blocks, axis=0)
+        most = np.zeros((steps, blocks.shape[1]), dtype=np.int64)
+        np.maximum.at(most, self._at, work)
+        during = held[1 : steps + 1] - freed[:steps] + most
+        return np.maximum(during.max(axis=0, initial=0), held[0])
+
+    def _dies_without(self, absent: Absent) -> np.ndarray:
+        """When blocks go where operators are left out: what stands for a value lives as long as that did."""
+        dies = self._dies.copy()
+        of: dict[fx.Node, list[int]] = {}
+        for i, node in enumerate(self._nodes):
+            of.setdefault(node, []).append(i)
+        for value, instead in reversed(absent.instead):  # the last one first: what stands for it may be absent too
+            last = max((int(dies[i]) for i in of.get(storage_root(value), [])), default=-1)
+            for i in of.get(storage_root(instead), []):
+                dies[i] = max(int(dies[i]), last)
+        return dies
 
 
 def peak(graph: TrainingGraph, sizes: Mapping[str, int] | None = None, mode: Mode = "flat") -> Peak:

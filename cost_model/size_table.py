@@ -72,6 +72,29 @@ class SizeTable:
             raise GraphoptError(f"sizes: {given} give counts of FLOPs or bytes beyond 62 bits; expected real sizes")
         return self._matrix @ np.array(exact, dtype=np.int64)
 
+    def at_many(self, sizes: Mapping[sympy.Symbol, np.ndarray]) -> np.ndarray:
+        """The values at many sizes at once, int64 of shape ``(expressions, count)``.
+
+        Args:
+            sizes: for each of `symbols` an int64 array of ``count`` positive integers.
+
+        Raises:
+            GraphoptError: as `at`.
+        """
+        if missing := self.symbols - sizes.keys():
+            raise GraphoptError(f"sizes: no size given for {', '.join(sorted(map(str, missing)))}")
+        count = len(next(iter(sizes.values()))) if sizes else 1
+        atoms = {atom: _values(atom, sizes) for monomial in self._monomials for atom, _ in monomial}
+        exact = np.ones((len(self._monomials), count), dtype=np.int64)
+        rough = np.ones(exact.shape)
+        for row, monomial in enumerate(self._monomials):
+            for atom, power in monomial:
+                exact[row] *= atoms[atom] ** power
+                rough[row] *= atoms[atom].astype(np.float64) ** power
+        if (self._magnitude @ rough).max(initial=0) >= _EXACT:
+            raise GraphoptError("sizes: they give counts of FLOPs or bytes beyond 62 bits; expected real sizes")
+        return self._matrix @ exact
+
 
 def _polynomial(expression: Expr) -> list[tuple[tuple[tuple[sympy.Basic, int], ...], int]]:
     """(monomial, coefficient) pairs; a monomial is a product of powers of atoms, sorted."""
@@ -86,6 +109,16 @@ def _polynomial(expression: Expr) -> list[tuple[tuple[tuple[sympy.Basic, int], .
         monomial = tuple(sorted(((a, int(p)) for a, p in powers.items() if a != 1), key=str))
         found.append((monomial, int(coefficient)))
     return found
+
+
+def _values(atom: sympy.Basic, sizes: Mapping[sympy.Symbol, np.ndarray]) -> np.ndarray:
+    """`_value` at many sizes: other atoms than symbols once for each combination that occurs."""
+    if isinstance(atom, sympy.Symbol):
+        return sizes[atom]
+    symbols = sorted(atom.free_symbols, key=str)
+    given, where = np.unique(np.stack([sizes[s] for s in symbols]), axis=1, return_inverse=True)
+    found = [_value(atom, dict(zip(symbols, column))) for column in given.T.tolist()]
+    return np.array(found, dtype=np.int64)[where.reshape(-1)]
 
 
 def _value(atom: sympy.Basic, sizes: Mapping[sympy.Symbol, int]) -> int:

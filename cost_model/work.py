@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import getitem
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -24,7 +24,7 @@ from graphopt.graph.op_rules import bytes_moved, flops
 from graphopt.graph.sizes import Expr, Symbols, expression, nbytes
 from graphopt.graph.storages import kept_for_backward, tensors
 from graphopt.graph.training_graph import Phase, TrainingGraph
-from graphopt.graph.widths import counting_graph
+from graphopt.graph.widths import CountingGraph, counting_graph
 
 Mode: TypeAlias = Literal["eager", "flat", "compiled"]
 """How a graph is run: by autograd, as straight-line calls, or by a compiler that fuses kernels."""
@@ -41,7 +41,7 @@ class Counts:
     kernel_flops: np.ndarray
     kernel_bytes: np.ndarray
     dims: np.ndarray  # m, n, k and batch of each kernel: (4, kernels)
-    bytes_kept: int
+    bytes_kept: Any  # int64, or an array of them
 
 
 class Work:
@@ -55,10 +55,10 @@ class Work:
         memory: live bytes (`graphopt.cost_model.memory`).
     """
 
-    def __init__(self, graph: TrainingGraph, mode: Mode, widths: Iterable[str], threads: int | None):
+    def __init__(self, graph: TrainingGraph, mode: Mode, widths: Iterable[str] | CountingGraph, threads: int | None):
         self.graph = graph
         self.mode = mode
-        counting = counting_graph(graph, widths)
+        counting = widths if isinstance(widths, CountingGraph) else counting_graph(graph, widths)
         self._widths = counting.symbols
         self._figures: WeakKeyDictionary[Hashable, dict[Hashable, np.ndarray]] = WeakKeyDictionary()
         copies = {original: counting.node[original] for original in graph.nodes if original.op != "output"}
@@ -102,11 +102,18 @@ class Work:
 
     def at(self, values: Mapping[sympy.Symbol, int]) -> Counts:
         """The counts for numbers that `values` gave."""
+        return self._counts(self._table.at(values))
+
+    def at_many(self, values: Mapping[sympy.Symbol, np.ndarray]) -> Counts:
+        """As `at`, for many sizes at once: the arrays have a last dimension more."""
+        return self._counts(self._table.at_many(values))
+
+    def _counts(self, found: np.ndarray) -> Counts:
         n, k = len(self.nodes), len(self.kernels)
-        kept, per_node, per_kernel = np.split(self._table.at(values), np.cumsum([1, 2 * n]))
-        flops, moved = per_node.reshape(2, n)
-        kernel_flops, kernel_bytes, *dims = per_kernel.reshape(6, k)
-        return Counts(flops, moved, kernel_flops, kernel_bytes, np.stack(dims), int(kept[0]))
+        kept, per_node, per_kernel = np.split(found, np.cumsum([1, 2 * n]))
+        flops, moved = per_node.reshape(2, n, *found.shape[1:])
+        kernel_flops, kernel_bytes, *dims = per_kernel.reshape(6, k, *found.shape[1:])
+        return Counts(flops, moved, kernel_flops, kernel_bytes, np.stack(dims), kept[0])
 
     @cached_property
     def of_family(self) -> dict[Family, np.ndarray]:

@@ -179,6 +179,11 @@ class Pipeline(Pass):
         return any(p.drops_outputs for p in self.passes)
 
     @property
+    def resizes(self) -> bool:  # type: ignore[override]
+        """Whether one of the passes may give parts of inputs and outputs."""
+        return any(p.resizes for p in self.passes)
+
+    @property
     def drops_draws(self) -> bool:  # type: ignore[override]
         """Whether one of the passes may drop random operators."""
         return any(p.drops_draws for p in self.passes)

@@ -52,6 +52,14 @@ class Slice:
             return tensor
         return _Take.apply(tensor, self)
 
+    def dense(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part of a tensor that needs no gradient, dense in the memory order of ``tensor``; see `take`."""
+        found = self._gathered(tensor)
+        strides = dense_strides(found.shape, tensor.stride())
+        if found.stride() == tuple(strides):
+            return found
+        return torch.empty_strided(found.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(found)
+
     def add(self, target: torch.Tensor, part: torch.Tensor) -> None:
         """``target``'s part is increased by ``part``, in place, without autograd: how gradients are accumulated."""
         with torch.no_grad():
@@ -92,11 +100,7 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, part: Slice) -> torch.Tensor:
         ctx.part, ctx.like = part, (tensor.shape, tensor.stride())
-        found = part._gathered(tensor)
-        strides = dense_strides(found.shape, tensor.stride())
-        if found.stride() == tuple(strides):
-            return found
-        return torch.empty_strided(found.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(found)
+        return part.dense(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:

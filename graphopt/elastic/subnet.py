@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -55,11 +55,15 @@ class Subnet:
         shared parameters; new values of buffers are written into their slices of the shared buffers."""
         tensors, rest = self.tensors(), iter(batch)
         given = [next(rest) if i.kind is InputKind.BATCH else tensors.get(i.name) for i in self.graph.inputs]
-        results = self._lowered.run(*given)
+        return self.nested(self._lowered, self._lowered.run(*given), self.slices.get)
+
+    def nested(self, lowered: Lowered, results: Sequence[Any], part_of: Callable[[str], Slice | None]) -> Any:
+        """Results of lowered code as the model's output; new values of buffers are written into their parts of the
+        shared ones, which ``part_of`` tells."""
         leaves: list[Any] = []
-        for output, value in zip(self._lowered.outputs, results, strict=True):
+        for output, value in zip(lowered.outputs, results, strict=True):
             if output.kind is OutputKind.BUFFER:
-                self.write(output.name, value)
+                self.write(output.name, value, part_of(output.name))
             else:
                 leaves.append(value)
         captured = self.origin.captured
@@ -69,9 +73,9 @@ class Subnet:
             leaves.insert(position, constant)
         return pytree.tree_unflatten(leaves, captured.output_spec)
 
-    def write(self, name: str, value: torch.Tensor) -> None:
+    def write(self, name: str, value: torch.Tensor, part: Slice | None) -> None:
         """A new value of a buffer, into its part of the shared one."""
-        shared, part = self.origin.tensors[name], self.slices.get(name)
+        shared = self.origin.tensors[name]
         value = value.detach()
         if part is not None:
             part.write(shared, value)
@@ -81,13 +85,13 @@ class Subnet:
 
     @cached_property
     def _lowered(self) -> Lowered:
-        return lower(_for_autograd(self.graph), in_place=False)
+        return lower(for_autograd(self.graph), in_place=False)
 
 
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
 
 
-def _for_autograd(graph: TrainingGraph) -> TrainingGraph:
+def for_autograd(graph: TrainingGraph) -> TrainingGraph:
     """The graph with operators that autograd knows in place of those it does not."""
     norms = graph.graph.find_nodes(op="call_function", target=_BATCH_NORM)
     if not norms:

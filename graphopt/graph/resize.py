@@ -334,7 +334,7 @@ class _Resizing:
         for scalar in self.resizer._scalars.get(node, ()):
             if scalar.dim is None or _changes(scalar.dim, self.chosen):
                 set_operand(copy, scalar.argument, scalar.at(self.sizes))
-        if node.target in _EVEN_PIECES:
+        if node.target in EVEN_PIECES:
             copy.target, copy.args, copy.kwargs = self._pieces(node, copy)
         if not self.checked and self._known(node, copy):
             return
@@ -454,7 +454,7 @@ def _lies(value: torch.Tensor, order: Sequence[int], broadcast: Sequence[bool]) 
 
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-_EVEN_PIECES = {
+EVEN_PIECES = {
     torch.ops.aten.split.Tensor,
     torch.ops.aten.unsafe_split.Tensor,
     torch.ops.aten.chunk.default,

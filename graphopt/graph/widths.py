@@ -35,7 +35,11 @@ def counting_graph(graph: TrainingGraph, names: Iterable[str]) -> CountingGraph:
     """
     axes = {name: graph.axes.free_group(name) for name in names}
     symbols = {name: sympy.Symbol(name, positive=True, integer=True) for name in axes}
-    sizes = {axis: symbols[name] for name, axis in axes.items()}
+    return counted(graph, {axis: symbols[name] for name, axis in axes.items()}, symbols)
+
+
+def counted(graph: TrainingGraph, sizes: dict[Axis, sympy.Symbol], symbols: dict[str, sympy.Symbol]) -> CountingGraph:
+    """The nodes of ``graph`` with a symbol for the size of each of these axes, free or not; ``symbols``: by name."""
     copy = fx.Graph()
     nodes: dict[fx.Node, fx.Node] = {}
     copy.graph_copy(graph.graph, nodes)

@@ -1,0 +1,345 @@
+"""Training of supernets and prices of their subnets, on real digits and this machine.
+
+    python -m benchmarks.elastic_training [accuracy] [cost] [prices] [search] [--steps N] [--seeds N]
+
+- ``accuracy``: subnets of one joint (one progressive) training against the same nets trained alone for as many steps.
+- ``cost``: a step over four subnets against the sum of those run alone as plain modules in eager mode, in turn.
+- ``prices``: predicted against measured step times of 30 subnets.
+- ``search``: candidates priced a second, and the time to select.
+
+The data are the 1,797 digits that come with scikit-learn. Nothing else should run on the machine meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from itertools import combinations
+from pathlib import Path
+from statistics import mean, median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import graphopt.elastic
+from benchmarks.measure import eager_step, interleaved, machine_description, print_table, write_json
+from demo.train_digits import digits
+from graphopt.cost_model import Machine
+from graphopt.elastic import Choice, Space
+from graphopt.elastic.batch_norm_statistics import evaluate
+from graphopt.elastic.prices import METRICS, Prices, Training
+from graphopt.elastic.progressive import Stage, joint_mode, progressive_mode
+from graphopt.elastic.sampling import Sandwich
+from graphopt.elastic.select import select
+from graphopt.elastic.step import ElasticStep
+from graphopt.elastic.training import train
+
+RESULTS = Path(__file__).parent / "results" / "elastic_training.json"
+BATCH = 64
+
+
+class Layer(nn.Module):
+    """A transformer layer with fused queries, keys and values."""
+
+    def __init__(self, width: int, heads: int, hidden: int):
+        super().__init__()
+        self.heads, self.size = heads, width // heads
+        self.norm1, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, self.size)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """16 tokens of 2 x 2 pixels, width 32, 4 heads, 64 hidden features, 4 layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.positions = nn.Conv2d(1, 32, 2, 2), nn.Parameter(0.02 * torch.randn(1, 16, 32))
+        self.layers = nn.Sequential(*(Layer(32, 4, 64) for _ in range(4)))
+        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        return self.head(self.norm(self.layers(x)).mean(1))
+
+
+class Block(nn.Module):
+    """``relu(x + f(x))`` of two convolutions with batch norm."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2, self.norm2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x))))))
+
+
+def resnet() -> nn.Module:
+    """Two stages of two blocks, 16 and 32 channels."""
+
+    def entry(before: int, after: int, stride: int) -> list[nn.Module]:
+        conv = nn.Conv2d(before, after, 3, stride, padding=1, bias=False)
+        return [conv, nn.BatchNorm2d(after), nn.ReLU()]
+
+    return nn.Sequential(
+        *entry(1, 16, 1), nn.Sequential(Block(16), Block(16)), *entry(16, 32, 2), nn.Sequential(Block(32), Block(32)),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"vit": ViT, "resnet": resnet}
+
+CHOICES: dict[str, dict[str, Sequence[Any]]] = {
+    "vit": {"embedding": (0.5, 0.75, 1.0), "width": (0.25, 0.5, 1.0), "depth": (2, 3, 4)},
+    "resnet": {"embedding": (0.5, 0.75, 1.0), "width": (0.5, 0.75, 1.0), "depth": (1, 2)},
+}
+"""By kind of dimension; others as by default. The smallest ViT has a 14th of the FLOPs of the full one."""
+
+
+def space_of(name: str, seed: int) -> Space:
+    """A supernet with weights by the seed."""
+    torch.manual_seed(seed)
+    model = MODELS[name]().train()
+    kinds = {str(d.kind) for d in graphopt.elastic.space(model, torch.randn(BATCH, 1, 8, 8)).dimensions}
+    wanted = {kind: sizes for kind, sizes in CHOICES[name].items() if kind in kinds}
+    return graphopt.elastic.space(model, torch.randn(BATCH, 1, 8, 8), choices=wanted)
+
+
+class Batches:
+    """Shuffled batches of the training images, over and over, the same ones for the same seed."""
+
+    def __init__(self, seed: int):
+        self.images, self.labels, *_ = digits()
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        numbers = torch.Generator().manual_seed(self.seed)
+        while True:
+            order = torch.randperm(len(self.labels), generator=numbers)
+            for at in order.split(BATCH)[:-1]:
+                yield self.images[at], self.labels[at]
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    """The optimizer of all nets here."""
+    return torch.optim.AdamW(parameters, lr=2e-3, weight_decay=0.01)
+
+
+def cosine(optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """The learning rate of all trainings here."""
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+
+def right(output: Tensor, target: Tensor) -> Tensor:
+    """The share of right answers, in percent."""
+    return 100 * (output.argmax(1) == target).float().mean()
+
+
+def accuracy_of(space: Space, choice: Choice) -> float:
+    """Of a subnet on images that were not trained on, with statistics of batch norms of its own."""
+    images, labels, test_images, test_labels = digits()
+    calibration = [(images[at], labels[at]) for at in torch.arange(1024).split(128)]
+    return evaluate(space, choice, [(test_images, test_labels)], right, calibration=calibration)
+
+
+def sizes_of(space: Space, random: int) -> dict[str, Choice]:
+    """Largest, middle, smallest and some random subnets, by name."""
+    middle = space.choice({d.name: d.choices[(len(d.choices) - 1) // 2] for d in space.dimensions})
+    named = {"largest": space.full, "middle": middle, "smallest": space.smallest}
+    return named | {f"random {i}": space.sample(seed=1000 + i) for i in range(random)}
+
+
+def alone(name: str, choice: Choice, seed: int, steps: int) -> float:
+    """The accuracy of one subnet trained by itself: the same code, weights at the start, batches and steps."""
+    space = space_of(name, seed)
+    # the plain module of that size starts from the weights that a net of its size would be given: drawn anew
+    net = space.extract(choice).train()
+    torch.manual_seed(seed)
+    _draw_anew(net)
+    optimizer = adamw(net.parameters())
+    scheduler = cosine(optimizer, steps)
+    step = eager_step(net, optimizer, F.cross_entropy)
+    for (x, y), _ in zip(Batches(seed), range(steps)):
+        step(x, y)
+        scheduler.step()
+    *_, images, labels = digits()
+    net.eval()
+    with torch.no_grad():
+        return float(right(net(images), labels))
+
+
+def _draw_anew(net: nn.Module) -> None:
+    """Weights as torch's own layers draw them, for the shapes at hand: uniform in ``1 / sqrt(fan in)``."""
+    for name, parameter in net.named_parameters():
+        with torch.no_grad():
+            if parameter.dim() >= 2 and "positions" not in name:
+                bound = parameter[0].numel() ** -0.5
+                parameter.uniform_(-bound, bound)
+
+
+def accuracy(steps: int, seeds: int, random: int, models: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows: model, way of training, subnet, accuracy, and how far from the same net trained alone, means over seeds."""
+    rows = []
+    for name in models:
+        found: dict[tuple[str, str], list[float]] = {}
+        for seed in range(seeds):
+            first = space_of(name, seed)
+            ways: dict[str, tuple[Stage, ...]] = {"joint": joint_mode(steps)}
+            order = [k for k in ("embedding", "width", "depth") if any(str(d.kind) == k for d in first.dimensions)]
+            part = steps // (len(order) + 1)
+            ways["progressive"] = progressive_mode(first, order, part, full=steps - part * len(order))
+            for way, stages in ways.items():
+                space = space_of(name, seed)
+                optimizer = adamw(space.model.parameters())
+                train(space, Batches(seed), F.cross_entropy, optimizer, stages, scheduler=cosine, seed=seed)
+                for size, choice in sizes_of(space, random).items():
+                    found.setdefault((way, size), []).append(accuracy_of(space, choice))
+            for size, choice in sizes_of(first, random).items():
+                found.setdefault(("alone", size), []).append(alone(name, choice, seed, steps))
+        for (way, size), values in found.items():
+            by_itself = mean(found["alone", size])
+            rows.append(
+                {"model": name, "way": way, "subnet": size, "accuracy": mean(values), "seeds": len(values),
+                 "against alone": mean(values) - by_itself, "steps": steps}
+            )  # fmt: skip
+            print(rows[-1], file=sys.stderr)
+    print_table(rows, title=f"digits, {steps} steps, {seeds} seeds")
+    return rows
+
+
+def cost(rounds: int) -> list[dict[str, Any]]:
+    """Rows: a step over four subnets (forward, backward, one update) against the plain modules one by one."""
+    rows = []
+    images, labels, *_ = digits()
+    x, y = images[:BATCH], labels[:BATCH]
+    for name in MODELS:
+        space = space_of(name, 0)
+        step = ElasticStep(space, F.cross_entropy, adamw(space.model.parameters()), strategy=Sandwich(), seed=0)
+        step(x, y)
+        drawn = [choice for choice, _ in step.last]
+        nets = [space.extract(choice).train() for choice in drawn]
+        singles = [eager_step(net, adamw(net.parameters()), F.cross_entropy) for net in nets]
+
+        def together(step: Any = step) -> None:
+            step(x, y)
+
+        def one_by_one(singles: Any = singles) -> None:
+            for single in singles:
+                single(x, y)
+
+        class Same:  # the same four subnets in each step, so that both sides do the same work
+            def draw(self, region: Any, count: int, turn: Any, drawn: Any = drawn) -> list[Choice]:
+                return list(drawn)
+
+        step.sampler.strategy = Same()  # type: ignore[assignment]
+        with FlopCounterMode(display=False) as ours:
+            together()
+        with FlopCounterMode(display=False) as theirs:
+            one_by_one()
+        timings = interleaved({"one by one": one_by_one, "together": together}, rounds=rounds)
+        step.sampler.strategy = Sandwich()
+        fresh = interleaved({"one by one": one_by_one, "together": together}, rounds=rounds)
+        for what, timing in (("the same subnets", timings[1]), ("new subnets each step", fresh[1])):
+            rows.append(
+                {"model": name, "subnets": what, "FLOPs": ours.get_total_flops() / theirs.get_total_flops(),
+                 "time": timing.ratio, "low": timing.ratio_low, "high": timing.ratio_high, "rounds": rounds}
+            )  # fmt: skip
+    print_table(rows, title="a step over four subnets, relative to the four alone (plain modules, eager)")
+    return rows
+
+
+def prices(count: int, rounds: int) -> list[dict[str, Any]]:
+    """Rows: predicted against measured steps of subnets as plain modules in eager mode."""
+    rows = []
+    images, labels, *_ = digits()
+    x, y = images[:BATCH], labels[:BATCH]
+    for name in MODELS:
+        space = space_of(name, 0)
+        training = Training((x, y), F.cross_entropy, adamw(space.model.parameters()))
+        choices = [space.full, space.smallest, *(space.sample(seed=i) for i in range(count - 2))]
+        predicted = Prices(space, Machine.current(), mode="eager", training=training).of(choices, "step_seconds")
+        steps = {}
+        for i, choice in enumerate(choices):
+            net = space.extract(choice).train()
+            steps[str(i)] = _bound(eager_step(net, adamw(net.parameters()), F.cross_entropy), x, y)
+        timings = interleaved(steps, rounds=rounds)
+        measured = [timing.seconds for timing in timings]
+        scale = median(m / p for m, p in zip(measured, predicted))
+        pairs = list(combinations(range(count), 2))
+        agree = [(predicted[a] - predicted[b]) * (measured[a] - measured[b]) for a, b in pairs]
+        rows.append(
+            {"model": name, "subnets": count, "mean error": mean(abs(p / m - 1) for p, m in zip(predicted, measured)),
+             "mean error, one scale": mean(abs(scale * p / m - 1) for p, m in zip(predicted, measured)),
+             "Kendall tau": sum(1 if a > 0 else -1 for a in agree) / len(agree),
+             "range": max(measured) / min(measured)}
+        )  # fmt: skip
+    print_table(rows, title="predicted and measured step times")
+    return rows
+
+
+def _bound(step: Callable[..., Any], x: Tensor, y: Tensor) -> Callable[[], Any]:
+    return lambda: step(x, y)
+
+
+def search() -> list[dict[str, Any]]:
+    """Rows: candidates priced a second by metric, seconds to compile, and to select."""
+    rows = []
+    images, labels, *_ = digits()
+    machine = Machine.named("H100")
+    for name in MODELS:
+        space = space_of(name, 0)
+        made = Prices(space, machine, training=Training((images[:BATCH], labels[:BATCH]), F.cross_entropy))
+        start = perf_counter()
+        made.table([space.full], METRICS)
+        compiled = perf_counter() - start
+        many = [space.sample(seed=i) for i in range(2000)]
+        row: dict[str, Any] = {"model": name, "compile s": compiled}
+        for metric in METRICS:
+            start = perf_counter()
+            made.of(many, metric)
+            row[f"{metric} 1/s"] = round(len(many) / (perf_counter() - start))
+        start = perf_counter()
+        whole = float(made.of([space.full], "latency_seconds")[0])
+        found = select(space, {"latency_seconds": 0.8 * whole}, prices=made)
+        row |= {"select s": perf_counter() - start, "exact": found.exact, "front": len(found.front)}
+        rows.append(row)
+    print_table(rows, title="pricing and selection")
+    return rows
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.elastic_training")
+    parser.add_argument("parts", nargs="*", help="accuracy, cost, prices, search; all by default")
+    parser.add_argument("--steps", type=int, default=1000, help="of each training (%(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (%(default)s)")
+    parser.add_argument("--random", type=int, default=5, help="random subnets trained alone too (%(default)s)")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="for accuracy")
+    parser.add_argument("--rounds", type=int, default=20, help="of timings (%(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where results go (%(default)s)")
+    options = parser.parse_args(arguments)
+    parts = {
+        "cost": lambda: cost(options.rounds),
+        "prices": lambda: prices(30, options.rounds),
+        "search": search,
+        "accuracy": lambda: accuracy(options.steps, options.seeds, options.random, options.models),
+    }
+    if unknown := set(options.parts) - set(parts):
+        parser.error(f"unknown parts {sorted(unknown)}; there are {', '.join(parts)}")
+    results = {name: part() for name, part in parts.items() if not options.parts or name in options.parts}
+    write_json(options.out, {"machine": machine_description(), **results})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""`Prices`: what the subnets of a space cost, thousands of them a second, before any of them exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import graphopt
+from graphopt.cost_model.machine import Machine
+from graphopt.cost_model.work import Mode, compiled
+from graphopt.elastic.counted import CountedGraph
+from graphopt.elastic.modes import evaluating
+from graphopt.elastic.space import Space
+from graphopt.errors import ElasticError
+from graphopt.graph.batch import flatten
+
+METRICS = ("flops", "parameters", "peak_bytes", "latency_seconds", "step_seconds")
+"""What a subnet can be priced by.
+
+``flops``: of a forward pass of the batch in eval mode, a multiply-add counts two. ``parameters``: how many numbers they
+hold. ``peak_bytes``: the most memory of that forward pass, parameters and batch included. ``latency_seconds``: its
+time.
+``step_seconds``: the time of a training step: forward, backward and, where an optimizer was given, update.
+"""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training step is made of, for its price. ``batch``: an example, with its target; ``loss``, ``optimizer``:
+    as in `graphopt.optimize`."""
+
+    batch: Any
+    loss: Callable[..., Any] | str
+    optimizer: torch.optim.Optimizer | None = None
+
+
+class Prices:
+    """Prices of the subnets of a space, from the cost models: nothing is run.
+
+    Graphs of the full model are compiled once, at the first question that needs them, with a free symbol for each size;
+    a price then is arithmetic (`graphopt.cost_model.many_sizes`). FLOPs and parameters are exact; peak memory is exact
+    for sizes and nearly so where layers are left out; seconds are those of `graphopt.cost_model.estimate`.
+
+    Args:
+        space: in a state that the prices are for; it may be trained on.
+        machine: for seconds; by default `Machine.current()`, measured once, at the first question that needs it.
+        batch_size: of the forward pass and the step; by default that of the space's own example.
+        mode: ``"flat"`` (straight-line code) or ``"eager"``, for steps and forward passes.
+        training: for ``step_seconds``.
+
+    Example:
+        >>> import torch, graphopt
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+        >>> space = graphopt.elastic.space(net, torch.randn(16, 8))
+        >>> prices = Prices(space)
+        >>> prices.of([space.full, space.smallest], "parameters").tolist()
+        [420, 108]
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        machine: Machine | None = None,
+        *,
+        batch_size: int | None = None,
+        mode: Mode = "flat",
+        training: Training | None = None,
+    ):
+        if mode not in ("flat", "eager"):
+            raise ElasticError(f"mode: expected 'flat' or 'eager', got {mode!r}")
+        if batch_size is not None and (
+            isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+        ):
+            raise ElasticError(f"batch_size: expected a positive integer, got {batch_size!r}")
+        self.space, self.mode, self.training = space, mode, training
+        self.batch_size = batch_size if batch_size is not None else flatten(space.batch)[2]
+        self._machine = machine
+        self._forward: CountedGraph | None = None
+        self._step: CountedGraph | None = None
+        self._update: tuple[float, float] | None = None
+
+    @property
+    def machine(self) -> Machine:
+        """The machine that seconds are of."""
+        if self._machine is None:
+            self._machine = Machine.current()
+        return self._machine
+
+    def of(self, choices: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray:
+        """One price of each choice, ``(count,)``: int64 counts, float64 seconds. Choices are those of the space.
+
+        Raises ElasticError for an unknown metric, or ``step_seconds`` without ``training``.
+        """
+        return self.table(choices, [metric])[metric]
+
+    def table(self, choices: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> dict[str, np.ndarray]:
+        """Several prices of each choice, by metric; see `of`."""
+        if unknown := [m for m in metrics if m not in METRICS]:
+            raise ElasticError(f"metric: expected some of {', '.join(METRICS)}, got {unknown[0]!r}")
+        found: dict[str, np.ndarray] = {}
+        if not choices:
+            return {metric: np.zeros(0) for metric in metrics}
+        if "parameters" in metrics:
+            found["parameters"] = self._forward_graph().parameters(choices)
+        if {"flops", "peak_bytes", "latency_seconds"} & set(metrics):
+            machine = self.machine if "latency_seconds" in metrics else None
+            counted = self._forward_graph()
+            priced = counted.prices(choices, self._sizes(counted), machine=machine, peak="peak_bytes" in metrics)
+            found |= {"flops": priced.flops, "peak_bytes": priced.peak_bytes, "latency_seconds": priced.seconds}
+        if "step_seconds" in metrics:
+            found["step_seconds"] = self._step_seconds(choices)
+        return {metric: found[metric] for metric in metrics}
+
+    def _sizes(self, counted: CountedGraph) -> dict[str, int]:
+        if "batch" not in counted.graph.symbols.symbols:
+            return {}
+        if not counted.graph.symbols.admits({"batch": self.batch_size}):
+            raise ElasticError(
+                f"batch_size: the graph does not hold for {self.batch_size}; give the space an example of that size"
+            )
+        return {"batch": self.batch_size}
+
+    def _forward_graph(self) -> CountedGraph:
+        if self._forward is None:
+            with evaluating(self.space.model):
+                subnet = self.space.subnet(self.space.full)
+            threads = self._machine.threads if self._machine is not None else 1
+            origin = subnet.origin
+            self._forward = CountedGraph(origin.graph, origin, self.space.dimensions, self.mode, threads)
+        return self._forward
+
+    # -- training steps -------------------------------------------------------------------------------------------
+
+    def _step_seconds(self, choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        if self.training is None:
+            raise ElasticError(
+                "step_seconds: what a step is made of is not known; give Prices(space, training=Training(batch, loss, "
+                "optimizer))"
+            )
+        if self._step is None:
+            given = self.training
+            subnet = self.space.subnet(self.space.full, loss=given.loss, batch=given.batch)
+            joint = self.space.graph(self.space.full, loss=given.loss, batch=given.batch, backward=True)
+            dimensions, threads = self.space.dimensions, self.machine.threads
+            self._step = CountedGraph(joint, subnet.origin, dimensions, self.mode, threads)
+        priced = self._step.prices(choices, self._sizes(self._step), machine=self.machine, peak=False)
+        return priced.seconds + self._update_seconds(choices, self._step)
+
+    def _update_seconds(self, choices: Sequence[Mapping[str, Any]], counted: CountedGraph) -> np.ndarray:
+        """Seconds of the optimizer's update: kernels by the numbers in parameters, launches by how many there are."""
+        given = self.training
+        if given is None or given.optimizer is None:
+            return np.zeros(len(choices))
+        numbers, tensors = counted.parameters(choices), counted.parameter_tensors(choices)
+        if self._update is None:
+            graph = graphopt.capture(self.space.model, given.batch, loss=given.loss, optimizer=given.optimizer)
+            work = compiled(graph, self.mode, (), self.machine.threads)
+            self._update = _update_of(work, self.machine)
+        kernels, launches = self._update
+        full = [self.space.full]
+        return kernels * numbers / counted.parameters(full) + launches * tensors / counted.parameter_tensors(full)
+
+
+def _update_of(work: Any, machine: Machine) -> tuple[float, float]:
+    """Seconds of kernels and of launches of the update in a whole step."""
+    from graphopt.cost_model.analytical import kernel_seconds_at, launch_seconds
+
+    kernel, _ = kernel_seconds_at(work, work.at(work.values({})), machine)
+    return float(kernel[work.updating].sum()), float(launch_seconds(work, machine)[work.updating].sum())

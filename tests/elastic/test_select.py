@@ -1,0 +1,208 @@
+"""Prices of subnets against subnets that were made, and what is selected by them."""
+
+import itertools
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import graphopt
+from graphopt.cost_model import Machine, estimate
+from graphopt.cost_model.analytical import FACTORS
+from graphopt.cost_model.memory import Memory
+from graphopt.elastic import pareto
+from graphopt.elastic.modes import evaluating
+from graphopt.elastic.pareto import front
+from graphopt.elastic.prices import METRICS, Prices, Training
+from graphopt.elastic.region import Region
+from graphopt.elastic.select import Budget, select
+from graphopt.errors import ElasticError
+from graphopt.graph.training_graph import InputKind
+from tests.cost_model.machines import simple
+from tests.elastic.supernets import BOTH, attentive, convolutional, untouched
+
+MACHINE = simple()
+
+
+@pytest.fixture(params=BOTH, ids=[make.__name__ for make in BOTH], scope="module")
+def priced(request):
+    space, x, y = request.param()
+    with untouched(space):
+        space.model.train()
+        yield space, Prices(space, MACHINE, training=Training((x, y), F.cross_entropy)), x, y
+
+
+def some(space, count=6):
+    """Random choices, any runs of layers among them, and both ends."""
+    region = Region.of(space, any_runs=True)
+    return [region.choice(region.uniform(Random(i))) for i in range(count)] + [
+        space.full,
+        space.smallest,
+    ]
+
+
+def test_prices_are_those_of_the_subnets_when_made(priced):
+    """FLOPs, parameters, peak and latency from the graph of the full net; the same from each subnet's own graph."""
+    space, prices, _, _ = priced
+    choices = some(space)
+    table = prices.table(choices, METRICS[:4])
+    with evaluating(space.model):
+        for i, choice in enumerate(choices):
+            graph = space.graph(choice)
+            batch = {symbol: prices.batch_size for symbol in graph.symbols.symbols.values()}
+            inputs = zip(graph.inputs, graph.placeholders, strict=True)
+            held = [(g.kind, n.meta["val"].numel(), bool(n.users)) for g, n in inputs if g.kind is not InputKind.BATCH]
+            unread = 4 * sum(numbers for _, numbers, read in held if not read)
+            price = estimate(graph, MACHINE, {"batch": prices.batch_size})
+            assert table["flops"][i] == price.flops
+            assert table["parameters"][i] == sum(n for kind, n, read in held if kind is InputKind.PARAMETER and read)
+            assert table["latency_seconds"][i] == pytest.approx(price.seconds, rel=0.02)
+            assert table["peak_bytes"][i] == pytest.approx(Memory(graph).at(batch).total - unread, rel=0.01)
+    assert len(set(table["flops"])) > 4
+
+
+def test_prices_of_steps_are_those_of_the_subnets_when_made(priced):
+    space, prices, x, y = priced
+    region = Region.of(space, any_runs=True)
+    choices = [region.choice(region.uniform(Random(1))), space.choice({"depth": 1})]
+    found = prices.of(choices, "step_seconds")
+    for choice, seconds in zip(choices, found, strict=True):
+        joint = space.graph(choice, loss=F.cross_entropy, batch=(x, y), backward=True)
+        price = estimate(joint, MACHINE, {"batch": prices.batch_size})
+        counted = prices._step.prices([choice], {"batch": prices.batch_size}, machine=MACHINE, peak=False)
+        assert counted.flops[0] == price.flops
+        assert seconds == pytest.approx(price.seconds, rel=0.03)
+
+
+def test_an_update_adds_to_a_step(priced):
+    space, prices, x, y = priced
+    adam = torch.optim.Adam(space.model.parameters())
+    with_update = Prices(space, MACHINE, training=Training((x, y), F.cross_entropy, adam))
+    choices = some(space, 2)
+    added = with_update.of(choices, "step_seconds") - prices.of(choices, "step_seconds")
+    whole = graphopt.capture(space.model, (x, y), loss=F.cross_entropy, optimizer=adam)
+    terms = estimate(whole, MACHINE, {"batch": len(x)}).terms
+    assert added[choices.index(space.full)] == pytest.approx(terms["optimizer"], rel=0.01)
+    assert (added > 0).all() and added[-1] < added[-2]
+
+
+def test_other_batch_sizes_and_machines(priced):
+    space, prices, _, _ = priced
+    half = Prices(space, Machine.named("H100"), batch_size=prices.batch_size // 2)
+    assert 2 * half.of([space.full], "flops")[0] == prices.of([space.full], "flops")[0]
+    assert half.of([space.full], "latency_seconds")[0] < prices.of([space.full], "latency_seconds")[0]
+    assert prices.of([], "flops").shape == (0,)
+
+
+# -- fronts -----------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=25))
+def test_front_is_what_nothing_dominates(points):
+    load, quality = np.array([p[0] for p in points], float), np.array([p[1] for p in points], float)
+    found = [points[i] for i in front(load, quality)]
+    better = lambda a, b: a[0] <= b[0] and a[1] >= b[1] and a != b
+    assert found == sorted({p for p in points if not any(better(q, p) for q in points)})
+
+
+def every(space):
+    names = [d.name for d in space.dimensions]
+    return [space.choice(dict(zip(names, v))) for v in itertools.product(*(d.choices for d in space.dimensions))]
+
+
+@pytest.mark.parametrize("metric", ["flops", "parameters", "peak_bytes", "latency_seconds", "step_seconds"])
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_selection_is_the_best_of_all(priced, metric, share):
+    space, prices, _, _ = priced
+    budget = share * float(prices.of([space.full], metric)[0])
+    found = select(space, {metric: budget}, prices=prices)
+    assert found.exact
+    choices = every(space)
+    costs, (flops, numbers) = prices.of(choices, metric), prices.table(choices, ["flops", "parameters"]).values()
+    capacity = np.sqrt(flops / flops.max() * (numbers / numbers.max()))
+    assert found.best.prices[metric] <= budget
+    assert found.best.quality == pytest.approx(capacity[costs <= budget].max(), rel=1e-9)
+    rising = [(one.prices[metric], one.quality) for one in found.front]
+    assert rising == sorted(rising) and len({q for _, q in rising}) == len(rising)
+    assert str(found.choice) in str(found)
+
+
+def test_evolution_comes_near_the_best_of_all(priced, monkeypatch):
+    space, prices, _, _ = priced
+    budget = Budget(latency_seconds=0.5 * float(prices.of([space.full], "latency_seconds")[0]))
+    exact = select(space, budget, prices=prices)
+    monkeypatch.setattr(pareto, "EXACT", 1)
+    few = Region.of(space).size // 2
+    for seed in range(3):
+        found = select(space, budget, prices=prices, candidates=min(few, 400), seed=seed)
+        assert found.best.quality >= 0.97 * exact.best.quality
+        assert found.best.prices["latency_seconds"] <= budget.latency_seconds
+
+
+def test_several_bounds_and_a_quality_of_the_users(priced):
+    space, prices, _, _ = priced
+    whole = prices.table([space.full], ["flops", "parameters"])
+    bounds = {"flops": 0.5 * float(whole["flops"][0]), "parameters": 0.4 * float(whole["parameters"][0])}
+    name = space.dimensions[0].name
+    found = select(space, bounds, prices=prices, quality=lambda choices: [choice[name] for choice in choices])
+    assert all(found.best.prices[metric] <= bound for metric, bound in bounds.items())
+    assert found.best.quality == max(
+        choice[name]
+        for choice, flops, numbers in zip(
+            every(space), prices.of(every(space), "flops"), prices.of(every(space), "parameters")
+        )
+        if flops <= bounds["flops"] and numbers <= bounds["parameters"]
+    )
+
+
+def test_among_some_dimensions_only(priced):
+    space, prices, _, _ = priced
+    budget = 0.8 * float(prices.of([space.full], "flops")[0])
+    found = space.select({"flops": budget}, prices=prices, among=["depth"])
+    assert all(found.choice[d.name] == d.full for d in space.dimensions if d.kind != "depth")
+
+
+def test_the_best_are_measured():
+    space, _, _ = attentive()
+    prices = Prices(space, MACHINE)
+    budget = 0.5 * float(prices.of([space.full], "flops")[0])
+    found = select(space, {"flops": budget}, prices=prices, measured=2)
+    assert found.best.measured is not None and found.best.measured.seconds > 0
+    assert sum(one.measured is not None for one in found.front) == 2
+    fast = MACHINE.scaled(dict.fromkeys(FACTORS, 1e-6), 0.1)  # a machine that this one is not
+    with pytest.raises(ElasticError, match="none of the 1 that were measured"):
+        select(space, {"latency_seconds": 1e-5}, prices=Prices(space, fast), measured=1)
+
+
+def test_a_budget_that_nothing_meets_names_the_nearest():
+    space, _, _ = convolutional()
+    with pytest.raises(ElasticError) as caught:
+        select(space, {"parameters": 3, "flops": 1e12})
+    numbers = Prices(space).of([space.smallest], "parameters")[0]
+    assert f"parameters of {numbers:,} (budget 3)" in str(caught.value)
+    assert str(space.smallest) in str(caught.value) and "flops" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda s: select(s, {"speed": 1}), "budget"),
+        (lambda s: select(s, {}), "positive numbers"),
+        (lambda s: Budget(flops=-1), "positive numbers"),
+        (lambda s: Budget(flops=float("nan")), "positive numbers"),
+        (lambda s: Prices(s, mode="fast"), "mode"),
+        (lambda s: Prices(s, batch_size=0), "batch_size"),
+        (lambda s: Prices(s).of([s.full], "beauty"), "beauty"),
+        (lambda s: Prices(s, MACHINE).of([s.full], "step_seconds"), "training"),
+        (lambda s: select(s, {"flops": 1e9}, prices=Prices(s, MACHINE), machine=simple()), "another one"),
+    ],
+)
+def test_bad_input(make, words):
+    space, _, _ = convolutional()
+    with pytest.raises(ElasticError, match=words):
+        make(space)
