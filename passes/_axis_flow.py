@@ -1,9 +1,9 @@
-"""Where one axis stands in a joint graph, and which operators do not treat its indices alike.
+"""Where an axis stands in a joint graph, and which operators do not treat its indices alike.
 
 `graphopt.graph.axes` asks what may be permuted and left out, and lets backward freeze nothing. To divide an axis over
 processors asks more: *every* operator, of backward too, must do with a part of the axis what it does with that part
 of the whole. So the same axis rules run once more, all of them binding, and each operator that singles out positions
-of a dimension is remembered.
+of a dimension is remembered (`BindingFlow`). What that says of one axis, the batch or any other, is its `AxisFlow`.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ _LOOKUPS = {aten.index, aten._unsafe_index, aten.index_put, aten._unsafe_index_p
 _RESHAPES = {aten.view, aten._unsafe_view, aten.unsqueeze, aten.expand, aten.slice, aten.clone, aten.detach, aten.alias}
 
 
-class AxisFlow(Propagation):
-    """The batch axis of a joint graph: which dimensions carry it, and where it is not treated index by index.
+class BindingFlow(Propagation):
+    """The walk over a joint graph in which all rules bind, for all axes at a time.
 
-    ``axis`` is the factor of the batch; `where`, `ordered` and `averaged` are what placements are decided by.
+    ``batch`` is the factor of the batch, `ONE` where its size is fixed.
     """
 
     def __init__(self, graph: TrainingGraph, parts: Collection[fx.Node] = (), rows: Collection[fx.Node] = ()):
@@ -47,12 +47,12 @@ class AxisFlow(Propagation):
         count the rows of the part (those that count the rows of the graph are found)."""
         super().__init__(graph)
         self.parts, self._rows = frozenset(parts), frozenset(rows)
-        self.symbol: sympy.Symbol = graph.symbols.symbols["batch"]
-        self.axis: Factor = ONE
+        self.symbol: sympy.Symbol | None = graph.symbols.symbols.get("batch")
+        self.batch: Factor = ONE
         self._ordered: dict[fx.Node, list[tuple[Factor, str]]] = defaultdict(list)
         self._averaged: dict[fx.Node, list[tuple[Factor, str]]] = defaultdict(list)
         self.run()
-        self.axis = find(self.axis)
+        self.batch = find(self.batch)
         self._clashes = {node: (find(a), find(b), why) for a, b, node, why in self.contradictions}
         self._no_rule = set(self.unknown_nodes)
 
@@ -62,8 +62,14 @@ class AxisFlow(Propagation):
         super()._inputs()
         for node in self.graph.input_nodes(InputKind.BATCH).values():
             dims = self.of(node)
-            if dims and dims[0].size == self.size(self.symbol):
-                self.axis = dims[0]
+            if self.symbol is not None and dims and dims[0].size == self.size(self.symbol):
+                self.batch = dims[0]
+
+    def _results(self) -> None:
+        """As `Propagation._results`. That the user sees a dimension in its order says nothing of the operator behind."""
+        recorded, self._ordered = self._ordered, defaultdict(list)
+        super()._results()
+        self._ordered = recorded
 
     def _apply(self, node: fx.Node) -> Any:
         self.binding = True
@@ -72,18 +78,19 @@ class AxisFlow(Propagation):
             dims[node.args[1]] = self.new(self.sizes(node)[node.args[1]])  # type: ignore[call-overload, index]
             return tuple(dims)
         for index in self.row_indices(node):  # row i is looked up for row i
-            self.unify(next(f for f in self.of(index) if f is not ONE), self.axis)
+            self.unify(next(f for f in self.of(index) if f is not ONE), self.batch)
         result = super()._apply(node)
-        if getattr(node.target, "overloadpacket", None) in UNIFORM and not isinstance(result, list):
+        uniform = getattr(node.target, "overloadpacket", None) in UNIFORM and not isinstance(result, list)
+        if uniform and self.symbol is not None:
             size = self.size(self.symbol)
             for factor in result:
                 if find(factor).size == size:
-                    self.unify(factor, self.axis)
+                    self.unify(factor, self.batch)
         return result
 
     def freeze(self, factor: Factor, reason: str) -> None:
         """As `Factors.freeze`; the operator is remembered whatever was known before."""
-        if isinstance(self.at, fx.Node) and find(factor) is find(self.axis) and self.row_indices(self.at):
+        if isinstance(self.at, fx.Node) and find(factor) is find(self.batch) and self.row_indices(self.at):
             return
         self._ordered[self.at].append((factor, reason))
         super().freeze(factor, reason)
@@ -95,7 +102,7 @@ class AxisFlow(Propagation):
 
     def row_indices(self, node: fx.Node) -> list[fx.Node]:
         """Of a lookup, the index that names each row by its own number: ``x[torch.arange(len(x)), y]``."""
-        if getattr(node.target, "overloadpacket", None) not in _LOOKUPS:
+        if getattr(node.target, "overloadpacket", None) not in _LOOKUPS or self.symbol is None:
             return []
         indices: Any = node.args[1]
         source = node.args[0]
@@ -121,7 +128,50 @@ class AxisFlow(Propagation):
         names = operand_names(node)
         return all(operand(node, name) == first for name, first in (("start", 0), ("step", 1)) if name in names)
 
-    # -- answers ----------------------------------------------------------------------------------------------------
+    # -- what was found ---------------------------------------------------------------------------------------------
+
+    def ordered_at(self, node: fx.Node) -> list[tuple[Factor, str]]:
+        """The dimensions whose indices the operator does not treat alike, and why."""
+        found = list(self._ordered.get(node, ()))
+        a, b, reason = self._clashes.get(node, (ONE, ONE, ""))
+        return [*found, (a, reason), (b, reason)] if reason else found
+
+    def averaged_at(self, node: fx.Node) -> list[tuple[Factor, str]]:
+        """The dimensions that the operator takes a statistic over, and which."""
+        return self._averaged.get(node, [])
+
+    def has_rule(self, node: fx.Node) -> bool:
+        """Whether there is an axis rule for the operator."""
+        return node not in self._no_rule
+
+
+class AxisFlow:
+    """One axis of a joint graph: which dimensions carry it, and where it is not treated index by index.
+
+    ``axis`` is its factor, ``symbol`` its size where that is free (the batch). `where`, `ordered` and `averaged` are
+    what placements are decided by.
+    """
+
+    def __init__(self, walk: BindingFlow, axis: Factor, symbol: sympy.Symbol | None = None):
+        self.walk, self.graph, self.parts = walk, walk.graph, walk.parts
+        self.axis, self.symbol = find(axis), symbol
+
+    @classmethod
+    def of_batch(
+        cls, graph: TrainingGraph, parts: Collection[fx.Node] = (), rows: Collection[fx.Node] = ()
+    ) -> AxisFlow:
+        """The batch, whose size must be free. ``parts``, ``rows``: see `BindingFlow`."""
+        walk = BindingFlow(graph, parts, rows)
+        return cls(walk, walk.batch, walk.symbol)
+
+    @property
+    def size(self) -> Expr:
+        """Its number of indices."""
+        return self.walk.expression_of(self.axis.size)
+
+    def row_indices(self, node: fx.Node) -> list[fx.Node]:
+        """See `BindingFlow.row_indices`; none for an axis that is not the batch."""
+        return self.walk.row_indices(node) if self.symbol is not None else []
 
     def carries(self, factor: Factor) -> bool:
         """Whether the axis is the dimension, a factor or a piece of it."""
@@ -137,9 +187,17 @@ class AxisFlow(Propagation):
         alone = len(carrying) == (len(factor.parts) if factor.is_sum else 1)
         return alone and all(map(self.regular, carrying))
 
+    def pieces(self, factor: Factor) -> tuple[tuple[Expr, Expr], ...] | None:
+        """How the axis lies in a dimension: the number of indices outside and inside of it in each piece, one behind
+        the other; None where it is not `regular`. ``((1, 1),)`` for the axis itself."""
+        if not self.regular(factor):
+            return None
+        found = [self.around(piece) for piece in self.walk.segments(factor)]
+        return None if None in found else tuple(found)  # type: ignore[arg-type]
+
     def around(self, factor: Factor) -> tuple[Expr, Expr] | None:
         """Number of indices outside and inside of the axis in a dimension that is a product; None for any other."""
-        parts = self.factors(factor)
+        parts = self.walk.factors(factor)
         at = [i for i, part in enumerate(parts) if find(part) is self.axis]
         if len(at) != 1 or any(self.carries(part) for i, part in enumerate(parts) if i != at[0]):
             return None
@@ -148,12 +206,12 @@ class AxisFlow(Propagation):
     def _count(self, parts: list[Factor]) -> Expr:
         result: Expr = 1
         for part in parts:
-            result = result * self.expression_of(find(part).size)
+            result = result * self.walk.expression_of(find(part).size)
         return result
 
     def dims_of(self, node: fx.Node, index: int | None = None) -> tuple[Factor, ...]:
         """The dimensions of the node's tensor, of one of its results where it has several."""
-        found = self.dims.get(node, ())
+        found = self.walk.dims.get(node, ())
         if index is not None:
             found = found[index] if isinstance(found, list) and index < len(found) else ()
         return () if isinstance(found, list) else found
@@ -166,8 +224,13 @@ class AxisFlow(Propagation):
         """The inputs that carry the axis."""
         return tuple(n for n in self.graph.placeholders if self.where(n)) if self.axis is not ONE else ()
 
+    def touches(self, node: fx.Node) -> bool:
+        """Whether a dimension of the node's tensor, or of one of its results, carries the axis."""
+        dims = self.walk.dims.get(node, ())
+        return any(self.carries(f) for each in (dims if isinstance(dims, list) else [dims]) for f in each or ())
+
     def sized(self, value: Any) -> tuple[int, ...]:
-        """The dimensions of a fake tensor whose size follows that of the axis."""
+        """The dimensions of a fake tensor whose size follows that of the axis; none where that is fixed."""
         if not isinstance(value, torch.Tensor):
             return ()
         return tuple(d for d, size in enumerate(value.shape) if self.follows(size))
@@ -179,21 +242,13 @@ class AxisFlow(Propagation):
 
     def ordered(self, node: fx.Node) -> str:
         """Why the operator does not treat the indices of the axis alike; empty if it does."""
-        if node in self._no_rule and any(self._touches(n) for n in node.all_input_nodes):
+        if not self.walk.has_rule(node) and any(map(self.touches, node.all_input_nodes)):
             return f"there is no axis rule for {node.target}"
-        for factor, reason in self._ordered.get(node, ()):
-            if self.carries(factor):
-                return reason
-        a, b, reason = self._clashes.get(node, (ONE, ONE, ""))
-        return reason if self.carries(a) or self.carries(b) else ""
+        return next((why for factor, why in self.walk.ordered_at(node) if self.carries(factor)), "")
 
     def averaged(self, node: fx.Node) -> str:
         """What statistic the operator takes over the axis; empty if it takes none."""
-        return next((why for factor, why in self._averaged.get(node, ()) if self.carries(factor)), "")
-
-    def _touches(self, node: fx.Node) -> bool:
-        dims = self.dims.get(node, ())
-        return any(self.carries(f) for each in (dims if isinstance(dims, list) else [dims]) for f in each or ())
+        return next((why for factor, why in self.walk.averaged_at(node) if self.carries(factor)), "")
 
 
 def _expression(value: Any) -> Any:

@@ -11,6 +11,7 @@ Source: Ioffe and Szegedy 2015; ``aten/src/ATen/native/Normalization.cpp``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import getitem
 from typing import Any
 
@@ -22,7 +23,7 @@ from graphopt.graph.draft import Draft
 from graphopt.graph.op_rules import operand, operand_names
 from graphopt.graph.sizes import Expr, expression, product
 from graphopt.passes._axis_flow import AxisFlow
-from graphopt.passes._places import Places
+from graphopt.passes._places import Numbers
 from graphopt.passes._whole_sums import replace_results
 
 aten = torch.ops.aten
@@ -39,17 +40,26 @@ def trains_batch_norm(node: fx.Node) -> bool:
     return given is not None and bool(operand(node, given))
 
 
+def can_be_sums(node: fx.Node) -> bool:
+    """Whether an operator that `trains_batch_norm` can be written as sums."""
+    return node.target in _FORWARD | _BACKWARD
+
+
 class BatchNormSums:
     """Rewrites the batch normalisations of one draft. ``done``: what was rewritten, by node of the original."""
 
-    def __init__(self, draft: Draft, found: AxisFlow, places: Places):
-        self.draft, self.found, self.places = draft, found, places
+    def __init__(
+        self, draft: Draft, found: AxisFlow, places: Numbers, chosen: Callable[[fx.Node], bool] = lambda node: True
+    ):
+        """``chosen``: which of them to rewrite."""
+        self.draft, self.found, self.places, self.chosen = draft, found, places, chosen
         self.done: dict[fx.Node, str] = {}
 
     def rewrite(self) -> None:
         """See the module. Raises PassError for an operator of another kind (cuDNN's, one that writes in place)."""
         for node in self.found.graph.nodes:
-            if not trains_batch_norm(node) or set(self.found.where(node.args[0])) <= {1}:  # type: ignore[arg-type]
+            apart = trains_batch_norm(node) and set(self.found.where(node.args[0])) <= {1}  # type: ignore[arg-type]
+            if apart or not trains_batch_norm(node) or not self.chosen(node):
                 continue  # instance normalisation has the batch among the channels: no statistic is over it
             if node.target in _FORWARD:
                 self._forward(node)

@@ -15,25 +15,35 @@ c10d = torch.ops._c10d_functional
 
 
 def join(draft: Draft, node: fx.Node, how: str, group: str) -> Expr:
-    """All-reduce ``node`` right behind it and let all its readers read the result; gives the bytes.
+    """All-reduce ``node`` right behind it and let all its readers read the result; gives the bytes."""
+    readers = list(node.users)
+    joined = all_reduced(draft, node, how, group, node.next)
+    for reader in readers:
+        reader.replace_input_with(node, joined)
+    return nbytes(node.meta["val"])
+
+
+def all_reduced(draft: Draft, node: fx.Node, how: str, group: str, before: fx.Node) -> fx.Node:
+    """The all-reduced value of ``node``, with its strides.
 
     The collective gives contiguous memory, so a value that lies otherwise goes through as a permutation of itself and
     comes out with the strides that it had.
     """
-    readers = list(node.users)
-    value, behind = node.meta["val"], node.next
+    value, source = node.meta["val"], node
     order = _dense_order(value)
-    source = node
     if order is not None:
-        source = draft.add(aten.permute.default, node, order, like=node, before=behind)
-    reduced = collective(draft, c10d.all_reduce.default, (source, how, group), source.meta["val"], node, behind)
-    joined = collective(draft, c10d.wait_tensor.default, (reduced,), reduced.meta["val"], node, behind)
+        source = draft.add(aten.permute.default, node, order, like=node, before=before)
+    joined = waited(draft, c10d.all_reduce.default, (source, how, group), source.meta["val"], node, before)
     if order is not None:
         back = [order.index(d) for d in range(len(order))]
-        joined = draft.add(aten.permute.default, joined, back, like=node, before=behind)
-    for reader in readers:
-        reader.replace_input_with(node, joined)
-    return nbytes(value)
+        joined = draft.add(aten.permute.default, joined, back, like=node, before=before)
+    return joined
+
+
+def waited(draft: Draft, op: Any, args: tuple[Any, ...], like: Any, place: fx.Node, before: fx.Node) -> fx.Node:
+    """A collective and the wait for it; see `collective`."""
+    started = collective(draft, op, args, like, place, before)
+    return collective(draft, c10d.wait_tensor.default, (started,), like, place, before)
 
 
 def collective(draft: Draft, op: Any, args: tuple[Any, ...], like: Any, place: fx.Node, before: fx.Node) -> fx.Node:

@@ -1,8 +1,9 @@
 """Where a part of the batch lies in the whole: the inputs that say so, and numbers computed from them.
 
-In a graph that is divided along the batch the free size ``batch`` is that of a processor's own part. Two more numbers
+In a graph that is divided along the batch the free size ``batch`` is that of a processor's own part. More numbers
 are inputs (`InputKind.PLACE`), so that one graph serves every processor and parts may be of unequal size:
-``batch.total``, the rows of the whole batch, and ``batch.begin``, the index of the part's first row in it.
+``batch.total``, the rows of the whole batch, ``batch.begin``, the index of the part's first row in it, ``batch.part``, the
+rows of the part (where no input has them) and ``batch.most``, the rows of the largest part.
 """
 
 from __future__ import annotations
@@ -25,52 +26,29 @@ from graphopt.graph.sizes import Expr, Symbols, expression
 from graphopt.graph.torch_internals import new_size
 from graphopt.graph.training_graph import Input, InputKind, Phase
 
-TOTAL, BEGIN = "total", "begin"
+TOTAL, BEGIN, PART, MOST = "total", "begin", "part", "most"
 
 
-class Places:
-    """The inputs of one draft that say where a part lies, and the numbers that are made of them.
+class Numbers:
+    """Numbers of sizes in one draft of a graph that is whole: `Places` is the same for one of which an axis is divided."""
 
-    ``symbol`` is that of the part's size, ``total`` that of the whole. Makes the input ``batch.total`` at once and
-    ``batch.begin`` when it is first asked for.
-    """
-
-    def __init__(self, draft: Draft, axis: str, processors: int):
-        self.draft, self.axis = draft, axis
-        symbols = draft.signature.symbols
-        self.symbol = symbols.symbols[axis]
-        self._first = next(n for n in draft.graph.nodes if n.op != "placeholder")
-        hint = symbols.hints[axis] * processors
-        made = new_size([n.meta.get("val") for n in draft.graph.nodes], f"{axis}.{TOTAL}", hint)
-        self.total = made.node.expr
-        self._whole = draft.add_input(Input(InputKind.PLACE, axis, TOTAL), made)
-        self._begin: fx.Node | None = None
+    def __init__(self, draft: Draft):
+        self.draft = draft
         self._numbers: dict[Any, fx.Node] = {}
-        name = f"{axis}.{TOTAL}"
-        draft.signature = replace(
-            draft.signature,
-            symbols=Symbols(
-                {**symbols.symbols, name: self.total},
-                {**symbols.hints, name: hint},
-                tuple(guard.xreplace({self.symbol: self.total}) for guard in symbols.guards),
-            ),
-        )
+        self._made: set[fx.Node] = set()
 
     def whole(self, value: Any) -> Expr:
-        """The expression of a size for the whole batch, from that of a part."""
-        found = expression(value)
-        return found if isinstance(found, int) else expression(found.xreplace({self.symbol: self.total}))
+        """The expression of a size for the whole of each axis."""
+        return expression(value)
 
     def number(self, expr: Expr) -> int | fx.Node:
-        """A node that computes this expression of ``total`` and of sizes of the graph; an int where it is one.
+        """A node that computes this expression of sizes of the graph; an int where it is one.
 
         Raises PassError for what is no sum or product of sizes and integers.
         """
         expr = expression(expr)
         if isinstance(expr, int):
             return expr
-        if expr == self.total:
-            return self._whole
         if expr not in self._numbers:
             if isinstance(expr, sympy.Symbol):
                 node = self._size(expr)
@@ -91,20 +69,80 @@ class Places:
                 return self.call(torch.ops.aten.sym_size.int, node, dims[0])
         raise PassError(f"no input has the size {symbol}")
 
-    def begin(self, times: Expr = 1) -> fx.Node:
-        """The index of the part's first row in the whole, times a size."""
-        if self._begin is None:
-            self._begin = self.draft.add_input(Input(InputKind.PLACE, self.axis, BEGIN), 0)
-        if times == 1:
-            return self._begin
-        return self.call(mul, self._begin, self.number(times))
-
     def call(self, operator: Callable[..., Any], *args: Any) -> fx.Node:
         """Arithmetic on numbers, before all operators on tensors."""
-        with self.draft.graph.inserting_before(self._first):
+        first = next(n for n in self.draft.graph.nodes if n.op != "placeholder" and n not in self._made)
+        with self.draft.graph.inserting_before(first):
             node = self.draft.graph.call_function(operator, args)
         node.meta.update(val=infer(node), phase=Phase.FORWARD, module="", source="")
+        self._made.add(node)
         return node
+
+    def twin(self, node: fx.Node) -> int | fx.Node:
+        """The number that ``node`` (one of the draft that computes numbers of sizes) would be for the whole."""
+        return node
+
+
+class Places(Numbers):
+    """The inputs of one draft that say where a part lies, and the numbers that are made of them.
+
+    ``symbol`` is that of the part's size, ``total`` that of the whole. Makes the input ``batch.total`` at once and
+    ``batch.begin`` when it is first asked for.
+    """
+
+    def __init__(self, draft: Draft, axis: str, processors: int):
+        super().__init__(draft)
+        self.axis = axis
+        symbols = draft.signature.symbols
+        self.symbol = symbols.symbols[axis]
+        hint = symbols.hints[axis] * processors
+        made = new_size([n.meta.get("val") for n in draft.graph.nodes], f"{axis}.{TOTAL}", hint)
+        self.total = made.node.expr
+        self._numbers[self.total] = draft.add_input(Input(InputKind.PLACE, axis, TOTAL), made)
+        self._given: dict[str, fx.Node] = {}
+        self._size_of_part = next(
+            size
+            for n in draft.placeholders
+            for size in getattr(n.meta.get("val"), "shape", ())
+            if expression(size) == self.symbol
+        )
+        name = f"{axis}.{TOTAL}"
+        draft.signature = replace(
+            draft.signature,
+            symbols=Symbols(
+                {**symbols.symbols, name: self.total},
+                {**symbols.hints, name: hint},
+                tuple(guard.xreplace({self.symbol: self.total}) for guard in symbols.guards),
+            ),
+        )
+
+    def whole(self, value: Any) -> Expr:
+        """The expression of a size for the whole batch, from that of a part."""
+        found = expression(value)
+        return found if isinstance(found, int) else expression(found.xreplace({self.symbol: self.total}))
+
+    def begin(self, times: Expr = 1) -> fx.Node:
+        """The index of the part's first row in the whole, times a size."""
+        begin = self._input(BEGIN, 0)
+        return begin if times == 1 else self.call(mul, begin, self.number(times))
+
+    def most(self) -> fx.Node:
+        """The rows of the largest part. In metadata it is the part's own size: they are those of the largest part."""
+        return self._input(MOST, self._size_of_part)
+
+    def _size(self, symbol: sympy.Symbol) -> fx.Node:
+        """As `Numbers._size`; where every input is whole, the size of the part is an input of its own."""
+        read_off = any(
+            expression(size) == symbol
+            for node in self.draft.placeholders
+            for size in getattr(node.meta.get("val"), "shape", ())
+        )
+        return super()._size(symbol) if read_off or symbol != self.symbol else self._input(PART, self._size_of_part)
+
+    def _input(self, field: str, value: Any) -> fx.Node:
+        if field not in self._given:
+            self._given[field] = self.draft.add_input(Input(InputKind.PLACE, self.axis, field), value)
+        return self._given[field]
 
     def twin(self, node: fx.Node) -> int | fx.Node:
         """The number that ``node`` (one of the draft that computes numbers of sizes) would be for the whole batch."""

@@ -174,3 +174,10 @@ class Rewriting:
                 found = (owner[n] for owner in (makers, readers) for n in touched if n in owner)
                 credit(next(found, self._steps[0]), storage, -1)
         return savings
+
+
+def remove_dead(draft: Draft) -> None:
+    """Erase what a rewrite left without readers."""
+    for node in reversed(list(draft.graph.nodes)):
+        if node.op == "call_function" and not node.users and is_pure(node):
+            draft.graph.erase_node(node)

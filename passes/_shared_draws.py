@@ -7,6 +7,7 @@ is drawn must not depend on values of rows that another processor has.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import add, getitem
 from typing import Any
 
@@ -20,11 +21,11 @@ from graphopt.graph.op_rules import is_random, operand, operand_names, reads, se
 from graphopt.graph.sizes import Expr, expression
 from graphopt.graph.torch_internals import fake_mode_of, without_guards
 from graphopt.passes._axis_flow import ARANGES, AxisFlow
-from graphopt.passes._places import Places
+from graphopt.passes._places import Numbers, Places
 
 aten = torch.ops.aten
 
-_POSITIONS = {aten.linspace, aten.logspace, aten.eye, aten.tril_indices, aten.triu_indices}
+POSITIONS = {aten.linspace, aten.logspace, aten.eye, aten.tril_indices, aten.triu_indices}
 
 
 class SharedDraws:
@@ -52,7 +53,7 @@ class SharedDraws:
                 self._draw(node)
             elif node.target in ARANGES:
                 self._arange(node)
-            elif getattr(node.target, "overloadpacket", None) in _POSITIONS:
+            elif getattr(node.target, "overloadpacket", None) in POSITIONS:
                 raise PassError(f"{node.target} ({node.name}) gives positions in the whole batch")
 
     def _look_up(self, node: fx.Node) -> None:
@@ -70,23 +71,14 @@ class SharedDraws:
     def _draw(self, node: fx.Node) -> None:
         copy, value = self.draft.node(node), node.meta["val"]
         if node.target is aten.native_dropout.default:
-            source = operand(copy, "input")
-            base = self._base(source, source.meta["val"], copy)
-            drawn = self.draft.add(aten.native_dropout.default, base, *copy.args[1:], like=copy)
-            whole = self.draft.add(getitem, drawn, 1, like=copy)
-            mask = self._part(whole, value[1], self.found.dims_of(node, 1), copy)
-            p = operand(node, "p")
-            kept = self.draft.add(aten.mul.Tensor, source, mask, like=copy)
-            scaled = self.draft.add(aten.mul.Scalar, kept, 0.0 if p == 1 else 1 / (1 - p), like=copy)
-            for user in list(copy.users):
-                self.draft.replace(user, scaled if user.args[1] == 0 else mask)
-            self.draft.graph.erase_node(copy)
+            dims = self.found.dims_of(node, 1)
+            dropout_apart(self.draft, self.places, copy, lambda mask: self._part(mask, value[1], dims, copy))
         elif isinstance(value, torch.Tensor) and "size" in operand_names(node):
             set_operand(copy, "size", [self.places.number(self.places.whole(s)) for s in value.shape])
             self._cut(copy, value, self.found.dims_of(node))
         elif isinstance(value, torch.Tensor) and "self" in operand_names(node) and not reads(node):
             source = operand(copy, "self")
-            set_operand(copy, "self", self._base(source, source.meta["val"], copy))
+            set_operand(copy, "self", whole_shape(self.draft, self.places, source, copy))
             self._cut(copy, value, self.found.dims_of(node))
         else:
             raise PassError(f"{node.target} ({node.name}) draws random numbers inside, by rows that others have")
@@ -99,14 +91,6 @@ class SharedDraws:
         part = self._part(copy, value, dims, copy, before=copy.next)
         for reader in readers:
             reader.replace_input_with(copy, part)
-
-    def _base(self, source: fx.Node, value: torch.Tensor, like: fx.Node) -> fx.Node:
-        """A tensor that lends the shape and strides of the whole batch: its values are never read."""
-        sizes, strides = ([self.places.whole(s) for s in each] for each in (value.shape, value.stride()))
-        numbers = [[self.places.number(s) for s in each] for each in (sizes, strides)]
-        if 0 in strides:
-            return self.draft.add(aten.new_empty.default, source, numbers[0], like=like)
-        return self.draft.add(aten.new_empty_strided.default, source, *numbers, like=like)
 
     def _part(
         self,
@@ -177,3 +161,29 @@ class SharedDraws:
         self.draft.replace(copy, made)
         self.parts.add(made)
         self.done[node] = f"{node.target} counts from the part's first row"
+
+
+def dropout_apart(
+    draft: Draft, numbers: Numbers, copy: fx.Node, part: Callable[[fx.Node], fx.Node] = lambda mask: mask
+) -> None:
+    """Write a dropout as its mask, drawn for the whole batch, and products with ``part`` of it.
+
+    The mask is drawn by the same operator from an empty tensor, so that it takes the same numbers of the generator.
+    """
+    source, p = operand(copy, "input"), operand(copy, "p")
+    drawn = draft.add(copy.target, whole_shape(draft, numbers, source, copy), *copy.args[1:], like=copy)  # type: ignore[arg-type]
+    mask = part(draft.add(getitem, drawn, 1, like=copy))
+    kept = draft.add(aten.mul.Tensor, source, mask, like=copy)
+    scaled = draft.add(aten.mul.Scalar, kept, 0.0 if p == 1 else 1 / (1 - p), like=copy)
+    for user in list(copy.users):
+        draft.replace(user, scaled if user.args[1] == 0 else mask)
+    draft.graph.erase_node(copy)
+
+
+def whole_shape(draft: Draft, numbers: Numbers, source: fx.Node, like: fx.Node) -> fx.Node:
+    """A tensor with the shape and strides that ``source`` has in the whole batch; its values are never read."""
+    value = source.meta["val"]
+    sizes, strides = ([numbers.number(numbers.whole(s)) for s in each] for each in (value.shape, value.stride()))
+    if 0 in strides:
+        return draft.add(aten.new_empty.default, source, sizes, like=like)
+    return draft.add(aten.new_empty_strided.default, source, sizes, strides, like=like)

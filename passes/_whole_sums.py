@@ -21,7 +21,7 @@ from graphopt.graph.op_rules import Reduction, operand, operand_names, reduction
 from graphopt.graph.sizes import expression, product
 from graphopt.graph.text import operator_text
 from graphopt.passes._axis_flow import AxisFlow
-from graphopt.passes._places import Places, numbers
+from graphopt.passes._places import Numbers, numbers
 
 aten = torch.ops.aten
 
@@ -36,7 +36,7 @@ _SPREADS = {aten.var.correction, aten.std.correction, aten.var_mean.correction, 
 class WholeSums:
     """Rewrites the means over the batch in one draft. ``done`` says what was rewritten, by node of the original."""
 
-    def __init__(self, draft: Draft, found: AxisFlow, places: Places):
+    def __init__(self, draft: Draft, found: AxisFlow, places: Numbers):
         self.draft, self.found, self.places = draft, found, places
         self.done: dict[fx.Node, str] = {}
 

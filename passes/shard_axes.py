@@ -8,8 +8,6 @@ from typing import Any, ClassVar, Literal
 from torch import fx
 
 from graphopt.errors import PassError
-from graphopt.graph.draft import Draft
-from graphopt.graph.op_rules import is_pure
 from graphopt.graph.training_graph import InputKind, TrainingGraph
 from graphopt.passes._axis_flow import AxisFlow
 from graphopt.passes._base import Change, Pass, PassResult, Refusal, Tier, place
@@ -18,6 +16,7 @@ from graphopt.passes._collectives import join
 from graphopt.passes._placement import Misplaced, Own, Placement, Sharded
 from graphopt.passes._placements import Placements
 from graphopt.passes._places import Places
+from graphopt.passes._rewriting import remove_dead
 from graphopt.passes._shared_draws import SharedDraws
 from graphopt.passes._whole_sums import WholeSums
 
@@ -105,7 +104,7 @@ class ShardAxes(Pass):
         return PassResult(graph, refusals=(Refusal(self.name, what, module, source, why),))
 
     def _sharded(self, graph: TrainingGraph) -> PassResult:
-        found = AxisFlow(graph)
+        found = AxisFlow.of_batch(graph)
         self._check_axis(found)
         draft = graph.draft()
         places = Places(draft, self.axis, self.processors)
@@ -115,9 +114,9 @@ class ShardAxes(Pass):
             rewrites.append(BatchNormSums(draft, found, places))
         for rewrite in rewrites:
             rewrite.rewrite()
-        _remove_dead(draft)
+        remove_dead(draft)
         summed = draft.finish()
-        placed = Placements(AxisFlow(summed, draws.parts, draws.rows), self._own)
+        placed = Placements(AxisFlow.of_batch(summed, draws.parts, draws.rows), self._own)
         result, joined = self._joined(summed, placed)
         changes = [self._change(what, node) for each in rewrites for node, what in each.done.items()]
         changes += [self._change(what, node) for what, node in joined]
@@ -166,10 +165,3 @@ def _word(placed: Placements, node: fx.Node | None) -> str:
         return "replicated"
     placement: Placement = placed.of[node]
     return str(placement) if isinstance(placement, (Sharded, Own)) else "replicated"
-
-
-def _remove_dead(draft: Draft) -> None:
-    """Erase what the rewrites left without readers."""
-    for node in reversed(list(draft.graph.nodes)):
-        if node.op == "call_function" and not node.users and is_pure(node):
-            draft.graph.erase_node(node)

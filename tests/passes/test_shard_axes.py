@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import graphopt
 from graphopt.graph.op_rules import operand_names
 from graphopt.graph.training_graph import TrainingGraph
-from graphopt.passes import _placements
+from graphopt.passes import _parts
 from graphopt.passes._placements import Placements
 from graphopt.passes._places import Places
 from graphopt.passes._whole_sums import WholeSums
@@ -253,7 +253,7 @@ def _reduced_never(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _linear_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_placements, "linear_sets", lambda node: (frozenset(operand_names(node)),))
+    monkeypatch.setattr(_parts, "linear_sets", lambda node: (frozenset(operand_names(node)),))
     monkeypatch.setattr(Placements, "_sums", lambda self, source: True)
 
 

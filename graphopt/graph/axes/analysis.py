@@ -107,6 +107,11 @@ class Axes:
             raise AxisError(f"name: the axis {name!r} must keep its size {found.size}: {found.reason}")
         return found
 
+    def factor(self, name: str) -> Factor:
+        """The factor that is the group of this name. Raises AxisError if there is none."""
+        axis = self.group(name)
+        return next(leaf for leaf, found in self._axes.items() if found is axis)
+
     def carriers(self) -> dict[str, fx.Node]:
         """The nodes of parameters, buffers, batch tensors and constants by name: those that `Axis.places` speak of."""
         found = {}
