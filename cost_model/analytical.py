@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import get_args
 
 import numpy as np
+import sympy
 
 from graphopt.cost_model.communication import exposed_seconds
 from graphopt.cost_model.estimate import TERMS, Estimate
@@ -143,6 +144,17 @@ def factor_seconds(graph: TrainingGraph, machine: Machine, sizes: Mapping[str, i
 def kernel_seconds(work: Work, machine: Machine) -> np.ndarray:
     """Seconds of each kernel at the sizes of the capture."""
     return _kernel_seconds(work, work.at(work.values({})), machine, None)[0]
+
+
+def node_seconds(
+    work: Work, machine: Machine, values: Mapping[sympy.Symbol, int], precision: str | None = None
+) -> np.ndarray:
+    """Seconds of each operator (`Work.nodes`) where the free sizes have these values: its kernels and, where the host
+    does not run ahead of them, its launches. Nothing is checked: a part of a batch may be smaller than a graph admits."""
+    seconds, _ = _kernel_seconds(work, work.at(values), machine, precision)
+    if not machine.asynchronous:
+        seconds = seconds + _launch_seconds(work, machine)
+    return np.bincount(work.node_of, seconds, len(work.nodes))
 
 
 def _kernel_seconds(

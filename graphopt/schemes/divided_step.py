@@ -11,11 +11,12 @@ import torch
 
 from graphopt.graph.in_place import overwritten
 from graphopt.graph.lowering import Lowered, lower
+from graphopt.graph.sizes import expression
 from graphopt.graph.training_graph import Input, InputKind, Output, OutputKind, TrainingGraph
 from graphopt.schemes.micro_batches import part_sizes
 from graphopt.schemes.workers import Job, Pool
 
-PARTIAL, OWNED = "partial sum", "at processor "
+PARTIAL, OWNED, PART = "partial sum", "at processor ", "sharded "
 """How outputs lie that this process has to bring together."""
 
 
@@ -36,7 +37,14 @@ class Divided:
     @property
     def gathered(self) -> list[int]:
         """The outputs that this process gets from others through shared memory."""
-        return [k for k, word in enumerate(self.words) if word == PARTIAL or owner_of(word) not in (None, 0)]
+        found = [k for k, word in enumerate(self.words) if word == PARTIAL or owner_of(word) not in (None, 0)]
+        return sorted(found + self.in_parts)
+
+    @property
+    def in_parts(self) -> list[int]:
+        """The outputs of which each processor has a part that this process wants whole."""
+        kinds = [output.kind for output in self.graphs[0].outputs]
+        return [k for k, w in enumerate(self.words) if w.startswith(PART) and kinds[k] is not OutputKind.OUTPUT]
 
 
 def owner_of(word: str) -> int | None:
@@ -46,6 +54,28 @@ def owner_of(word: str) -> int | None:
     (3, None)
     """
     return int(word.removeprefix(OWNED)) if word.startswith(OWNED) else None
+
+
+def of_parts(parts: Sequence[torch.Tensor], word: str) -> torch.Tensor:
+    """The whole of equal parts that lie so: ``sharded 0``, or ``sharded 1 as 3x8+2x4`` where dimension 1 is made of
+    pieces that hold the indices of the axis 3 and 2 times, each 8 and 4 elements long.
+
+    >>> a, b = torch.tensor([0, 1, 4, 5]), torch.tensor([2, 3, 6, 7])
+    >>> of_parts([a, b], "sharded 0"), of_parts([a, b], "sharded 0 as 2x1")
+    (tensor([0, 1, 4, 5, 2, 3, 6, 7]), tensor([0, 1, 2, 3, 4, 5, 6, 7]))
+    """
+    where, _, made = word.removeprefix(PART).partition(" as ")
+    dim = int(where)
+    pieces = [tuple(map(int, piece.split("x"))) for piece in (made or "1x1").split("+")]
+    indices = parts[0].shape[dim] // sum(outer * inner for outer, inner in pieces)
+    if pieces == [(1, 1)]:
+        return torch.cat(list(parts), dim)
+    lengths = [outer * indices * inner for outer, inner in pieces]
+    whole = []
+    for (outer, inner), of_each in zip(pieces, zip(*(part.split(lengths, dim) for part in parts)), strict=True):
+        apart = [part.unflatten(dim, (outer, indices, inner)) for part in of_each]
+        whole.append(torch.cat(apart, dim + 1).flatten(dim, dim + 2))
+    return whole[0] if len(whole) == 1 else torch.cat(whole, dim)
 
 
 def lowered(divided: Divided, pool: Pool, whole: TrainingGraph) -> Lowered:
@@ -84,9 +114,10 @@ class _DividedStep:
         self._common = [position[i] for i in job.common]
         sharded: dict[str, int] = {name: int(word.split()[1]) for name, word in record["inputs"].items()}
         self._own = [(i, position.get(i), sharded.get(i.name)) for i in job.own]
-        self._rows = next((p, d) for i, p, d in self._own if p is not None and d is not None)
+        self._rows = _rows(divided.before, position)
         self._partial = [k for k, word in enumerate(divided.words) if word == PARTIAL]
-        self._owned = [k for k in divided.gathered if k not in self._partial]
+        self._in_parts = {k: divided.words[k] for k in divided.in_parts}
+        self._owned = [k for k in divided.gathered if k not in (*self._partial, *self._in_parts)]
         targets = overwritten(first)
         at = {node: i for i, node in enumerate(first.placeholders)}
         own = {i: position[given] for i, given in enumerate(first.inputs) if given in position}
@@ -111,6 +142,8 @@ class _DividedStep:
             for k in self._partial:
                 known = sums.get(id(results[k]))
                 whole[k] = sums[id(results[k])] = self._sum(k, results[k]) if known is None else known
+            for k, word in self._in_parts.items():
+                whole[k] = of_parts([results[k], *self._job.gathered(k)], word)
             for k in self._owned:
                 (whole[k],) = self._job.gathered(k)
             with torch.no_grad():
@@ -123,10 +156,16 @@ class _DividedStep:
                 updated = self._update.run(*arguments) if self._update is not None else ()
             given.extend((*(whole[k] for k in self._returned), *updated))
 
-        position, dim = self._rows
-        parts = [self._part(inputs, begin, count) for begin, count in
-                 rows_of_parts(inputs[position].shape[dim], self._processors)]  # fmt: skip
-        self._job([inputs[k] for k in self._common], parts, commit)
+        rows = 0
+        if self._rows is not None:
+            position, dim = self._rows
+            rows = inputs[position].shape[dim]
+        parts = rows_of_parts(rows, self._processors)
+        self._job(
+            [inputs[k] for k in self._common],
+            [self._part(inputs, k, rows, *part) for k, part in enumerate(parts)],
+            commit,
+        )
         return tuple(given)
 
     def _sum(self, position: int, own: torch.Tensor) -> torch.Tensor:
@@ -137,14 +176,31 @@ class _DividedStep:
             total += part
         return total
 
-    def _part(self, inputs: Sequence[Any], begin: int, count: int) -> list[Any]:
-        """The values that one processor has for itself."""
-        position, dim = self._rows
+    def _part(self, inputs: Sequence[Any], processor: int, rows: int, begin: int, count: int) -> list[Any]:
+        """The values that one processor has for itself: its rows, and its place in the whole."""
+        places = {
+            ("batch", "total"): rows,
+            ("batch", "begin"): begin,
+            ("batch", "part"): count,
+            ("batch", "most"): -(-rows // self._processors),
+            ("processor", "index"): processor,
+        }
         values: list[Any] = []
         for own, at, sharded in self._own:
             if own.kind is InputKind.PLACE:
-                values.append(inputs[position].shape[dim] if own.field == "total" else begin)
+                values.append(places[own.name, own.field])
             else:
                 assert at is not None
                 values.append(inputs[at] if sharded is None else inputs[at].narrow(sharded, begin, count))
         return values
+
+
+def _rows(before: TrainingGraph, position: dict[Input, int]) -> tuple[int, int] | None:
+    """The input of the whole step, and its dimension, whose size is that of the batch; None where that is fixed."""
+    symbol = before.symbols.symbols.get("batch")
+    for given, node in zip(before.inputs, before.placeholders, strict=True):
+        if symbol is not None and given.kind is InputKind.BATCH:
+            for dim, size in enumerate(node.meta["val"].shape):
+                if expression(size) == symbol:
+                    return position[given], dim
+    return None
