@@ -23,6 +23,7 @@ from graphopt.passes._base import (
 from graphopt.passes.common_subexpressions import CommonSubexpressions
 from graphopt.passes.constant_folding import ConstantFolding
 from graphopt.passes.dead_code import DeadCode
+from graphopt.passes.divide_regions import DivideRegions
 from graphopt.passes.frozen_folding import FrozenFolding
 from graphopt.passes.gradient_liveness import GradientLiveness, LivenessResult
 from graphopt.passes.layer_walk import COPIES, WEIGHTLESS, LayerDecision, walk_layers
@@ -43,6 +44,7 @@ __all__ = [
     "CommonSubexpressions",
     "ConstantFolding",
     "DeadCode",
+    "DivideRegions",
     "FrozenFolding",
     "GatherAtOwner",
     "GradientLiveness",

@@ -109,13 +109,15 @@ class Pass(ABC):
     `rewrite`.
 
     ``drops_outputs``: the pass may leave outputs out, or give None for them. ``adds_inputs``: kinds of inputs that it
-    may add behind those there are. All else that `check` lists is required of every pass.
+    may add behind those there are. ``resizes``: inputs and outputs may be parts of those before.
+    All else that `check` lists is required of every pass.
     """
 
     name: ClassVar[str]
     tier: ClassVar[Tier]
     drops_outputs: ClassVar[bool] = False
     adds_inputs: ClassVar[frozenset[InputKind]] = frozenset()
+    resizes: ClassVar[bool] = False
 
     def __call__(self, graph: TrainingGraph | PassResult) -> PassResult:
         """Run the pass and check its result.
@@ -197,13 +199,14 @@ def check(rewriter: Pass, before: TrainingGraph, after: TrainingGraph) -> None:
         after.graph.lint()
     except RuntimeError as error:
         fail(f"the rewritten graph is not well formed: {error}")
+    of_type = _kind if rewriter.resizes else _type
     added_inputs = after.inputs[len(before.inputs) :]
     if after.inputs[: len(before.inputs)] != before.inputs or any(
         i.kind not in rewriter.adds_inputs for i in added_inputs
     ):
         fail("the inputs of the signature differ from those before the pass")
     for input_, old, new in zip(before.inputs, before.placeholders, after.placeholders):
-        if _type(old) != _type(new):
+        if of_type(old) != of_type(new):
             fail(f"{input_} was {_type(old)} and is {_type(new)}")
     old_results = dict(zip(before.outputs, before.results))
     if rewriter.drops_outputs:
@@ -213,7 +216,7 @@ def check(rewriter: Pass, before: TrainingGraph, after: TrainingGraph) -> None:
     elif after.outputs != before.outputs:
         fail("the outputs of the signature differ from those before the pass")
     for output, result in zip(after.outputs, after.results):
-        was, now = _type(old_results[output]), _type(result)
+        was, now = of_type(old_results[output]), of_type(result)
         if was != now and not (rewriter.drops_outputs and result is None):
             fail(f"{output} was {was} and is {now}")
     added = _aliases(after) - _aliases(before)
@@ -231,6 +234,14 @@ def _type(node: fx.Node | None) -> Any:
         return type(value).__name__
     shape = [expression(s) for s in value.shape]
     return value.dtype, shape, [expression(s) for s in value.stride()], value.device
+
+
+def _kind(node: fx.Node | None) -> Any:
+    """As `_type` without sizes and strides."""
+    value = node.meta.get("val") if node is not None else None
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return value.dtype, value.dim(), value.device
 
 
 def _aliases(graph: TrainingGraph) -> set[frozenset[str]]:

@@ -170,15 +170,17 @@ def _plain(expr: sympy.Basic) -> bool:
     return isinstance(expr, (sympy.Symbol, sympy.Integer))
 
 
-def numbers(node: fx.Node) -> Iterator[tuple[str, Role, fx.Node]]:
-    """The operands of an operator on tensors that are numbers computed in the graph, and what each says."""
+def computed_numbers(node: fx.Node) -> Iterator[tuple[str, int | None, Role, fx.Node]]:
+    """The operands of an operator on tensors that are numbers computed in the graph: argument, position in it where it is
+    a list, what each says, and the node."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return
     types = {a.name: str(a.real_type).lower() for a in node.target._schema.arguments}
     for name in operand_names(node):
         given = operand(node, name)
-        for value in given if isinstance(given, (list, tuple)) else [given]:
+        several = isinstance(given, (list, tuple))
+        for index, value in enumerate(given if several else [given]):
             if isinstance(value, fx.Node) and isinstance(value.meta["val"], (torch.SymInt, torch.SymFloat)):
                 computed_with = "int" not in types[name]
                 role = Role.VALUE if computed_with else role_of(node, name, False)
-                yield name, role, value
+                yield name, index if several else None, role, value

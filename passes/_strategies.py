@@ -197,6 +197,8 @@ class Strategies:
         found = [Strategy(None, dict.fromkeys(read, _WHOLE), _same(value, _WHOLE))]
         if "c10d" in str(node.target) or not isinstance(node.target, torch._ops.OpOverload) or not _results(value):
             return found
+        if not read and node.users and all(map(is_random, node.users)):
+            return found  # what lends its shape to a draw
         if is_random(node) or node.target in ARANGES or getattr(node.target, "overloadpacket", None) in POSITIONS:
             for name in self._touched(node):
                 self._why[node, name] = "its values depend on positions in the whole, of which parts are taken"
@@ -304,7 +306,7 @@ class Strategies:
             Sharded(flow.where(node, i)[0]) if flow.where(node, i) else Partial() if alone else _WHOLE
             for i, v in _results(value)
         ]
-        statistics = value[1] if value[1] is not None else value[2]
+        statistics = operand(node, "save_mean").meta["val"] if backward else value[1]
         return Strategy(BATCH, operands, tuple(results), () if alone else (nbytes(statistics),) * 2)
 
     def _sums(self, node: fx.Node, value: Any) -> list[Strategy]:

@@ -21,7 +21,7 @@ from graphopt.graph.op_rules import Reduction, operand, operand_names, reduction
 from graphopt.graph.sizes import expression, product
 from graphopt.graph.text import operator_text
 from graphopt.passes._axis_flow import AxisFlow
-from graphopt.passes._places import Numbers, numbers
+from graphopt.passes._places import Numbers, computed_numbers
 
 aten = torch.ops.aten
 
@@ -62,7 +62,7 @@ class WholeSums:
     def _values(self, node: fx.Node) -> None:
         """Numbers that are computed with are those of the whole."""
         copy = self.draft.node(node)
-        for name, role, value in numbers(node):
+        for name, _, role, value in computed_numbers(node):
             if not self.found.follows(value.meta["val"]):
                 continue
             if role is Role.VALUE:

@@ -19,7 +19,7 @@ from torch import fx
 
 from graphopt.errors import AxisError
 from graphopt.graph.axes import Axes, Axis, Dim
-from graphopt.graph.draft import Draft, infer
+from graphopt.graph.draft import Draft, infer_or_copy
 from graphopt.graph.literals import Literal, Role, literals
 from graphopt.graph.op_rules.arguments import set_operand
 from graphopt.graph.sizes import Expr, expression
@@ -220,22 +220,8 @@ class _Resizing:
         self._compare(node, copy)
 
     def _infer(self, copy: fx.Node) -> None:
-        """New metadata. A view that the new strides do not allow becomes a copy, as in eager's ``reshape``: the kernel
-        of an attention, and so the strides of what it gives, depends on whether sizes are equal."""
         with self.inference():
-            if copy.target is _VIEW and not self._viewable(copy):
-                source, size = copy.args
-                whole = self.draft.add(_CLONE, source, like=copy, memory_format=torch.contiguous_format)
-                copy.target, copy.args = _UNSAFE_VIEW, (whole, size)
-            copy.meta["val"] = infer(copy)
-
-    @staticmethod
-    def _viewable(copy: fx.Node) -> bool:
-        try:
-            infer(copy)
-        except (ValueError, RuntimeError):
-            return False
-        return True
+            infer_or_copy(self.draft, copy)
 
     def _rewrite(self, copy: fx.Node, literal: Literal) -> None:
         new = literal.at(self.sizes)
@@ -283,9 +269,6 @@ class _Resizing:
         raise AxisError(f"cannot change {sizes}: {node_text(node, self.graph.symbols)}: {why}")
 
 
-_VIEW = torch.ops.aten.view.default
-_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
-_CLONE = torch.ops.aten.clone.default
 _EVEN_PIECES = {
     torch.ops.aten.split.Tensor,
     torch.ops.aten.unsafe_split.Tensor,
