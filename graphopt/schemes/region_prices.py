@@ -63,7 +63,10 @@ def _axes_of(graph: TrainingGraph, node: fx.Node) -> set[Axis]:
 
 
 class RegionPrices:
-    """Prices on one machine for a batch of one size. Raises CostModelError for a machine without a link."""
+    """Prices on one machine for a batch of one size.
+
+    Raises CostModelError for a machine without a link, or a size that the graph does not hold for.
+    """
 
     def __init__(self, strategies: Strategies, machine: Machine, size: int, synchronise: Synchronise = "owner"):
         if machine.link is None:
@@ -71,6 +74,8 @@ class RegionPrices:
         self.graph, self.processors = strategies.graph, strategies.processors
         self.machine, self.link, self.synchronise = machine, machine.link, synchronise
         symbols = self.graph.symbols.symbols
+        if not self.graph.symbols.admits({BATCH: size} if BATCH in self.graph.symbols.hints else {}):
+            raise CostModelError(f"size: the graph does not hold for a batch of {size}")
         self._work = compiled(self.graph, "flat", (a for a in strategies.axes if a != BATCH), machine.threads)
         free = {name: symbol for name, symbol in symbols.items()} | dict(self._work.widths)
         sizes = self.graph.symbols.hints | {name: self.graph.axes.group(name).size for name in self._work.widths}
