@@ -11,7 +11,8 @@ from graphopt.cost_model import Estimate, Machine, estimate
 from graphopt.cost_model.kernels import Family
 from graphopt.graph.sizes import nbytes
 from graphopt.graph.training_graph import InputKind, TrainingGraph
-from graphopt.schemes.divided_step import PARTIAL, Divided, owner_of
+from graphopt.schemes.divided_step import Divided
+from graphopt.schemes.pieces import PARTIAL, owner_of, sharded_dim
 
 
 def price(divided: Divided, size: int, machine: Machine) -> Estimate | None:
@@ -19,10 +20,9 @@ def price(divided: Divided, size: int, machine: Machine) -> Estimate | None:
     communication, copies through shared memory, and the update of this process. None where the graphs do not hold for
     parts of that size. ``machine`` must have a link."""
     processors = len(divided.graphs)
-    symbols = divided.graphs[0].symbols
-    known = {"batch": -(-size // processors), "batch.total": size}
-    sizes = {name: number for name, number in known.items() if name in symbols.symbols}
-    if not symbols.admits(sizes):
+    named = divided.graphs[0].symbols.hints
+    sizes = {"batch": -(-size // processors), "batch.total": size} if "batch.total" in named else {"batch": size}
+    if not divided.graphs[0].symbols.admits(sizes):
         return None
     different = {id(graph): graph for graph in divided.graphs}.values()
     found = (estimate(graph, machine, sizes, processors=processors) for graph in different)
@@ -49,15 +49,16 @@ def shared_memory_seconds(divided: Divided, machine: Machine) -> float:
         return float(_copied(sizes, machine).sum())
 
     first, processors = divided.graphs[0], len(divided.graphs)
-    partial = _sizes(first, [k for k, word in enumerate(divided.words) if word == PARTIAL])
-    parts = [processors * size for size in _sizes(first, divided.in_parts)]
+    words = list(enumerate(divided.words))
+    partial = _sizes(first, [k for k, word in words if word == PARTIAL])
+    pieces = [processors * size for size in _sizes(first, [k for k, word in words if sharded_dim(word) is not None])]
     mine: dict[int, list[int]] = {k: [] for k in range(processors)}
-    for k, word in enumerate(divided.words):
+    for k, word in words:
         if (owner := owner_of(word)) is not None:
             mine[owner] += _sizes(divided.graphs[owner], [k])
     handed = max(copies(sizes) for owner, sizes in mine.items() if owner)
     taken = sum(copies(sizes) for sizes in mine.values()) if divided.update is None else 0.0
-    joined = seconds_of_sums(partial, processors, machine).sum() + seconds_of_parts(parts, processors, machine).sum()
+    joined = seconds_of_sums(partial, processors, machine).sum() + seconds_of_parts(pieces, processors, machine).sum()
     return copies(_mirrored(divided)) + float(joined) + handed + taken
 
 

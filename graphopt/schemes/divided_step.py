@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,11 +12,8 @@ from graphopt.graph.in_place import overwritten
 from graphopt.graph.lowering import Lowered, lower
 from graphopt.graph.sizes import expression
 from graphopt.graph.training_graph import Input, InputKind, Output, OutputKind, TrainingGraph
-from graphopt.schemes.micro_batches import part_sizes
+from graphopt.schemes.pieces import PARTIAL, owner_of, place_value, rows_of_parts, sharded_dim, whole_of
 from graphopt.schemes.workers import Job, Pool
-
-PARTIAL, OWNED, PART = "partial sum", "at processor ", "sharded "
-"""How outputs lie that this process has to bring together."""
 
 
 @dataclass(frozen=True)
@@ -37,45 +33,12 @@ class Divided:
     @property
     def gathered(self) -> list[int]:
         """The outputs that this process gets from others through shared memory."""
-        found = [k for k, word in enumerate(self.words) if word == PARTIAL or owner_of(word) not in (None, 0)]
-        return sorted(found + self.in_parts)
-
-    @property
-    def in_parts(self) -> list[int]:
-        """The outputs of which each processor has a part that this process wants whole."""
-        kinds = [output.kind for output in self.graphs[0].outputs]
-        return [k for k, w in enumerate(self.words) if w.startswith(PART) and kinds[k] is not OutputKind.OUTPUT]
+        return [k for k, word in enumerate(self.words) if in_parts(word) or owner_of(word) not in (None, 0)]
 
 
-def owner_of(word: str) -> int | None:
-    """The processor that alone gives an output, by how it lies; None for one that all have.
-
-    >>> owner_of("at processor 3"), owner_of("replicated")
-    (3, None)
-    """
-    return int(word.removeprefix(OWNED)) if word.startswith(OWNED) else None
-
-
-def of_parts(parts: Sequence[torch.Tensor], word: str) -> torch.Tensor:
-    """The whole of equal parts that lie so: ``sharded 0``, or ``sharded 1 as 3x8+2x4`` where dimension 1 is made of
-    pieces that hold the indices of the axis 3 and 2 times, each 8 and 4 elements long.
-
-    >>> a, b = torch.tensor([0, 1, 4, 5]), torch.tensor([2, 3, 6, 7])
-    >>> of_parts([a, b], "sharded 0"), of_parts([a, b], "sharded 0 as 2x1")
-    (tensor([0, 1, 4, 5, 2, 3, 6, 7]), tensor([0, 1, 2, 3, 4, 5, 6, 7]))
-    """
-    where, _, made = word.removeprefix(PART).partition(" as ")
-    dim = int(where)
-    pieces = [tuple(map(int, piece.split("x"))) for piece in (made or "1x1").split("+")]
-    indices = parts[0].shape[dim] // sum(outer * inner for outer, inner in pieces)
-    if pieces == [(1, 1)]:
-        return torch.cat(list(parts), dim)
-    lengths = [outer * indices * inner for outer, inner in pieces]
-    whole = []
-    for (outer, inner), of_each in zip(pieces, zip(*(part.split(lengths, dim) for part in parts)), strict=True):
-        apart = [part.unflatten(dim, (outer, indices, inner)) for part in of_each]
-        whole.append(torch.cat(apart, dim + 1).flatten(dim, dim + 2))
-    return whole[0] if len(whole) == 1 else torch.cat(whole, dim)
+def in_parts(word: str) -> bool:
+    """Whether each processor has a summand or a piece of an output that lies so."""
+    return word == PARTIAL or sharded_dim(word) is not None
 
 
 def lowered(divided: Divided, pool: Pool, whole: TrainingGraph) -> Lowered:
@@ -85,16 +48,6 @@ def lowered(divided: Divided, pool: Pool, whole: TrainingGraph) -> Lowered:
     job = pool.load(divided.graphs[0] if same else divided.graphs, gathered=[outputs[k] for k in divided.gathered])
     step = _DividedStep(divided, job, whole.inputs)
     return Lowered(step, step.outputs, step.code)
-
-
-def rows_of_parts(rows: int, processors: int) -> list[tuple[int, int]]:
-    """First row and number of rows of each processor, as equal as can be, the larger parts first.
-
-    >>> rows_of_parts(7, 3)
-    [(0, 3), (3, 2), (5, 2)]
-    """
-    counts = part_sizes(rows, processors)
-    return list(zip(accumulate(counts, initial=0), counts))
 
 
 class _DividedStep:
@@ -112,12 +65,12 @@ class _DividedStep:
         record = first.signature.tree["placements"]
         self._processors = int(record["processors"])
         self._common = [position[i] for i in job.common]
-        sharded: dict[str, int] = {name: int(word.split()[1]) for name, word in record["inputs"].items()}
-        self._own = [(i, position.get(i), sharded.get(i.name)) for i in job.own]
-        self._rows = _rows(divided.before, position)
-        self._partial = [k for k, word in enumerate(divided.words) if word == PARTIAL]
-        self._in_parts = {k: divided.words[k] for k in divided.in_parts}
-        self._owned = [k for k in divided.gathered if k not in (*self._partial, *self._in_parts)]
+        lies: dict[str, str] = record["inputs"]
+        self._own = [(i, position.get(i), sharded_dim(lies.get(i.name, ""))) for i in job.own]
+        self._rows = _rows(first, position, lies)
+        self._words = divided.words
+        self._in_parts = [k for k, word in enumerate(divided.words) if in_parts(word)]
+        self._owned = [k for k in divided.gathered if k not in self._in_parts]
         targets = overwritten(first)
         at = {node: i for i, node in enumerate(first.placeholders)}
         own = {i: position[given] for i, given in enumerate(first.inputs) if given in position}
@@ -138,12 +91,12 @@ class _DividedStep:
 
         def commit(results: tuple[Any, ...]) -> None:
             whole = list(results)
-            sums: dict[int, torch.Tensor] = {}  # one value may be several outputs
-            for k in self._partial:
-                known = sums.get(id(results[k]))
-                whole[k] = sums[id(results[k])] = self._sum(k, results[k]) if known is None else known
-            for k, word in self._in_parts.items():
-                whole[k] = of_parts([results[k], *self._job.gathered(k)], word)
+            made: dict[int, torch.Tensor] = {}  # one value may be several outputs
+            for k in self._in_parts:
+                if id(results[k]) not in made:
+                    parts = [results[k], *self._job.gathered(k)]
+                    made[id(results[k])] = whole_of(self._words[k], parts)
+                whole[k] = made[id(results[k])]
             for k in self._owned:
                 (whole[k],) = self._job.gathered(k)
             with torch.no_grad():
@@ -156,51 +109,33 @@ class _DividedStep:
                 updated = self._update.run(*arguments) if self._update is not None else ()
             given.extend((*(whole[k] for k in self._returned), *updated))
 
-        rows = 0
-        if self._rows is not None:
-            position, dim = self._rows
-            rows = inputs[position].shape[dim]
-        parts = rows_of_parts(rows, self._processors)
-        self._job(
-            [inputs[k] for k in self._common],
-            [self._part(inputs, k, rows, *part) for k, part in enumerate(parts)],
-            commit,
-        )
+        rows = inputs[self._rows[0]].shape[self._rows[1]] if self._rows is not None else 0
+        places = rows_of_parts(rows, self._processors)
+        parts = [self._part(inputs, processor, places) for processor in range(self._processors)]
+        self._job([inputs[k] for k in self._common], parts, commit)
         return tuple(given)
 
-    def _sum(self, position: int, own: torch.Tensor) -> torch.Tensor:
-        """The sum of an output over processors, in their order."""
-        first, *others = self._job.gathered(position)
-        total = own + first
-        for part in others:
-            total += part
-        return total
-
-    def _part(self, inputs: Sequence[Any], processor: int, rows: int, begin: int, count: int) -> list[Any]:
-        """The values that one processor has for itself: its rows, and its place in the whole."""
-        places = {
-            ("batch", "total"): rows,
-            ("batch", "begin"): begin,
-            ("batch", "part"): count,
-            ("batch", "most"): -(-rows // self._processors),
-            ("processor", "index"): processor,
-        }
+    def _part(self, inputs: Sequence[Any], processor: int, places: Sequence[tuple[int, int]]) -> list[Any]:
+        """The values that one processor has for itself."""
         values: list[Any] = []
-        for own, at, sharded in self._own:
+        for own, at, dim in self._own:
             if own.kind is InputKind.PLACE:
-                values.append(places[own.name, own.field])
+                values.append(place_value(own, processor, places))
             else:
                 assert at is not None
-                values.append(inputs[at] if sharded is None else inputs[at].narrow(sharded, begin, count))
+                values.append(inputs[at] if dim is None else inputs[at].narrow(dim, *places[processor]))
         return values
 
 
-def _rows(before: TrainingGraph, position: dict[Input, int]) -> tuple[int, int] | None:
-    """The input of the whole step, and its dimension, whose size is that of the batch; None where that is fixed."""
-    symbol = before.symbols.symbols.get("batch")
-    for given, node in zip(before.inputs, before.placeholders, strict=True):
-        if symbol is not None and given.kind is InputKind.BATCH:
-            for dim, size in enumerate(node.meta["val"].shape):
-                if expression(size) == symbol:
-                    return position[given], dim
+def _rows(graph: TrainingGraph, position: dict[Input, int], lies: dict[str, str]) -> tuple[int, int] | None:
+    """An input of the whole step, and the dimension of it that is the batch; None where the batch is not divided."""
+    total = graph.symbols.symbols.get("batch.total")
+    for given, node in zip(graph.inputs, graph.placeholders, strict=True):
+        if total is None or given not in position:
+            continue
+        dim = sharded_dim(lies.get(given.name, ""))
+        shape = getattr(node.meta.get("val"), "shape", ())
+        found = [dim] if dim is not None else [d for d, size in enumerate(shape) if expression(size) == total]
+        if found:
+            return position[given], found[0]
     return None

@@ -61,8 +61,8 @@ def whole_of(word: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     tensor([0, 1, 2, 3])
     """
     if word == PARTIAL:
-        first, *others = parts
-        total = first.clone()
+        first, second, *others = parts
+        total = first + second
         for part in others:
             total += part
         return total

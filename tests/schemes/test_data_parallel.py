@@ -14,7 +14,7 @@ import graphopt
 from graphopt.cost_model import Link
 from graphopt.errors import GraphoptError
 from graphopt.schemes import DataParallel
-from graphopt.schemes.divided_step import rows_of_parts
+from graphopt.schemes.pieces import rows_of_parts
 from graphopt.schemes.workers import Pool
 from graphopt.schemes.workers.link import SIZES, measure_link
 from tests.cost_model.machines import simple
