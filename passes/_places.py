@@ -70,12 +70,16 @@ class Numbers:
         raise PassError(f"no input has the size {symbol}")
 
     def call(self, operator: Callable[..., Any], *args: Any) -> fx.Node:
-        """Arithmetic on numbers, before all operators on tensors."""
+        """Arithmetic on numbers, before all operators on tensors; made once."""
+        if (operator, args) in self._numbers:
+            return self._numbers[operator, args]
         first = next(n for n in self.draft.graph.nodes if n.op != "placeholder" and n not in self._made)
         with self.draft.graph.inserting_before(first):
             node = self.draft.graph.call_function(operator, args)
-        node.meta.update(val=infer(node), phase=Phase.FORWARD, module="", source="")
+        value = infer(node) if isinstance(operator, torch._ops.OpOverload) else operator(*map(_value, args))
+        node.meta.update(val=value, phase=Phase.FORWARD, module="", source="")
         self._made.add(node)
+        self._numbers[operator, args] = node
         return node
 
     def twin(self, node: fx.Node) -> int | fx.Node:
@@ -162,6 +166,10 @@ class Places(Numbers):
             args = [self.twin(a) if isinstance(a, fx.Node) else a for a in node.args]
             self._numbers[key] = self.call(node.target, *args)  # type: ignore[arg-type]
         return self._numbers[key]
+
+
+def _value(argument: Any) -> Any:
+    return argument.meta["val"] if isinstance(argument, fx.Node) else argument
 
 
 def _plain(expr: sympy.Basic) -> bool:

@@ -44,8 +44,11 @@ Regime: TypeAlias = str | None
 BATCH = "batch"
 _SUMS = "sums of "
 _WHOLE = Replicated()
-_KINDS = {Kind.CHANNEL, Kind.HIDDEN, Kind.EMBEDDING, Kind.HEADS, Kind.HEAD_SIZE, Kind.VOCABULARY, Kind.CLASSES}
-"""What can be divided beside the batch: axes of parameters."""
+_KINDS = {
+    Kind.CHANNEL, Kind.HIDDEN, Kind.EMBEDDING, Kind.HEADS, Kind.HEAD_SIZE, Kind.VOCABULARY, Kind.CLASSES, Kind.INPUT,
+    Kind.OUTPUT,
+}  # fmt: skip
+"""What can be divided beside the batch: features of some sort, of which operators may read a part."""
 
 
 def is_sums(regime: Regime) -> bool:

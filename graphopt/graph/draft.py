@@ -159,16 +159,12 @@ def infer_or_copy(draft: Draft, node: fx.Node) -> None:
     """Infer the metadata of a draft's node whose operands changed. A view that their strides do not allow becomes a
     copy, as in eager's ``reshape``: the kernel of an attention, and so the strides of what it gives, depends on whether
     sizes are equal."""
-    if node.target is torch.ops.aten.view.default and not _viewable(node):
+    try:
+        node.meta["val"] = infer(node)
+    except (ValueError, RuntimeError):
+        if node.target is not torch.ops.aten.view.default:
+            raise
         source, size = node.args
         whole = draft.add(torch.ops.aten.clone.default, source, like=node, memory_format=torch.contiguous_format)
         node.target, node.args = torch.ops.aten._unsafe_view.default, (whole, size)
-    node.meta["val"] = infer(node)
-
-
-def _viewable(node: fx.Node) -> bool:
-    try:
-        infer(node)
-    except (ValueError, RuntimeError):
-        return False
-    return True
+        node.meta["val"] = infer(node)
