@@ -28,11 +28,11 @@ class Hybrid(SeveralProcessors):
     """Each operator of forward and backward along the axis that suits it: rows of the batch in one region of the model,
     features, channels or heads in another, everything on each processor in a third.
 
-    Which operators run along which axis is chosen by price, for each batch size anew (`graphopt.schemes.regions`): large
-    linear layers on small batches are divided along their features, which leaves gradients where they are, convolutions
-    along the batch (Krizhevsky, "One weird trick for parallelizing convolutional neural networks", 2014); attention and
-    MLPs along heads and hidden features (Shoeybi et al., "Megatron-LM", 2019). Values are converted by collectives
-    between regions. This process updates. See `SeveralProcessors` for what a step is.
+    Which operators run along which axis is chosen by price, for each batch size anew (`graphopt.schemes.regions`).
+    Large linear layers on small batches are divided along their features, which leaves gradients where they are,
+    convolutions along the batch (Krizhevsky, "One weird trick for parallelizing convolutional neural networks", 2014);
+    attention and MLPs along heads and hidden features (Shoeybi et al., "Megatron-LM", 2019). Values are converted by
+    collectives between regions. This process updates. See `SeveralProcessors` for what a step is.
 
     Where another scheme does the same (all rows, or nothing divided), it says so and is not tried.
 

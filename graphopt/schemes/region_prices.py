@@ -25,10 +25,11 @@ from graphopt.passes._strategies import BATCH, Strategies, Strategy, is_sums
 from graphopt.schemes.divided_price import seconds_of_parts, seconds_of_sums
 
 Synchronise: TypeAlias = Literal["owner", "all-reduce"]
-"""Who gets the sum of a gradient: this process, through shared memory, or every processor, by a collective."""
+"""Who updates: this process, which brings gradients together through shared memory, or each processor what it keeps of
+the parameters, whole ones after an all-reduce of their gradients."""
 
 BUCKET = 25 << 20
-"""Bytes of the buckets in which gradients are all-reduced."""
+"""Bytes of the buckets in which gradients are sent."""
 
 FEATURES = (Kind.CHANNEL, Kind.HIDDEN, Kind.EMBEDDING, Kind.HEADS)
 """Kinds of axes, beside the batch, that are worth dividing: the sizes of attention's heads are not, since each score
@@ -39,8 +40,8 @@ SHARE = 0.002
 
 
 def axes_that_matter(graph: TrainingGraph, processors: int) -> tuple[str, ...]:
-    """The batch, and the axes whose division may pay: of these `FEATURES`, free, a multiple of ``processors`` large, and
-    in operands or results of operators with at least `SHARE` of the FLOPs. Those in most FLOPs first."""
+    """The batch, and the axes whose division may pay, those in most FLOPs first: of these `FEATURES`, free, of a size
+    that is a multiple of ``processors``, in operands or results of operators with at least `SHARE` of the FLOPs."""
     work: dict[Axis, int] = {}
     total = 0
     for node in graph.nodes:
@@ -80,6 +81,7 @@ class RegionPrices:
         free = {name: symbol for name, symbol in symbols.items()} | dict(self._work.widths)
         sizes = self.graph.symbols.hints | {name: self.graph.axes.group(name).size for name in self._work.widths}
         self._values = {symbol: int(sizes[name]) for name, symbol in free.items()}
+        self._rows = size
         if BATCH in symbols:
             self._values[symbols[BATCH]] = size
         self._position = {node: i for i, node in enumerate(self._work.nodes)}
@@ -96,8 +98,10 @@ class RegionPrices:
         return float(expr if isinstance(expr, int) else expr.xreplace(self._values))
 
     def seconds(self, node: fx.Node, strategy: Strategy) -> float:
-        """Of one operator and the collectives inside it."""
+        """Of one operator and the collectives inside it; ``inf`` where a processor would have no row."""
         regime = strategy.regime
+        if regime == BATCH and self._rows < self.processors:
+            return float("inf")
         of_all = self._whole if regime is None or is_sums(regime) else self._along[regime]
         inner = (self.link.seconds("all_reduce", self._at(size), self.processors) for size in strategy.inner)
         return float(of_all[self._position[node]]) + sum(inner)
@@ -124,18 +128,17 @@ class RegionPrices:
     def _copied(self, size: float) -> float:
         return float(self.machine.curves[Family.COPY].memory_seconds(np.array([2.0 * size]))[0])
 
-    def handing_over(self, node: fx.Node, form: Form) -> float:
-        """Seconds of bringing a gradient together for the update."""
-        _, placement = form
+    def handing_over(self, node: fx.Node, source: Form) -> float:
+        """Seconds of bringing a gradient together where it is updated: in this process, or whole on each."""
+        _, placement = source
         if isinstance(placement, Replicated):
             return 0.0
         size = float(self.nbytes(node))
         if self.synchronise == "owner":
             seconds = seconds_of_sums if isinstance(placement, Partial) else seconds_of_parts
             return float(seconds([size], self.processors, self.machine)[0])
-        if isinstance(placement, Sharded):
-            return 0.0  # its processor updates it
-        return size / BUCKET * self.link.seconds("all_reduce", BUCKET, self.processors)
+        name = "all_reduce" if isinstance(placement, Partial) else "all_gather"
+        return size / BUCKET * self.link.seconds(name, BUCKET, self.processors)
 
 
 Form: TypeAlias = tuple[str | None, Placement]

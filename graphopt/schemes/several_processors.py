@@ -18,10 +18,10 @@ from graphopt.schemes.divided_step import Divided
 class SeveralProcessors(Scheme):
     """A scheme that runs one step on this process and workers that it starts.
 
-    Each processor runs forward and backward on its part; this process, which owns parameters and optimizer state, updates
-    when all have finished. A step happens whole or not at all. What a step computes is what one processor would: means
-    are those of the whole batch, masks are drawn for all of it. Sums are taken in another order, so results differ in
-    their last bits.
+    Each processor runs forward and backward on its part; this process, which owns parameters and optimizer state,
+    updates when all have finished. A step happens whole or not at all. What a step computes is what one processor
+    would: means are those of the whole batch, masks are drawn for all of it. Sums are taken in another order, so
+    results differ in their last bits.
 
     Subclasses are dataclasses with these fields. ``processors``: how many take part, at least 2. ``batch_norm``:
     ``"synchronized"``: statistics of the whole batch; ``"local"``: of each processor's rows, as DDP. ``threads``: of
