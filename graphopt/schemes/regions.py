@@ -39,8 +39,9 @@ class Regions:
 
     ``chosen``: the strategy of each operator, by name. ``conversions``: in the order of the values.
     ``handed_over``: gradients with the form in which they leave backward. ``seconds``: of forward and backward with all
-    communication, none of it hidden; ``bound``: no choice takes less; ``rows``: the seconds where each product is
-    divided along the batch, ``whole`` where nothing is.
+    communication, none of it hidden. Of other choices: ``best``, the cheapest that was found (a simpler one is taken
+    where it is nearly as good, `WORTH`); ``bound``, which none is below; ``rows``, each product divided along the
+    batch; ``whole``, nothing divided.
     """
 
     strategies: Strategies
@@ -49,6 +50,7 @@ class Regions:
     conversions: tuple[Conversion, ...]
     handed_over: tuple[tuple[str, Form, int], ...]
     seconds: float
+    best: float
     bound: float
     rows: float
     whole: float
@@ -101,7 +103,9 @@ def choose_regions(
     )
     alone = float("inf") if rows is None else rows.cost
     conversions = tuple(_conversions(table, found))
-    return Regions(strategies, size, chosen, conversions, tuple(handed), found.cost, best.bound, alone, whole.cost)
+    return Regions(
+        strategies, size, chosen, conversions, tuple(handed), found.cost, best.cost, best.bound, alone, whole.cost
+    )
 
 
 WORTH = 0.05

@@ -23,7 +23,7 @@ def explained(regions: Regions) -> Iterator[str]:
         f"batch {regions.size} on {processors} processors: {regions.kind}, {_time(regions.seconds)} "
         f"(all along the batch {_time(regions.rows)}, nothing divided {_time(regions.whole)})"
     )
-    if regions.bound < 0.98 * regions.seconds:
+    if regions.bound < 0.999 * regions.best:
         yield f"  the search was ended early: the best may take {_time(regions.bound)}"
     yield "forward, module by module:"
     runs = list(_runs(regions))
