@@ -66,7 +66,7 @@ class BindingFlow(Propagation):
                 self.batch = dims[0]
 
     def _results(self) -> None:
-        """As `Propagation._results`. That the user sees a dimension in its order says nothing of the operator behind."""
+        """As `Propagation._results`. That the user sees a dimension in order says nothing of the operator behind."""
         recorded, self._ordered = self._ordered, defaultdict(list)
         super()._results()
         self._ordered = recorded

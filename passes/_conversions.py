@@ -42,12 +42,15 @@ PROCESSOR, INDEX = "processor", "index"
 """The input that says which processor runs the graph, from 0 on."""
 
 
+_WHOLE = Replicated()
+
+
 @dataclass(frozen=True)
 class Lies:
     """How a value lies; for `Sharded` along which axis, and how that stands in the dimension. An axis of free size is
     the batch, ``size`` is None then; else it is the axis' number of indices in the whole."""
 
-    placement: Placement = Replicated()
+    placement: Placement = _WHOLE
     axis: str = ""
     pieces: Pieces = ()
     size: int | None = None

@@ -1,8 +1,8 @@
 """What an operator does when each processor has a part of an axis: how its results then lie, or why it cannot.
 
 Decided by the table of operator rules and one `AxisFlow` alone. What carries the axis is a part, what does not is whole
-or, where sums over the axis are added to it, a part of a sum. `Placements` (one axis for a whole graph) and `Strategies`
-(an axis for each operator) both ask here.
+or, where sums over the axis are added to it, a part of a sum. `Placements` (one axis for a whole graph) and
+`Strategies` (an axis for each operator) both ask here.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Parts:
             if packet is aten.index_put and not operand(node, "accumulate"):
                 raise Misplaced(node, why)
             return Joined("sum", ((operand(node, "self"),),), why)
-        known = reductions(node)
+        known, why = reductions(node), "something whole would be added once a processor"
         if known is None:
             raise Misplaced(node, "what it does over the axis is not known")
         kinds = {r.kind for r in known if r.result == index and self._over(node, r.places)}
@@ -114,12 +114,14 @@ class Parts:
             done = " and ".join(sorted(kinds)) or "a choice"
             raise Misplaced(node, f"the axis leaves its result by {done}, which parts of it do not give")
         kind = kinds.pop()
-        sets = linear_sets(node) if kind == "sum" else ()
+        sets = tensor_sets(node) if kind == "sum" else []
+        if kind == "sum" and linear_sets(node) and not sets:
+            raise Misplaced(node, why)
         adds = tuple(
             tuple(s for name in sorted(names) for s in operand_nodes(node, name) if not self.carries(s))
             for names in sets
         )
-        return Joined(_JOINS[kind], adds or ((),), "something whole would be added once a processor")
+        return Joined(_JOINS[kind], adds or ((),), why)
 
     def _over(self, node: fx.Node, places: tuple[tuple[str, int], ...]) -> bool:
         """Whether one of these dimensions of operands carries the axis."""
@@ -143,9 +145,19 @@ def nodes_read_in_order(node: fx.Node, index: int | None = None) -> list[fx.Node
     return list(dict.fromkeys(s for name in operand_names(node) if name in named for s in operand_nodes(node, name)))
 
 
+def tensor_sets(node: fx.Node) -> list[frozenset[str]]:
+    """The sets of `linear_sets` that are tensors alone: a number in one (``x + 5``) is whole, no summand."""
+
+    def tensors(name: str) -> bool:
+        sources = operand_nodes(node, name)
+        return bool(sources) and all(isinstance(s.meta.get("val"), torch.Tensor) for s in sources)
+
+    return [names for names in linear_sets(node) if all(map(tensors, names))]
+
+
 def linear_alternatives(node: fx.Node) -> Iterator[tuple[list[fx.Node], list[fx.Node]]]:
     """Operands that the operator is linear in together, and the others that it reads: one node may be both."""
-    for names in linear_sets(node):
+    for names in tensor_sets(node):
         read = [name for name in operand_names(node) if name in reads(node)]
         yield tuple(  # type: ignore[misc]
             [s for name in read if (name in names) is inside for s in operand_nodes(node, name)]

@@ -1,9 +1,9 @@
 """The placement of every node of a graph of which one axis is divided, and where placements must change.
 
 Placements flow forward by what the table of operator rules says (`_parts.py`). A sum over the divided axis gives a
-partial value; operators that are linear in a partial value keep it so; any other reader needs the whole, so it is summed
-right behind the node that gives it. An operator of which the table does not say that it works on parts is a `Misplaced`
-error: the scheme is refused, never guessed at.
+partial value; operators that are linear in a partial value keep it so; any other reader needs the whole, so it is
+summed right behind the node that gives it. An operator of which the table does not say that it works on parts is a
+`Misplaced` error: the scheme is refused, never guessed at.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 In a graph that is divided along the batch the free size ``batch`` is that of a processor's own part. More numbers
 are inputs (`InputKind.PLACE`), so that one graph serves every processor and parts may be of unequal size:
-``batch.total``, the rows of the whole batch, ``batch.begin``, the index of the part's first row in it, ``batch.part``, the
-rows of the part (where no input has them) and ``batch.most``, the rows of the largest part.
+``batch.total``, the rows of the whole batch, and as they are needed ``batch.begin``, the index of the part's first row
+in it, ``batch.part``, the rows of the part (where no input has them) and ``batch.most``, those of the largest part.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOTAL, BEGIN, PART, MOST = "total", "begin", "part", "most"
 
 
 class Numbers:
-    """Numbers of sizes in one draft of a graph that is whole: `Places` is the same for one of which an axis is divided."""
+    """Numbers of sizes in one draft of a graph that is whole; `Places` are those where an axis is divided."""
 
     def __init__(self, draft: Draft):
         self.draft = draft
@@ -180,8 +180,8 @@ def _plain(expr: sympy.Basic) -> bool:
 
 
 def computed_numbers(node: fx.Node) -> Iterator[tuple[str, int | None, Role, fx.Node]]:
-    """The operands of an operator on tensors that are numbers computed in the graph: argument, position in it where it is
-    a list, what each says, and the node."""
+    """The operands of an operator on tensors that are numbers computed in the graph: argument, position in it where
+    that is a list, what each says, and the node."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return
     types = {a.name: str(a.real_type).lower() for a in node.target._schema.arguments}

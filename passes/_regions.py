@@ -25,7 +25,7 @@ from graphopt.graph.torch_internals import fake_mode_of, without_guards
 from graphopt.graph.training_graph import InputKind, TrainingGraph
 from graphopt.passes._conversions import WHOLE, Conversions, Lies
 from graphopt.passes._parts import maker
-from graphopt.passes._placement import Partial, Placement, Replicated, Sharded
+from graphopt.passes._placement import Placement, Replicated, Sharded
 from graphopt.passes._places import Numbers, Places, computed_numbers
 from graphopt.passes._rewriting import remove_dead
 from graphopt.passes._strategies import BATCH, Regime, Strategies, Strategy, is_sums
@@ -142,7 +142,10 @@ class Regions:
         strategy = self.chosen[node]
         changed = self._operands(node, copy, strategy) | self._integers(node, copy, strategy)
         if changed and _is_tensor(node.meta["val"]):
-            infer_or_copy(self.draft, copy)
+            try:
+                infer_or_copy(self.draft, copy)
+            except Exception as error:
+                raise PassError(f"{node.name} ({node.target}) along {strategy.regime!r}: {error}") from error
             self._compare(node, copy, strategy)
         if not isinstance(strategy.results, tuple):
             self.lies[node] = self._lies(node, None, strategy.results, self._axis(node))
@@ -205,7 +208,7 @@ class Regions:
             number = self._number(role, value, strategy)
             if number is not None:
                 _set(copy, name, index, number)
-                changed |= role is not Role.VALUE
+                changed |= strategy.regime != BATCH  # there sizes are those in the metadata
         axis = self._axis(node)
         if axis and axis != BATCH:
             for literal in self.table.literals(node, axis):

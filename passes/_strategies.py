@@ -89,9 +89,12 @@ class Strategies:
     no strategies of their own (see `graphopt.passes._parts.maker`).
     """
 
-    def __init__(self, graph: TrainingGraph, processors: int, axes: Iterable[str] | None = None):
-        """``axes``: names of those to look at, all by default. Raises PassError for a name that no axis has."""
-        self.processors = processors
+    def __init__(
+        self, graph: TrainingGraph, processors: int, axes: Iterable[str] | None = None, *, every_sum: bool = False
+    ):
+        """``axes``: names of those to look at, all by default. ``every_sum``: list regimes on summands also where no
+        strategy of these axes gives a summand. Raises PassError for a name that no axis has."""
+        self.processors, self._every_sum = processors, every_sum
         self.graph, no_batch = _in_sums(graph)
         self._walk = walk = BindingFlow(self.graph)
         self._named = Axes(self.graph, walk)
@@ -318,7 +321,8 @@ class Strategies:
         for sources, others in linear_alternatives(node):
             partial = [s for s in sources if s not in self._zero]
             results = [v for _, v in _results(value) if isinstance(v, torch.Tensor) and numel(v) != 0]
-            if self._summable.isdisjoint(partial) or not set(partial).isdisjoint(others):
+            likely = bool(partial) and (self._every_sum or not self._summable.isdisjoint(partial))
+            if not likely or not set(partial).isdisjoint(others):
                 continue
             if not results or not all(keeps_sums_small(v, partial) for v in results):
                 continue

@@ -30,10 +30,11 @@ class DivideRegions(Pass):
     ``getitem`` and arithmetic of sizes follow. ``group``: the name of the process group that collectives run in.
 
     Legal because each regime of the table is (`graphopt.passes._strategies`), and because a value is converted where a
-    reader needs it to lie otherwise: all-reduce, reduce-scatter, all-gather, or a slice, which costs nothing. Means over
-    the batch are sums divided by the size of the whole batch in every regime; random numbers are drawn whole by every
-    processor, which then keeps its part. Train-mode batch normalisation along the batch is made of sums, along channels
-    and whole it stays one operator. What is not in the table is refused, with the reason, and the graph stays as it is.
+    reader needs it to lie otherwise: all-reduce, reduce-scatter, all-gather, or a slice, which costs nothing. Means
+    over the batch are sums divided by the size of the whole batch in every regime; random numbers are drawn whole by
+    every processor, which then keeps its part. Train-mode batch normalisation along the batch is made of sums, along
+    channels and whole it stays one operator. What is not in the table is refused, with the reason, and the graph stays
+    as it is.
 
     The result has the inputs ``processor.index`` (where an axis of fixed size is divided), ``batch.total`` and, as they
     are needed, ``batch.begin``, ``batch.part`` and ``batch.most`` (where the batch is divided: the free size ``batch``
@@ -84,12 +85,12 @@ class DivideRegions(Pass):
         """See the class."""
         if graph.input_nodes(InputKind.PLACE):
             return self._refused(graph, "the graph is divided already")
-        regimes = {name: regime for name, regime in self.regimes.items() if regime is not None}
+        regimes: dict[str, Regime] = {name: regime for name, regime in self.regimes.items() if regime is not None}
         if not regimes:
             return self._refused(graph, "every operator is to stay whole")
-        axes = sorted({regime for regime in regimes.values() if not is_sums(regime)})
+        axes = sorted({r for r in regimes.values() if r is not None and not is_sums(r)})
         try:
-            table = self._with_sums(Strategies(graph, self.processors, axes), regimes)
+            table = self._with_sums(Strategies(graph, self.processors, axes, every_sum=True), regimes)
             regions = Regions(table, regimes, self.group)
             result = regions.run()
         except PassError as error:
@@ -116,17 +117,17 @@ class DivideRegions(Pass):
         draft = table.graph.draft()
         BatchNormSums(draft, table.flows[BATCH], Numbers(draft), lambda node: node in chosen).rewrite()
         remove_dead(draft)
-        after = Strategies(draft.finish(), self.processors, [*table.flows, *table.refused])
+        after = Strategies(draft.finish(), self.processors, [*table.flows, *table.refused], every_sum=True)
         for name in {node.name for node in chosen}:
             del regimes[name]
         for node in after.graph.nodes:
-            if node.name not in nodes and any(s.regime == BATCH for s in _strategies(after, node)):
+            if node.name not in nodes and BATCH in _regimes(after, node):
                 regimes[node.name] = BATCH
         return after
 
 
-def _strategies(table: Strategies, node: fx.Node) -> tuple[object, ...]:
-    return table.of(node) if node.op == "call_function" else ()
+def _regimes(table: Strategies, node: fx.Node) -> set[Regime]:
+    return {strategy.regime for strategy in table.of(node)} if node.op == "call_function" else set()
 
 
 def along(table: Strategies, axes: Iterable[str]) -> dict[str, Regime]:

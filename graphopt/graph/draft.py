@@ -162,7 +162,7 @@ def infer_or_copy(draft: Draft, node: fx.Node) -> None:
     try:
         node.meta["val"] = infer(node)
     except (ValueError, RuntimeError):
-        if node.target is not torch.ops.aten.view.default:
+        if node.target not in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
             raise
         source, size = node.args
         whole = draft.add(torch.ops.aten.clone.default, source, like=node, memory_format=torch.contiguous_format)

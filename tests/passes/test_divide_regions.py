@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-import graphopt
 from graphopt.errors import PassError
 from graphopt.graph.training_graph import InputKind, TrainingGraph
 from graphopt.passes import DivideRegions

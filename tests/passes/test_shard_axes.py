@@ -121,6 +121,12 @@ def picked(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return -(chosen * (1 + place)).mean() + logits[place[:, None], torch.arange(2)].pow(2).mean()
 
 
+def of_sums(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """What is not linear in a sum over rows, though each of its operands is, and numbers that are added to one."""
+    total = (logits * target).sum(0)
+    return (total * total).sum() + (total + 5).sum() * target.shape[0] + (2 - total).sum()
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: type[nn.Module], **options: Any) -> None:
         super().__init__()
@@ -149,6 +155,7 @@ MODELS = {
     ),
     "gru": lambda: (Recurrent(nn.GRU, batch_first=True), (rows(7, 4, 3), classes()), F.cross_entropy),
     "own rows": lambda: (nn.Linear(4, 3), (rows(7, 4), classes()), picked),
+    "of sums": lambda: (nn.Linear(4, 3), (rows(7, 4), rows(7, 3)), of_sums),
     "standardised": lambda: (nn.Linear(4, 3), (rows(7, 4), rows(7, 3)), standardised),
     **{
         name: lambda loss=loss: (

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from graphopt.graph.halves import cut_update
 from graphopt.graph.training_graph import Input, InputKind
