@@ -3,9 +3,11 @@ processors of data sheets."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -304,6 +306,14 @@ def test_a_machine_without_a_link_and_sizes_out_of_range_are_refused():
         choose_regions(strategies, simple(), 128)
     with pytest.raises(CostModelError, match="batch of 1"):
         choose_regions(strategies, gpu(ETHERNET), 1)
+
+
+def test_the_example_of_the_page_runs(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "schemes.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?choose_regions.*?)```", page, re.DOTALL)
+    exec(compile(example, "docs/schemes.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "0 ... 2" in printed and "along 4.hidden" in printed and "all-gather of 1 MiB" in printed
 
 
 def test_axes_that_matter_hold_work_and_are_a_multiple_of_the_processors():
