@@ -4,7 +4,7 @@ gradient: the prices that regions are chosen by."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import sympy
@@ -79,7 +79,8 @@ class RegionPrices:
             raise CostModelError(f"size: the graph does not hold for a batch of {size}")
         self._work = compiled(self.graph, "flat", (a for a in strategies.axes if a != BATCH), machine.threads)
         free = {name: symbol for name, symbol in symbols.items()} | dict(self._work.widths)
-        sizes = self.graph.symbols.hints | {name: self.graph.axes.group(name).size for name in self._work.widths}
+        sizes: dict[str, Any] = dict(self.graph.symbols.hints)
+        sizes |= {name: self.graph.axes.group(name).size for name in self._work.widths}
         self._values = {symbol: int(sizes[name]) for name, symbol in free.items()}
         self._rows = size
         if BATCH in symbols:

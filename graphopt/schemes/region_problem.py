@@ -70,8 +70,8 @@ class RegionProblem:
             for output in outputs:
                 node = parameters.get(output.name)
                 if output.kind is OutputKind.GRADIENT and node is not None:
-                    readers = (self._needed(node, user) for user in node.users if user in self._index)
-                    found = [f for each in (self._given(gradient), *readers) for f in each]
+                    found: list[Form | None] = list(self._given(gradient))
+                    found += [f for user in node.users if user in self._index for f in self._needed(node, user)]
                     forms = [f for f in dict.fromkeys(found) if f is not None and isinstance(f[1], Sharded)]
                     self._kept[output.name] = len(self._costs), [WHOLE, *(f for f in forms if f[0] != BATCH)]
                     self._index[node] = len(self._costs)

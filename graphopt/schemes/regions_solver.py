@@ -106,40 +106,46 @@ def solve(
         >>> solve(Problem([[0.0], [9.0, 5.0], [0.0]], [first, second])).options
         (0, 1, 0)
     """
-    nodes = len(problem.costs)
-    costs: list[Sequence[float]] = list(problem.costs)
-    tables: list[tuple[tuple[int, int], np.ndarray]] = []
-    sets: list[tuple[Value, tuple[frozenset[Form], ...]]] = []
-    for value in problem.values:
-        known = ways(value.conversions)
-        if len(value.read) == 1:
-            ((reader, forms),) = value.read.items()
-            table = [[known.cost(made, _one(form)) for form in forms] for made in value.made]
-            tables.append(((value.maker, reader), np.array(table)))
-            continue
-        offered = known.worthwhile(
-            frozenset(value.made),
-            frozenset(form for forms in value.read.values() for form in forms if form is not None),
-        )
-        variable = nodes + len(sets)
-        sets.append((value, offered))
-        costs.append([0.0] * len(offered))
-        given = [[known.cost(made, forms) for forms in offered] for made in value.made]
-        tables.append(((value.maker, variable), np.array(given)))
-        for reader, forms in value.read.items():
-            met = [[0.0 if _one(form) <= there else np.inf for there in offered] for form in forms]
-            tables.append(((reader, variable), np.array(met)))
-    whole = MinSum(costs)
-    for variables, table in tables:
-        if table.any():
-            whole.add(variables, table)
+    whole, sets = _sum_of(problem)
     begun = None if start is None else [*start, *(_set(problem, value, offered, start) for value, offered in sets)]
     found = whole.solve(seconds=seconds, start=begun, widest=widest, narrow=narrow)
-    options = found.states[:nodes]
+    options = found.states[: len(problem.costs)]
     return Solution(options, problem.cost(options), found.bound, found.searched)
 
 
-def _set(problem: Problem, value: Value, offered: Sequence[frozenset[Form]], options: Sequence[int]) -> int:
+Sets = tuple[frozenset[Form], ...]
+"""The sets of forms that a value may be brought into."""
+
+
+def _sum_of(problem: Problem) -> tuple[MinSum, list[tuple[Value, Sets]]]:
+    """The problem as a sum of tables: a variable for each node, then one for each value of several readers, given with
+    its states."""
+    sets = [(value, _offered(value)) for value in problem.values if len(value.read) > 1]
+    whole = MinSum([*problem.costs, *([0.0] * len(offered) for _, offered in sets)])
+
+    def add(a: int, b: int, costs: list[list[float]]) -> None:
+        if (table := np.array(costs)).any():
+            whole.add((a, b), table)
+
+    for value in problem.values:
+        if len(value.read) == 1:
+            ((reader, forms),) = value.read.items()
+            known = ways(value.conversions)
+            add(value.maker, reader, [[known.cost(made, _one(form)) for form in forms] for made in value.made])
+    for variable, (value, offered) in enumerate(sets, len(problem.costs)):
+        known = ways(value.conversions)
+        add(value.maker, variable, [[known.cost(made, there) for there in offered] for made in value.made])
+        for reader, forms in value.read.items():
+            add(reader, variable, [[0.0 if _one(f) <= there else np.inf for there in offered] for f in forms])
+    return whole, sets
+
+
+def _offered(value: Value) -> Sets:
+    needed = frozenset(form for forms in value.read.values() for form in forms if form is not None)
+    return ways(value.conversions).worthwhile(frozenset(value.made), needed)
+
+
+def _set(problem: Problem, value: Value, offered: Sets, options: Sequence[int]) -> int:
     """Which of the offered sets of forms is the cheapest that has all that these options need of a value."""
     needed, made = problem.needed(value, options), value.made[options[value.maker]]
     enough = [i for i, there in enumerate(offered) if needed <= there]
@@ -166,7 +172,7 @@ class Ways:
         """These conversions, in an order in which they can be made."""
         return self._cheapest(made, needed)[1]
 
-    def worthwhile(self, made: frozenset[Form], needed: frozenset[Form]) -> tuple[frozenset[Form], ...]:
+    def worthwhile(self, made: frozenset[Form], needed: frozenset[Form]) -> Sets:
         """The sets of ``needed`` forms of which no larger one costs as little, whichever form is made."""
         found: list[tuple[frozenset[Form], tuple[float, ...]]] = []
         for count in range(len(needed), -1, -1):
