@@ -20,6 +20,7 @@ from graphopt.passes._base import (
     Tier,
     check,
 )
+from graphopt.passes._strategies import Strategies, Strategy
 from graphopt.passes.common_subexpressions import CommonSubexpressions
 from graphopt.passes.constant_folding import ConstantFolding
 from graphopt.passes.dead_code import DeadCode
@@ -60,6 +61,8 @@ __all__ = [
     "SelectiveSaving",
     "SendUpTree",
     "ShardAxes",
+    "Strategies",
+    "Strategy",
     "Tier",
     "ZeroTangents",
     "check",

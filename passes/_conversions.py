@@ -19,16 +19,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import add, mul
-from typing import Any
 
 import torch
 from torch import fx
 
 from graphopt.graph.draft import Draft
 from graphopt.graph.sizes import Expr, expression, nbytes, product
-from graphopt.graph.torch_internals import fake_mode_of, without_guards
 from graphopt.graph.training_graph import Input, InputKind
 from graphopt.passes._collectives import all_reduced, waited
+from graphopt.passes._known_shapes import KnownShapes
 from graphopt.passes._placement import Partial, Placement, Replicated, Sharded
 from graphopt.passes._places import Numbers, Places
 
@@ -66,11 +65,12 @@ class Lies:
 WHOLE = Lies()
 
 
-class Conversions:
+class Conversions(KnownShapes):
     """The conversions in one draft. ``done``: what was made, in words, and for which node."""
 
     def __init__(self, draft: Draft, numbers: Numbers, processors: int, group: str):
-        self.draft, self.numbers, self.processors, self.group = draft, numbers, processors, group
+        super().__init__(draft, numbers)
+        self.processors, self.group = processors, group
         self.done: list[tuple[str, fx.Node]] = []
         self._made: dict[tuple[fx.Node, Lies], fx.Node] = {}
         self._behind: dict[fx.Node, fx.Node] = {}
@@ -155,20 +155,20 @@ class Conversions:
         for outer, inner in wanted.pieces:
             piece, length = value, outer * whole * inner
             if len(wanted.pieces) > 1:
-                piece = self._slice(value, dim, offset, offset + length, length, reader)
+                piece = self.slice(value, dim, offset, offset + length, length, reader)
             if outer == 1:
                 begin = self.begin(wanted, inner)
                 end = self.numbers.call(add, begin, self.numbers.number(count * inner))
-                found.append(self._slice(piece, dim, begin, end, count * inner, reader))
+                found.append(self.slice(piece, dim, begin, end, count * inner, reader))
             else:
                 sizes = list(map(expression, value.meta["val"].shape))
-                apart = self._shaped(piece, [*sizes[:dim], outer, whole * inner, *sizes[dim + 1 :]], reader)
+                apart = self.shaped(piece, [*sizes[:dim], outer, whole * inner, *sizes[dim + 1 :]], reader)
                 begin = self.begin(wanted, inner)
                 end = self.numbers.call(add, begin, self.numbers.number(count * inner))
-                mine = self._slice(apart, dim + 1, begin, end, count * inner, reader)
-                found.append(self._shaped(mine, [*sizes[:dim], outer * count * inner, *sizes[dim + 1 :]], reader))
+                mine = self.slice(apart, dim + 1, begin, end, count * inner, reader)
+                found.append(self.shaped(mine, [*sizes[:dim], outer * count * inner, *sizes[dim + 1 :]], reader))
             offset = offset + length
-        return found[0] if len(found) == 1 else self._cat(found, dim, reader)
+        return found[0] if len(found) == 1 else self.cat(found, dim, reader)
 
     # -- collectives on parts ---------------------------------------------------------------------------------------
 
@@ -181,7 +181,7 @@ class Conversions:
             rows = self._filled(rows, [count, row], behind)
         gathered = waited(
             self.draft, c10d.all_gather_into_tensor.default, (rows, self.processors, self.group),
-            self._fake(value, [self.processors * count, row]), value, behind,
+            self.fake(value, [self.processors * count, row]), value, behind,
         )  # fmt: skip
         if lies.size is None:
             gathered = self._without_filling(gathered, row, behind)
@@ -194,7 +194,7 @@ class Conversions:
         count = self.count(wanted)
         mine = waited(
             self.draft, c10d.reduce_scatter_tensor.default, (rows, "sum", self.processors, self.group),
-            self._fake(value, [count, row]), value, behind,
+            self.fake(value, [count, row]), value, behind,
         )  # fmt: skip
         return self._of_rows(mine, value, wanted, count, behind)
 
@@ -208,14 +208,14 @@ class Conversions:
         for outer, inner in lies.pieces:
             piece, length = value, outer * count * inner
             if len(lies.pieces) > 1:
-                piece = self._slice(value, dim, offset, offset + length, length, before)
+                piece = self.slice(value, dim, offset, offset + length, length, before)
             if lead != 1 or outer != 1:
-                apart = self._shaped(piece, [lead, outer, count, inner * trail], before)
-                piece = self._permuted(apart, [2, 0, 1, 3], before)
-            found.append(self._shaped(piece, [count, lead * outer * inner * trail], before))
+                apart = self.shaped(piece, [lead, outer, count, inner * trail], before)
+                piece = self.permuted(apart, [2, 0, 1, 3], before)
+            found.append(self.shaped(piece, [count, lead * outer * inner * trail], before))
             offset = offset + length
-        rows = found[0] if len(found) == 1 else self._cat(found, 1, before)
-        return self._contiguous(rows, before)
+        rows = found[0] if len(found) == 1 else self.cat(found, 1, before)
+        return self.contiguous(rows, before)
 
     def _of_rows(self, rows: fx.Node, like: fx.Node, lies: Lies, count: Expr, before: fx.Node) -> fx.Node:
         """The reverse of `_rows`: a value shaped like ``like`` but with ``count`` indices of the axis."""
@@ -227,13 +227,13 @@ class Conversions:
         for outer, inner in lies.pieces:
             piece, width = rows, lead * outer * inner * trail
             if len(lies.pieces) > 1:
-                piece = self._slice(rows, 1, offset, offset + width, width, before)
+                piece = self.slice(rows, 1, offset, offset + width, width, before)
             if lead != 1 or outer != 1:
-                apart = self._shaped(piece, [count, lead, outer, inner * trail], before)
-                piece = self._permuted(apart, [1, 2, 0, 3], before)
-            found.append(self._shaped(piece, [*sizes[:dim], outer * count * inner, *sizes[dim + 1 :]], before))
+                apart = self.shaped(piece, [count, lead, outer, inner * trail], before)
+                piece = self.permuted(apart, [1, 2, 0, 3], before)
+            found.append(self.shaped(piece, [*sizes[:dim], outer * count * inner, *sizes[dim + 1 :]], before))
             offset = offset + width
-        return self._contiguous(found[0], before) if len(found) == 1 else self._cat(found, dim, before)
+        return self.contiguous(found[0], before) if len(found) == 1 else self.cat(found, dim, before)
 
     # -- parts of unequal size --------------------------------------------------------------------------------------
 
@@ -242,7 +242,7 @@ class Conversions:
         assert isinstance(self.numbers, Places)
         missing = self.numbers.call(add, self.numbers.most(), self._times(self.numbers.number(sizes[0]), -1))
         pad = [0, 0, 0, missing]
-        return self._call(aten.constant_pad_nd.default, (rows, pad), self._fake(rows, sizes), rows, before)
+        return self.call(aten.constant_pad_nd.default, (rows, pad), self.fake(rows, sizes), rows, before)
 
     def _without_filling(self, gathered: fx.Node, row: Expr, before: fx.Node) -> fx.Node:
         """The rows of all parts without what filled them up: the last row of the parts that are one row shorter, which
@@ -255,83 +255,17 @@ class Conversions:
         short = call(add, self._times(full, -1), self.processors)
         one_less = call(add, most, -1)
         width = self.numbers.number(row)
-        first = self._call(
-            aten.slice.Tensor, (gathered, 0, 0, border), self._fake(gathered, [total, row]), gathered, before
+        first = self.call(
+            aten.slice.Tensor, (gathered, 0, 0, border), self.fake(gathered, [total, row]), gathered, before
         )
-        nothing = self._fake(gathered, [0, row])
-        rest = self._call(aten.slice.Tensor, (gathered, 0, border, everything), nothing, gathered, before)
-        empty = self._fake(gathered, [0, 1, row])
-        rest = self._call(aten.view.default, (rest, [short, most, width]), empty, gathered, before)
-        rest = self._call(aten.slice.Tensor, (rest, 1, 0, one_less), empty, gathered, before)
-        rest = self._call(aten.reshape.default, (rest, [call(mul, short, one_less), width]), nothing, gathered, before)
-        whole = self._fake(gathered, [total, row])
-        return self._call(aten.cat.default, ([first, rest],), whole, gathered, before)
+        nothing = self.fake(gathered, [0, row])
+        rest = self.call(aten.slice.Tensor, (gathered, 0, border, everything), nothing, gathered, before)
+        empty = self.fake(gathered, [0, 1, row])
+        rest = self.call(aten.view.default, (rest, [short, most, width]), empty, gathered, before)
+        rest = self.call(aten.slice.Tensor, (rest, 1, 0, one_less), empty, gathered, before)
+        rest = self.call(aten.reshape.default, (rest, [call(mul, short, one_less), width]), nothing, gathered, before)
+        whole = self.fake(gathered, [total, row])
+        return self.call(aten.cat.default, ([first, rest],), whole, gathered, before)
 
     def _times(self, number: int | fx.Node, times: int) -> int | fx.Node:
         return self.numbers.call(mul, number, times)
-
-    # -- operators --------------------------------------------------------------------------------------------------
-
-    def _fake(self, like: fx.Node, sizes: Sequence[Expr], strides: Sequence[Any] | None = None) -> torch.Tensor:
-        """A fake tensor of this shape, contiguous unless strides are given."""
-        fake = like.meta["val"]
-        shape = [self.size(size) for size in sizes]
-        mode = fake_mode_of(fake)
-        assert mode is not None
-        with mode, without_guards(mode):
-            found = fake.new_empty(shape) if strides is None else fake.new_empty_strided(shape, strides)
-        return found  # type: ignore[no-any-return]
-
-    def size(self, expr: Expr) -> Any:
-        """A size as metadata have it: an int or a ``torch.SymInt``."""
-        made = self.numbers.number(expr)
-        return made.meta["val"] if isinstance(made, fx.Node) else made
-
-    def _call(self, op: Any, args: tuple[Any, ...], val: torch.Tensor, like: fx.Node, before: fx.Node) -> fx.Node:
-        """An operator with known metadata: what differs between processors cannot be inferred."""
-        with self.draft.graph.inserting_before(before):
-            node = self.draft.graph.call_function(op, args)
-        node.meta["val"] = val
-        node.meta.update({key: like.meta.get(key, "") for key in ("phase", "module", "source")})
-        if like.op != "call_function":
-            node.meta["phase"] = before.meta["phase"]
-        return node
-
-    def _slice(self, value: fx.Node, dim: int, begin: Any, end: Any, length: Expr, before: fx.Node) -> fx.Node:
-        begin, end = (each if isinstance(each, fx.Node) else self.numbers.number(each) for each in (begin, end))
-        fake = value.meta["val"]
-        sizes = [length if d == dim else expression(s) for d, s in enumerate(fake.shape)]
-        val = self._fake(value, sizes, fake.stride())
-        return self._call(aten.slice.Tensor, (value, dim, begin, end), val, value, before)
-
-    def _shaped(self, value: fx.Node, sizes: Sequence[Expr], before: fx.Node) -> fx.Node:
-        if list(map(expression, value.meta["val"].shape)) == list(sizes):
-            return value
-        numbers = [self.numbers.number(size) for size in sizes]
-        return self._call(
-            aten.view.default, (self._contiguous(value, before), numbers), self._fake(value, sizes), value, before
-        )
-
-    def _contiguous(self, value: fx.Node, before: fx.Node) -> fx.Node:
-        """The value in contiguous memory: kernels trust the strides that metadata promise."""
-        fake, expected = value.meta["val"], 1
-        for size, stride in reversed(
-            list(zip(map(expression, fake.shape), map(expression, fake.stride()), strict=True))
-        ):
-            if size != 1 and expression(stride - expected) != 0:
-                return self.draft.add(
-                    aten.clone.default, value, like=value, before=before, memory_format=torch.contiguous_format
-                )
-            expected = expected * size
-        return value
-
-    def _permuted(self, value: fx.Node, order: list[int], before: fx.Node) -> fx.Node:
-        fake = value.meta["val"]
-        sizes, strides = list(map(expression, fake.shape)), fake.stride()
-        val = self._fake(value, [sizes[d] for d in order], [strides[d] for d in order])
-        return self._call(aten.permute.default, (value, order), val, value, before)
-
-    def _cat(self, parts: list[fx.Node], dim: int, before: fx.Node) -> fx.Node:
-        shapes = [list(map(expression, part.meta["val"].shape)) for part in parts]
-        sizes = [sum(s[d] for s in shapes) if d == dim else size for d, size in enumerate(shapes[0])]
-        return self._call(aten.cat.default, (parts, dim), self._fake(parts[0], sizes), parts[0], before)

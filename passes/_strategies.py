@@ -11,10 +11,9 @@ What is not known to be divisible has no strategy: `Strategies.why_not` says why
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from operator import getitem
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import fx
@@ -29,53 +28,20 @@ from graphopt.graph.sizes import Expr, nbytes, numel
 from graphopt.graph.training_graph import Output, OutputKind, TrainingGraph
 from graphopt.passes._axis_flow import ARANGES, AxisFlow, BindingFlow
 from graphopt.passes._batch_norm_sums import can_be_sums, trains_batch_norm
+from graphopt.passes._in_sums import in_sums
 from graphopt.passes._parts import Parts, keeps_sums_small, linear_alternatives, makes_zeros, nodes_read_in_order
 from graphopt.passes._placement import Misplaced, Partial, Placement, Replicated, Sharded
-from graphopt.passes._places import Numbers
-from graphopt.passes._rewriting import remove_dead
-from graphopt.passes._shared_draws import POSITIONS, dropout_apart
-from graphopt.passes._whole_sums import WholeSums
+from graphopt.passes._shared_draws import POSITIONS
+from graphopt.passes._strategy import BATCH, SUMS, Regime, Strategy, is_sums
 
-aten = torch.ops.aten
+__all__ = ["BATCH", "Regime", "Strategies", "Strategy", "is_sums"]
 
-Regime: TypeAlias = str | None
-"""Name of an axis, ``sums of ...`` (see `is_sums`), or None: whole."""
-
-BATCH = "batch"
-_SUMS = "sums of "
 _WHOLE = Replicated()
 _KINDS = {
     Kind.CHANNEL, Kind.HIDDEN, Kind.EMBEDDING, Kind.HEADS, Kind.HEAD_SIZE, Kind.VOCABULARY, Kind.CLASSES, Kind.INPUT,
     Kind.OUTPUT,
 }  # fmt: skip
 """What can be divided beside the batch: features of some sort, of which operators may read a part."""
-
-
-def is_sums(regime: Regime) -> bool:
-    """Whether a regime is that of an operator on summands. Such a regime names no axis: `sums of self+other`."""
-    return regime is not None and regime.startswith(_SUMS)
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """One way to run one operator.
-
-    ``operands``: how each tensor operand whose values are read must lie; one that is not here lends its shape only and
-    costs nothing. ``results``: how the result lies, a tuple of several. ``inner``: bytes of each all-reduce inside of
-    the operator (train-mode batch normalisation over the divided batch), expressions of free sizes.
-    """
-
-    regime: Regime
-    operands: Mapping[fx.Node, Placement]
-    results: Placement | tuple[Placement, ...]
-    inner: tuple[Expr, ...] = ()
-
-    def result(self, index: int | None) -> Placement:
-        """How result ``index`` lies (None: the only one)."""
-        if isinstance(self.results, tuple):
-            assert index is not None, "an operator with several results: say which"
-            return self.results[index]
-        return self.results
 
 
 class Strategies:
@@ -95,7 +61,7 @@ class Strategies:
         """``axes``: names of those to look at, all by default. ``every_sum``: list regimes on summands also where no
         strategy of these axes gives a summand. Raises PassError for a name that no axis has."""
         self.processors, self._every_sum = processors, every_sum
-        self.graph, no_batch = _in_sums(graph)
+        self.graph, no_batch = in_sums(graph)
         self._walk = walk = BindingFlow(self.graph)
         self._named = Axes(self.graph, walk)
         self.refused: dict[str, str] = {}
@@ -327,41 +293,12 @@ class Strategies:
             if not results or not all(keeps_sums_small(v, partial) for v in results):
                 continue
             names = [n for n in operand_names(node) if any(s in partial for s in _nodes(operand(node, n)))]
-            regime = _SUMS + "+".join(names)
+            regime = SUMS + "+".join(names)
             operands: dict[fx.Node, Placement] = {s: _WHOLE for s in (*sources, *others) if s not in partial}
             operands = {s: p for s, p in operands.items() if isinstance(s.meta.get("val"), torch.Tensor)}
             operands |= dict.fromkeys(partial, Partial())
             found.setdefault(regime, Strategy(regime, operands, _same(value, Partial())))
         return list(found.values())
-
-
-def _in_sums(graph: TrainingGraph) -> tuple[TrainingGraph, str]:
-    """The graph with means over the batch as sums and dropouts as products, and why the batch cannot be divided."""
-    why = ""
-    while True:
-        draft = graph.draft()
-        numbers = Numbers(draft)
-        done = False
-        if "batch" in graph.symbols.symbols and not why:
-            try:
-                means = WholeSums(draft, AxisFlow.of_batch(graph), numbers)
-                means.rewrite()
-            except PassError as error:
-                why = str(error)
-                continue
-            done = bool(means.done)
-        for node in graph.nodes:
-            if node.target is aten.native_dropout.default and is_random(node) and _reads_first(node):
-                dropout_apart(draft, numbers, draft.node(node))
-                done = True
-        if not done:
-            return graph, why
-        remove_dead(draft)
-        return draft.finish(), why
-
-
-def _reads_first(node: fx.Node) -> bool:
-    return any(user.target is getitem and user.args[1] == 0 for user in node.users)
 
 
 def _results(value: Any) -> list[tuple[int | None, Any]]:
