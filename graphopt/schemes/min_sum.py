@@ -139,13 +139,15 @@ class _Elimination:
     # -- states -------------------------------------------------------------------------------------------------------
 
     def drop_dominated(self) -> None:
-        """Drop states that another state can stand in for, until there is none."""
+        """Drop states that another state can stand in for, until there is none, and variables of one state."""
         todo = dict.fromkeys(range(len(self.costs)))
         while todo:
             variable = next(iter(todo))
             del todo[variable]
-            if self._drop(variable):
+            if self.near[variable] is not None and self._drop(variable):
                 todo.update(dict.fromkeys(self._neighbours(variable)))
+            if self.near[variable] is not None and len(self.costs[variable]) == 1:
+                self._fix(variable)
 
     def _drop(self, variable: int) -> bool:
         costs = self.costs[variable]
@@ -169,29 +171,41 @@ class _Elimination:
             self.tables[scope] = np.take(self.tables[scope], alive, axis=scope.index(variable))
         return True
 
+    def _fix(self, variable: int) -> None:
+        """Take a variable of one state out of its tables."""
+        self._done.append((variable, (), np.zeros((), dtype=np.int64)))
+        self.constant += float(self.costs[variable][0])
+        for scope in list(self.of[variable]):
+            table = self._remove(scope).take(0, axis=scope.index(variable))
+            self._add(tuple(v for v in scope if v != variable), table)
+        for v in self._neighbours(variable):
+            self._neighbours(v).discard(variable)
+        self.near[variable], self.of[variable] = None, {}
+
+    def _remove(self, scope: Scope) -> np.ndarray:
+        for v in scope:
+            self.of[v].pop(scope, None)
+        return self.tables.pop(scope)
+
     # -- variables ----------------------------------------------------------------------------------------------------
 
     def widest_table(self) -> int:
         """Entries of the largest table that elimination of all variables makes, in the order that it takes."""
-        near = [set(self._neighbours(v)) for v in range(len(self.costs))]
-        widest = 0
-        for _, size in self._order(near, limit=1 << 62):
-            widest = max(widest, size)
-        return widest
+        return max((size for _, size in self._order(limit=1 << 62)), default=0)
 
     def eliminate(self, limit: int) -> None:
         """Eliminate variables as long as the table of their neighbours and themselves has at most ``limit`` entries."""
-        near = [set(self._neighbours(v)) for v in range(len(self.costs))]
-        for variable, _ in self._order(near, limit):
+        for variable, _ in self._order(limit):
             self._eliminate(variable)
 
-    def _order(self, near: list[set[int]], limit: int) -> Iterator[tuple[int, int]]:
+    def _order(self, limit: int) -> Iterator[tuple[int, int]]:
         """Variables in the order of elimination, the one with the smallest table first, with its entries."""
+        near = [set(around or ()) for around in self.near]
         states = [len(costs) for costs in self.costs]
         entries = lambda v: states[v] * math.prod(states[u] for u in near[v]) if near[v] else 0
-        queue = [(entries(v), v) for v in range(len(states))]
+        done = [around is None for around in self.near]
+        queue = [(entries(v), v) for v in range(len(states)) if not done[v]]
         heapq.heapify(queue)
-        done = [False] * len(states)
         while queue:
             size, v = heapq.heappop(queue)
             if done[v]:
@@ -214,12 +228,10 @@ class _Elimination:
         around = tuple(sorted(self._neighbours(variable)))
         joint = (*around, variable)
         total = self.costs[variable].reshape((1,) * len(around) + (-1,))
-        for scope in self.of[variable]:
-            table = np.moveaxis(self.tables.pop(scope), scope.index(variable), -1)
+        for scope in list(self.of[variable]):
+            table = np.moveaxis(self._remove(scope), scope.index(variable), -1)
             present = {*scope}
             total = total + table.reshape([len(self.costs[v]) if v in present else 1 for v in joint])
-            for v in around:
-                self.of[v].pop(scope, None)
         total = np.broadcast_to(total, [len(self.costs[v]) for v in joint])
         self._done.append((variable, around, total.argmin(axis=-1)))
         for v in around:

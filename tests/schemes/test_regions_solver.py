@@ -201,6 +201,15 @@ def test_without_time_the_start_is_taken_and_the_gap_says_so():
     assert found.gap > 0
 
 
+def test_a_node_may_read_and_give_any_number_of_values():
+    change = ((0.0, 1.0), (1.0, 0.0))
+    read = [Value(i, (0,), {0: (1,)}, change) for i in range(1, 101)]
+    given = [Value(0, (0,), {i: (0, 1)}, change) for i in range(101, 201)]
+    problem = Problem([*([0.0] for _ in range(101)), *([0.5, 0.0] for _ in range(100))], [*read, *given])
+    for how in (ELIMINATED, PROGRAMMED):
+        assert solve(problem, **how).cost == pytest.approx(150)
+
+
 def test_tables_may_be_given_in_any_order_of_their_variables():
     sum_ = MinSum([[0.0, 0.0], [0.0, 0.0, 0.0]])
     sum_.add((1, 0), np.array([[1.0, 9.0], [9.0, 9.0], [9.0, 0.5]]))
