@@ -10,7 +10,7 @@ import torch
 
 from graphopt.cost_model import Estimate, Machine
 from graphopt.cost_model.machine import kept
-from graphopt.errors import CaptureError, CostModelError
+from graphopt.errors import CaptureError, CostModelError, PassError
 from graphopt.graph.halves import Halves, cut_update
 from graphopt.passes import DivideRegions
 from graphopt.passes._strategies import Strategies
@@ -92,7 +92,10 @@ class Hybrid(SeveralProcessors):
     def _strategies(self, prepared: Prepared) -> Strategies:
         def make() -> Strategies:
             graph = self._halves(prepared).first
-            return Strategies(graph, self.processors, axes_that_matter(graph, self.processors))
+            try:
+                return Strategies(graph, self.processors, axes_that_matter(graph, self.processors))
+            except PassError as error:
+                raise CaptureError(f"the step cannot be divided: {error}") from error
 
         return cast(Strategies, prepared.variant(("strategies", self.processors), make))
 

@@ -78,7 +78,7 @@ class RegionPrices:
         if not self.graph.symbols.admits({BATCH: size} if BATCH in self.graph.symbols.hints else {}):
             raise CostModelError(f"size: the graph does not hold for a batch of {size}")
         self._work = compiled(self.graph, "flat", (a for a in strategies.axes if a != BATCH), machine.threads)
-        free = {name: symbol for name, symbol in symbols.items()} | dict(self._work.widths)
+        free = {**symbols, **self._work.widths}
         sizes: dict[str, Any] = dict(self.graph.symbols.hints)
         sizes |= {name: self.graph.axes.group(name).size for name in self._work.widths}
         self._values = {symbol: int(sizes[name]) for name, symbol in free.items()}

@@ -62,12 +62,18 @@ class Regions:
 
     @property
     def kind(self) -> str:
-        """``whole`` where every product is computed by every processor, ``data parallel`` where all of them run along
-        the batch, else ``hybrid``."""
-        graph = self.strategies.graph
-        found = [self.chosen[n.name].regime for n in graph.nodes if n.name in self.chosen and flops(n)]
-        axes = {None if is_sums(regime) else regime for regime in found}
-        return {frozenset([None]): "whole", frozenset([BATCH]): "data parallel"}.get(frozenset(axes), "hybrid")
+        """``whole`` where every product is computed by every processor, ``data parallel`` where all that can run along
+        the batch do and nothing is divided otherwise, else ``hybrid``."""
+        nodes = [n for n in self.strategies.graph.nodes if n.name in self.chosen]
+        products = [n for n in nodes if flops(n)] or nodes
+        axes = {self.chosen[n.name].regime for n in products}
+        axes = {None if is_sums(axis) else axis for axis in axes}
+        if axes <= {None}:
+            return "whole"
+        left = (n for n in products if self.chosen[n.name].regime != BATCH)
+        if axes <= {None, BATCH} and not any(s.regime == BATCH for n in left for s in self.strategies.of(n)):
+            return "data parallel"
+        return "hybrid"
 
     def explain(self) -> str:
         """The choice as text: runs of modules with their axis, and the collectives with their bytes."""
@@ -80,14 +86,15 @@ def choose_regions(
     """The cheapest strategies for a batch of ``size``.
 
     Args:
-        strategies: what each operator can do.
+        strategies: what each operator can do along the batch and free axes (`region_prices.axes_that_matter`).
         machine: one of the processors, with a link to the others.
         size: rows of the whole batch.
-        synchronise: who gets the sums of gradients.
+        synchronise: who updates; see `Synchronise`.
         seconds: for the search where it is hard; see `regions_solver.solve`.
 
     Raises:
-        CostModelError: the machine has no link, or no rate for a dtype of the graph.
+        CostModelError: the machine has no link, or no rate for a dtype of the graph, which may not hold for this size.
+        AxisError: one of the axes must keep its size.
     """
     table = RegionProblem(strategies, RegionPrices(strategies, machine, size, synchronise))
     start = [0] * len(table.problem.costs)

@@ -40,6 +40,8 @@ def explained(regions: Regions) -> Iterator[str]:
             change = " -> ".join(map(_lying, (c.source, c.target)))
             what = f"{c.collective.replace('_', '-')} of {_bytes(c.nbytes)}, {_time(c.seconds)}"
             yield f"  {what}: {c.value.name} at {where}, {change}"
+    if gathered := [c.nbytes for c in regions.conversions if c.collective and c.value.op == "placeholder"]:
+        yield f"parameters gathered: {len(gathered)}, {_bytes(sum(gathered))}"
     for word, kind in (("summed", Partial), ("put together of parts", Sharded), ("whole on each", Replicated)):
         sizes = [size for _, (_, placement), size in regions.handed_over if isinstance(placement, kind)]
         if sizes:
