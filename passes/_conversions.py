@@ -40,7 +40,6 @@ Pieces = tuple[tuple[Expr, Expr], ...]
 PROCESSOR, INDEX = "processor", "index"
 """The input that says which processor runs the graph, from 0 on."""
 
-
 _WHOLE = Replicated()
 
 
@@ -246,7 +245,7 @@ class Conversions(KnownShapes):
 
     def _without_filling(self, gathered: fx.Node, row: Expr, before: fx.Node) -> fx.Node:
         """The rows of all parts without what filled them up: the last row of the parts that are one row shorter, which
-        are the last ones (`rows_of_parts` of `graphopt.schemes.divided_step`)."""
+        are the last ones (`graphopt.schemes.pieces.rows_of_parts`)."""
         assert isinstance(self.numbers, Places)
         call, most, total = self.numbers.call, self.numbers.most(), self.numbers.total
         everything = self._times(most, self.processors)

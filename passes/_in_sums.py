@@ -20,29 +20,33 @@ aten = torch.ops.aten
 
 
 def in_sums(graph: TrainingGraph) -> tuple[TrainingGraph, str]:
-    """The graph with means over the batch as sums and dropouts as products, and why the batch cannot be divided."""
-    why = ""
-    while True:
-        draft = graph.draft()
-        numbers = Numbers(draft)
-        done = False
-        if "batch" in graph.symbols.symbols and not why:
-            try:
-                means = WholeSums(draft, AxisFlow.of_batch(graph), numbers)
-                means.rewrite()
-            except PassError as error:
-                why = str(error)
-                continue
-            done = bool(means.done)
-        for node in graph.nodes:
-            if node.target is aten.native_dropout.default and is_random(node) and _reads_first(node):
-                dropout_apart(draft, numbers, draft.node(node))
-                done = True
-        if not done:
-            return graph, why
-        remove_dead(draft)
-        return draft.finish(), why
+    """The graph written so, and why its batch cannot be divided: its means are left as they are then."""
+    if "batch" not in graph.symbols.symbols:
+        return _written(graph, means=False), ""
+    try:
+        return _written(graph, means=True), ""
+    except PassError as error:
+        return _written(graph, means=False), str(error)
+
+
+def _written(graph: TrainingGraph, *, means: bool) -> TrainingGraph:
+    draft = graph.draft()
+    numbers = Numbers(draft)
+    changed = False
+    if means:
+        sums = WholeSums(draft, AxisFlow.of_batch(graph), numbers)
+        sums.rewrite()
+        changed = bool(sums.done)
+    for node in graph.nodes:
+        if node.target is aten.native_dropout.default and is_random(node) and _reads_first(node):
+            dropout_apart(draft, numbers, draft.node(node))
+            changed = True
+    if not changed:
+        return graph
+    remove_dead(draft)
+    return draft.finish()
 
 
 def _reads_first(node: fx.Node) -> bool:
+    """Whether more is read of a dropout than its mask: else it is written apart already."""
     return any(user.target is getitem and user.args[1] == 0 for user in node.users)

@@ -48,6 +48,7 @@ class KnownShapes:
         return node
 
     def slice(self, value: fx.Node, dim: int, begin: Any, end: Any, length: Expr, before: fx.Node) -> fx.Node:
+        """``length`` indices of a dimension, a view; ``begin`` and ``end`` may be nodes."""
         begin, end = (each if isinstance(each, fx.Node) else self.numbers.number(each) for each in (begin, end))
         fake = value.meta["val"]
         sizes = [length if d == dim else expression(s) for d, s in enumerate(fake.shape)]
@@ -55,6 +56,7 @@ class KnownShapes:
         return self.call(aten.slice.Tensor, (value, dim, begin, end), val, value, before)
 
     def shaped(self, value: fx.Node, sizes: Sequence[Expr], before: fx.Node) -> fx.Node:
+        """The value in another shape, contiguous unless it has that shape already."""
         if list(map(expression, value.meta["val"].shape)) == list(sizes):
             return value
         numbers = [self.numbers.number(size) for size in sizes]
@@ -69,19 +71,22 @@ class KnownShapes:
             list(zip(map(expression, fake.shape), map(expression, fake.stride()), strict=True))
         ):
             if size != 1 and expression(stride - expected) != 0:
+                like = value if value.op == "call_function" else before
                 return self.draft.add(
-                    aten.clone.default, value, like=value, before=before, memory_format=torch.contiguous_format
+                    aten.clone.default, value, like=like, before=before, memory_format=torch.contiguous_format
                 )
             expected = expected * size
         return value
 
     def permuted(self, value: fx.Node, order: list[int], before: fx.Node) -> fx.Node:
+        """The dimensions in another order, a view."""
         fake = value.meta["val"]
         sizes, strides = list(map(expression, fake.shape)), fake.stride()
         val = self.fake(value, [sizes[d] for d in order], [strides[d] for d in order])
         return self.call(aten.permute.default, (value, order), val, value, before)
 
     def cat(self, parts: list[fx.Node], dim: int, before: fx.Node) -> fx.Node:
+        """Values one behind the other."""
         shapes = [list(map(expression, part.meta["val"].shape)) for part in parts]
         sizes = [sum(s[d] for s in shapes) if d == dim else size for d, size in enumerate(shapes[0])]
         return self.call(aten.cat.default, (parts, dim), self.fake(parts[0], sizes), parts[0], before)

@@ -55,6 +55,7 @@ class Regions:
         self.conversions = Conversions(self.draft, self.numbers, table.processors, group)
         self.lies: dict[fx.Node, Lies] = {}
         self.words: list[str] = []
+        self._kind = {n: i.kind for i, n in zip(self.graph.inputs, self.graph.placeholders, strict=True)}
 
     def run(self) -> TrainingGraph:
         """The divided graph; ``signature.tree["placements"]`` says how its inputs and outputs lie."""
@@ -93,10 +94,8 @@ class Regions:
             self._resize(copy, value, self._sizes(value, WHOLE))
 
     def _batch_rows(self, node: fx.Node) -> Lies:
-        kinds = (InputKind.BATCH, InputKind.TANGENT)
-        if BATCH not in self.axes or all(
-            node is not n for kind in kinds for n in self.graph.input_nodes(kind).values()
-        ):
+        """How an input lies: as rows of the part, where nobody reads it otherwise."""
+        if BATCH not in self.axes or self._kind.get(node) not in (InputKind.BATCH, InputKind.TANGENT):
             return WHOLE
         dims = self.table.flows[BATCH].where(node)
         if len(dims) != 1:
@@ -117,10 +116,10 @@ class Regions:
             lies = self.lies.get(node, WHOLE) if node is not None else WHOLE
             if copy is not None and lies != WHOLE:
                 known = self.conversions.known(copy, WHOLE)
-                uneven = isinstance(lies.placement, Sharded) and lies.size is None and lies.word.find(" as ") > 0
+                scattered = lies.size is None and " as " in lies.word  # parts of unequal size, not in one run
                 if known is not None:
                     copy, lies = known, WHOLE
-                elif uneven or not self.table.allowed(output, lies.placement):
+                elif scattered or not self.table.allowed(output, lies.placement):
                     copy, lies = self.conversions.convert(copy, lies, WHOLE, self.draft.output), WHOLE
             results.append(copy)
             self.words.append(lies.word)
@@ -136,7 +135,7 @@ class Regions:
             self.lies[node] = self._lies(node, None, lies, self._axis(source))
             copy.meta["val"] = self.draft.node(source).meta["val"][index]
             return
-        if not isinstance(node.target, torch._ops.OpOverload):
+        if not any(_is_tensor(n.meta.get("val")) for n in (node, *node.all_input_nodes)):
             self.lies[node] = WHOLE  # arithmetic of numbers: whoever reads one is given that of the part or the whole
             return
         strategy = self.chosen[node]
@@ -170,6 +169,8 @@ class Regions:
         rows = self.table.flows[BATCH].row_indices(node) if axis == BATCH else []
         for source in node.all_input_nodes:
             value = source.meta.get("val")
+            if isinstance(value, (list, tuple)) and self.chosen[maker(source)[0]].regime is not None:
+                raise PassError(f"{node.name} ({node.target}) reads all results of {source.name} at once")
             if not isinstance(value, torch.Tensor):
                 continue
             mine = self.draft.node(source)
@@ -222,10 +223,9 @@ class Regions:
         """What stands for a number that the graph computes; None where it stays."""
         if not self._depends_on_batch(value):
             return None
-        if role is Role.VALUE or not isinstance(value.meta["val"], torch.SymInt):
+        if role is Role.VALUE or strategy.regime != BATCH or not isinstance(value.meta["val"], torch.SymInt):
             return self.numbers.twin(self.draft.node(value))
-        size = expression(value.meta["val"])
-        return self.numbers.number(size if strategy.regime == BATCH else self.numbers.whole(size))
+        return self.numbers.number(expression(value.meta["val"]))
 
     def _depends_on_batch(self, value: fx.Node) -> bool:
         found = value.meta["val"]

@@ -23,7 +23,7 @@ from graphopt.graph.axes import Axes, Axis, Kind
 from graphopt.graph.axes.factors import ONE, Factor, find
 from graphopt.graph.literals import Literal, Role
 from graphopt.graph.literals.reading import of_node
-from graphopt.graph.op_rules import is_random, operand, operand_names, zero_if
+from graphopt.graph.op_rules import is_random, operand, operand_names, operand_nodes, zero_if
 from graphopt.graph.sizes import Expr, nbytes, numel
 from graphopt.graph.training_graph import Output, OutputKind, TrainingGraph
 from graphopt.passes._axis_flow import ARANGES, AxisFlow, BindingFlow
@@ -87,9 +87,10 @@ class Strategies:
         for node in self.graph.nodes:
             self._look_at(node)
         used = {s.regime for found in self._found.values() for s in found}
-        for name in set(self.flows) - used:
-            reasons = [why for (_, axis), why in self._why.items() if axis == name]
-            self.refused[name] = reasons[0] if reasons else "no operator works along it"
+        for name in self.flows:
+            if name not in used:
+                reasons = (why for (_, axis), why in self._why.items() if axis == name)
+                self.refused[name] = next(reasons, "no operator works along it")
         self.axes: tuple[str, ...] = tuple(name for name in self.flows if name in used)
 
     # -- questions --------------------------------------------------------------------------------------------------
@@ -138,9 +139,10 @@ class Strategies:
 
     def _refusal(self, axis: Axis, no_batch: str) -> str:
         if axis.kind is Kind.BATCH:
-            fixed = "batch" not in self.graph.symbols.symbols
-            split = self._named.factor(axis.name).parts
-            return "its size is fixed" if fixed else "it is split" if split else no_batch
+            if "batch" not in self.graph.symbols.symbols:
+                return "its size is fixed"
+            split = self._walk.batch is not self._named.factor(axis.name)  # the axis is a piece of the batch then
+            return f"the batch is split at {self._walk.batch.place}" if split else no_batch
         if axis.kind not in _KINDS:
             return f"it is of kind {axis.kind}"
         if not isinstance(axis.size, int) or axis.size % self.processors:
@@ -216,6 +218,8 @@ class Strategies:
             for literal in self.literals(node, name):
                 if literal.refusal and literal.role is not Role.VALUE:
                     raise Misplaced(node, f"its argument {literal}")
+        if any(isinstance(v, (list, tuple)) for _, v in _results(value)):
+            raise Misplaced(node, "it gives lists of tensors")
         operands: dict[fx.Node, Placement] = {}
         read = set(nodes_read_in_order(node))
         for source in node.all_input_nodes:
@@ -283,22 +287,28 @@ class Strategies:
 
     def _sums(self, node: fx.Node, value: Any) -> list[Strategy]:
         """The operator on summands, for each set of operands that it is linear in together."""
+        results = [v for _, v in _results(value)]
+        tensors = [v for v in results if isinstance(v, torch.Tensor) and numel(v) != 0]
+        if not tensors or any(isinstance(v, (list, tuple)) for v in results):
+            return []
         found: dict[str, Strategy] = {}
         for sources, others in linear_alternatives(node):
             partial = [s for s in sources if s not in self._zero]
-            results = [v for _, v in _results(value) if isinstance(v, torch.Tensor) and numel(v) != 0]
-            likely = bool(partial) and (self._every_sum or not self._summable.isdisjoint(partial))
-            if not likely or not set(partial).isdisjoint(others):
+            if not self._may_be_sums(partial, others) or not all(keeps_sums_small(v, partial) for v in tensors):
                 continue
-            if not results or not all(keeps_sums_small(v, partial) for v in results):
-                continue
-            names = [n for n in operand_names(node) if any(s in partial for s in _nodes(operand(node, n)))]
+            names = [n for n in operand_names(node) if any(s in partial for s in operand_nodes(node, n))]
+            whole = [s for s in (*sources, *others) if isinstance(s.meta.get("val"), torch.Tensor)]
+            operands = dict.fromkeys(whole, _WHOLE) | dict.fromkeys(partial, Partial())
             regime = SUMS + "+".join(names)
-            operands: dict[fx.Node, Placement] = {s: _WHOLE for s in (*sources, *others) if s not in partial}
-            operands = {s: p for s, p in operands.items() if isinstance(s.meta.get("val"), torch.Tensor)}
-            operands |= dict.fromkeys(partial, Partial())
             found.setdefault(regime, Strategy(regime, operands, _same(value, Partial())))
         return list(found.values())
+
+    def _may_be_sums(self, partial: list[fx.Node], others: list[fx.Node]) -> bool:
+        """Whether summands can stand in these operands, and one of them may be one."""
+        if not partial or not set(partial).isdisjoint(others):
+            return False
+        likely = self._every_sum or not self._summable.isdisjoint(partial)
+        return likely and all(s.meta["val"].is_floating_point() for s in partial)
 
 
 def _results(value: Any) -> list[tuple[int | None, Any]]:
@@ -317,9 +327,3 @@ def _same(value: Any, placement: Placement) -> Placement | tuple[Placement, ...]
 
 def _each(results: Placement | Sequence[Placement]) -> Sequence[Placement]:
     return results if isinstance(results, (list, tuple)) else (results,)  # type: ignore[return-value]
-
-
-def _nodes(argument: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg(argument, found.append)
-    return found

@@ -64,7 +64,7 @@ class DivideRegions(Pass):
     >>> for change in result.changes:
     ...     print(change.what)
     all-reduce of 8*batch bytes
-    divided 14 of 21 operators over 2 processors: 0.hidden
+    divided 19 of 29 operators over 2 processors: 0.hidden
     """
 
     processors: int

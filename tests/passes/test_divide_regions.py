@@ -248,7 +248,7 @@ def test_a_conversion_is_made_once_for_all_readers() -> None:
     assert collectives(divided) == ["all_gather_into_tensor"]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.sampled_from(sorted(MODELS)), st.sampled_from([2, 4]), st.integers(0, 2**20))
 def test_any_regimes_of_the_table_give_the_whole(name: str, processors: int, seed: int) -> None:
     draw = random.Random(seed)
