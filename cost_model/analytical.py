@@ -150,7 +150,7 @@ def node_seconds(
     work: Work, machine: Machine, values: Mapping[sympy.Symbol, int], precision: str | None = None
 ) -> np.ndarray:
     """Seconds of each operator (`Work.nodes`) where the free sizes have these values: its kernels and, where the host
-    does not run ahead of them, its launches. Nothing is checked: a part of a batch may be smaller than a graph admits."""
+    does not run ahead of them, its launches. Nothing is checked: parts may be smaller than a graph admits."""
     seconds, _ = _kernel_seconds(work, work.at(values), machine, precision)
     if not machine.asynchronous:
         seconds = seconds + _launch_seconds(work, machine)

@@ -17,8 +17,8 @@ from graphopt.graph.batch import BatchLayout
 from graphopt.plan import Candidate, Crossover, GraphFacts, Plan
 from graphopt.schemes import EXACT, SCHEMES, ModelWatch, Prepared, Runner, Scheme, Task, candidates
 from graphopt.schemes.data_parallel import data_parallel
-from graphopt.schemes.hybrid import hybrid
 from graphopt.schemes.flat import CapturedStep
+from graphopt.schemes.hybrid import hybrid
 
 UNKNOWN_START = 30.0
 """Seconds that a compiler is taken to need where there is no price of it."""

@@ -11,8 +11,9 @@ import graphopt
 from graphopt.cost_model import Link
 from graphopt.errors import GraphoptError
 from graphopt.graph.batch import flatten
+from graphopt.graph.training_graph import TrainingGraph
 from graphopt.passes._strategies import BATCH
-from graphopt.schemes import SCHEMES, Hybrid, Prepared, Task
+from graphopt.schemes import SCHEMES, DataParallel, Hybrid, Prepared, Task
 from graphopt.schemes import hybrid as module
 from graphopt.schemes.captured_step import capture_task
 from graphopt.step import PASSES
@@ -107,6 +108,20 @@ def test_its_price_has_communication_and_no_price_without_a_link():
     slower = scheme.estimate(step, 6, lambda threads: simple(link=Link(1e-3, 1e8)))
     assert slower.terms["communication"] > price.terms["communication"]
     assert scheme.estimate(step, 6, lambda threads: simple()) is None
+
+
+def test_parts_of_one_row_have_a_price():
+    step = prepared()
+    assert DataParallel(2).estimate(step, 2, lambda threads: NEAR).sizes["batch"] == 1
+
+
+def test_a_graph_that_holds_up_to_some_size_only_is_sent_to_workers(tmp_path):
+    step = prepared(size=8)  # convolutions take other kernels from 16 images on
+    assert not step.step.graph.symbols.admits({"batch": 16})
+    for scheme in (DataParallel(2), Hybrid(2, machine=NEAR)):
+        graph = scheme.divided(step, 8).graphs[1]
+        graph.save(tmp_path / "part")
+        assert TrainingGraph.load(tmp_path / "part").symbols.admits({"batch": 4, "batch.total": 8})
 
 
 def test_it_is_a_candidate_where_processors_are_given():
