@@ -58,7 +58,8 @@ class Hybrid(SeveralProcessors):
         if self.batch_norm == "local":
             return "regions are joined by statistics of the whole batch: batch_norm='local' has no such form"
         if self._machine() is None:
-            return "this machine's collectives are not calibrated, so regions have no prices; run `graphopt calibrate`"
+            how = f"`graphopt calibrate --processors {self.processors}`"
+            return f"collectives of this machine are not calibrated, so regions have no prices; {how} gives some"
         regions = self.regions(prepared, size)
         if regions.kind == "data parallel":
             return f"at a batch of {size} each layer is best divided along the batch: that is data parallel"
