@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 import numpy as np
+import sympy
 
 from graphopt.cost_model.communication import Schedule, exposed_seconds, scheduled
 from graphopt.cost_model.estimate import TERMS, Estimate
@@ -169,6 +170,17 @@ def pieces(price: Estimate, machine: Machine, processors: int = 1) -> Pieces:
 def kernel_seconds(work: Work, machine: Machine) -> np.ndarray:
     """Seconds of each kernel at the sizes of the capture."""
     return kernel_seconds_at(work, work.at(work.values({})), machine, None)[0]
+
+
+def node_seconds(
+    work: Work, machine: Machine, values: Mapping[sympy.Symbol, int], precision: str | None = None
+) -> np.ndarray:
+    """Seconds of each operator (`Work.nodes`) where the free sizes have these values: its kernels and, where the host
+    does not run ahead of them, its launches. Nothing is checked: parts may be smaller than a graph admits."""
+    seconds, _ = kernel_seconds_at(work, work.at(values), machine, precision)
+    if not machine.asynchronous:
+        seconds = seconds + launch_seconds(work, machine)
+    return np.bincount(work.node_of, seconds, len(work.nodes))
 
 
 def kernel_seconds_at(

@@ -53,13 +53,14 @@ class Work:
         node_of: index of the node of each kernel.
         transfers: the collectives among the kernels.
         memory: live bytes (`graphopt.cost_model.memory`).
+        widths: the symbols of axes that are free besides the sizes of the graph, by name.
     """
 
     def __init__(self, graph: TrainingGraph, mode: Mode, widths: Iterable[str] | CountingGraph, threads: int | None):
         self.graph = graph
         self.mode = mode
         counting = widths if isinstance(widths, CountingGraph) else counting_graph(graph, widths)
-        self._widths = counting.symbols
+        self.widths = counting.symbols
         self._figures: WeakKeyDictionary[Hashable, dict[Hashable, np.ndarray]] = WeakKeyDictionary()
         copies = {original: counting.node[original] for original in graph.nodes if original.op != "output"}
         originals = {copy: original for original, copy in copies.items()}
@@ -98,7 +99,7 @@ class Work:
         batch = {name: size for name, size in sizes.items() if name in symbols.hints}
         _check(symbols, batch)
         values = {symbol: int(number) for symbol, number in symbols.substitution(batch).items()}
-        return values | {symbol: sizes[name] for name, symbol in self._widths.items()}
+        return values | {symbol: sizes[name] for name, symbol in self.widths.items()}
 
     def at(self, values: Mapping[sympy.Symbol, int]) -> Counts:
         """The counts for numbers that `values` gave."""

@@ -19,6 +19,7 @@ from graphopt.plan import Candidate, Crossover, GraphFacts, Plan
 from graphopt.schemes import SCHEMES, ModelWatch, Prepared, Runner, Scheme, Task, candidates
 from graphopt.schemes.data_parallel import data_parallel
 from graphopt.schemes.flat import CapturedStep
+from graphopt.schemes.hybrid import hybrid
 from graphopt.schemes.world.candidates import candidates_in_world
 from graphopt.schemes.world.eager import EagerInWorld
 from graphopt.settings import Settings
@@ -181,8 +182,9 @@ class Situation:
                 )  # fmt: skip
                 if (self.settings.processors or 1) > 1:
                     first, *others = found
-                    owner, reduced = data_parallel(self.settings.processors or 1, self.settings.batch_norm)
-                    found = (first, owner, *others, reduced)
+                    given = self.settings.processors or 1, self.settings.batch_norm
+                    owner, reduced = data_parallel(*given)
+                    found = (first, owner, hybrid(*given), *others, reduced)
             self._schemes[key] = tuple({scheme.name: scheme for scheme in found}.values())
         return self._schemes[key]
 

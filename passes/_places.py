@@ -99,7 +99,8 @@ class Places(Numbers):
         self.axis = axis
         symbols = draft.signature.symbols
         self.symbol = symbols.symbols[axis]
-        hint = symbols.hints[axis] * processors
+        several = symbols.hints[axis] * processors
+        hint = several if symbols.admits({axis: several}) else symbols.hints[axis]  # guards hold for the whole
         made = new_size([n.meta.get("val") for n in draft.graph.nodes], f"{axis}.{TOTAL}", hint)
         self.total = made.node.expr
         self._numbers[self.total] = draft.add_input(Input(InputKind.PLACE, axis, TOTAL), made)

@@ -96,8 +96,10 @@ class Symbols:
         return {symbol: sympy.Integer(chosen[name]) for name, symbol in self.symbols.items()}
 
     def admits(self, sizes: Mapping[str, int]) -> bool:
-        """Whether the graph is valid at ``sizes`` (every guard of the capture holds, every size at least 2)."""
-        if any(size < 2 if name in self.symbols else size != self.hints[name] for name, size in sizes.items()):
+        """Whether the graph is valid at ``sizes`` (every guard of the capture holds, every size at least 2, a part of a
+        divided one at least 1)."""
+        least = {name: 1 if f"{name}.total" in self.symbols else 2 for name in self.symbols}
+        if any(size < least[name] if name in least else size != self.hints[name] for name, size in sizes.items()):
             return False
         substitution = self.substitution(sizes)
         return all(bool(guard.xreplace(substitution)) for guard in self.guards)

@@ -6,11 +6,12 @@ from graphopt.schemes.cuda_graphs import CudaGraphs
 from graphopt.schemes.data_parallel import DataParallel
 from graphopt.schemes.eager import Eager
 from graphopt.schemes.flat import Flat
+from graphopt.schemes.hybrid import Hybrid
 from graphopt.schemes.inductor import Inductor
 from graphopt.schemes.micro_batches import MicroBatches
 from graphopt.schemes.task import ModelWatch, Task
 
-SCHEMES: dict[str, Scheme] = {scheme.kind: scheme for scheme in (Flat(), Eager(), Inductor(), CudaGraphs())}
+SCHEMES: dict[str, Scheme] = {scheme.kind: scheme for scheme in (Flat(), Eager(), Inductor(), CudaGraphs(), Hybrid())}
 """The schemes by name, without options."""
 
 EXACT = ("flat", "eager")
@@ -23,6 +24,7 @@ __all__ = [
     "DataParallel",
     "Eager",
     "Flat",
+    "Hybrid",
     "Inductor",
     "MicroBatches",
     "ModelWatch",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from graphopt.cost_model.kernels import Family
 from graphopt.graph.sizes import nbytes
 from graphopt.graph.training_graph import InputKind, TrainingGraph
 from graphopt.schemes.divided_step import Divided
-from graphopt.schemes.pieces import PARTIAL, owner_of
+from graphopt.schemes.pieces import PARTIAL, owner_of, sharded_dim
 
 
 def price(divided: Divided, size: int, machine: Machine) -> Estimate | None:
@@ -39,25 +40,44 @@ def price(divided: Divided, size: int, machine: Machine) -> Estimate | None:
 def shared_memory_seconds(divided: Divided, machine: Machine) -> float:
     """Seconds of copies between this process and the workers.
 
-    What a step changes and workers read (parameters, buffers, state) is copied for all of them together. Partial sums
-    all workers copy at a time, and this process adds them one after the other. New values are copied by the workers
-    that own them, at a time, and then by this process into the user's tensors, with those that it owns.
+    What a step changes and workers read (parameters, buffers, state) is copied for all of them together. New values are
+    copied by the workers that own them, at a time, and then by this process into the user's tensors, with those that it
+    owns. For partial sums and parts see `seconds_of_sums` and `seconds_of_parts`.
     """
-    copy, add = machine.curves[Family.COPY], machine.curves[Family.POINTWISE]
 
-    def copies(sizes: list[int], pace: float = 2.0) -> float:
-        return float(copy.memory_seconds(pace * np.array(sizes, dtype=np.float64)).sum())
+    def copies(sizes: Sequence[float]) -> float:
+        return float(_copied(sizes, machine).sum())
 
-    first = divided.graphs[0]
-    partial = _sizes(first, [k for k, word in enumerate(divided.words) if word == PARTIAL])
-    added = add.memory_seconds(3.0 * np.array(partial, dtype=np.float64)).sum()
-    mine: dict[int, list[int]] = {k: [] for k in range(len(divided.graphs))}
-    for k, word in enumerate(divided.words):
+    first, processors = divided.graphs[0], len(divided.graphs)
+    words = list(enumerate(divided.words))
+    partial = _sizes(first, [k for k, word in words if word == PARTIAL])
+    pieces = [processors * size for size in _sizes(first, [k for k, word in words if sharded_dim(word) is not None])]
+    mine: dict[int, list[int]] = {k: [] for k in range(processors)}
+    for k, word in words:
         if (owner := owner_of(word)) is not None:
             mine[owner] += _sizes(divided.graphs[owner], [k])
     handed = max(copies(sizes) for owner, sizes in mine.items() if owner)
     taken = sum(copies(sizes) for sizes in mine.values()) if divided.update is None else 0.0
-    return copies(_mirrored(divided)) + copies(partial) + float(added) * (len(mine) - 1) + handed + taken
+    joined = seconds_of_sums(partial, processors, machine).sum() + seconds_of_parts(pieces, processors, machine).sum()
+    return copies(_mirrored(divided)) + float(joined) + handed + taken
+
+
+def seconds_of_sums(sizes: Sequence[float], processors: int, machine: Machine) -> np.ndarray:
+    """Seconds of bringing values of so many bytes, of which each processor has a summand, together in this process: the
+    others copy them at a time, and this process adds them one after the other."""
+    added = machine.curves[Family.POINTWISE].memory_seconds(3.0 * np.asarray(sizes, dtype=np.float64))
+    return _copied(sizes, machine) + (processors - 1) * added
+
+
+def seconds_of_parts(sizes: Sequence[float], processors: int, machine: Machine) -> np.ndarray:
+    """Seconds of bringing values of so many bytes, of which each processor has an equal part, together in this process:
+    the others copy them at a time, and this process puts them behind each other."""
+    whole = np.asarray(sizes, dtype=np.float64)
+    return _copied(whole / processors, machine) + _copied(whole, machine)
+
+
+def _copied(sizes: Sequence[float] | np.ndarray, machine: Machine) -> np.ndarray:
+    return machine.curves[Family.COPY].memory_seconds(2.0 * np.asarray(sizes, dtype=np.float64))
 
 
 def _mirrored(divided: Divided) -> list[int]:
