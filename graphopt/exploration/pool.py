@@ -53,6 +53,10 @@ class Pool:
         self.models: list[Model] = []
         self.results: list[Result] = []
         self._numbers: dict[str, int] = {}
+        self._released: dict[int, int] = {}  # place of a model's result
+        self._scored: list[Result] = []
+        self._scored_by = [0]  # by the number of results, how many have scores
+        self._scores = np.empty((64, 1))
 
     def add_model(self, model: Model) -> None:
         """The next model. Raises ValueError where its number or key cannot be."""
@@ -63,7 +67,17 @@ class Pool:
 
     def add_result(self, result: Result) -> None:
         """The next result that is released."""
+        self._released[result.number] = len(self.results)
         self.results.append(result)
+        if result.state == "done" and result.scores is not None:
+            count = len(self._scored)
+            if not count:
+                self._scores = np.empty((64, len(result.scores)))
+            elif count == len(self._scores):
+                self._scores = np.concatenate([self._scores, np.empty_like(self._scores)])
+            self._scores[count] = result.scores
+            self._scored.append(result)
+        self._scored_by.append(len(self._scored))
 
     def number_of(self, key: str) -> int | None:
         """The model with this key, if there is one."""
@@ -106,18 +120,23 @@ class View:
     @cached_property
     def scored(self) -> list[Result]:
         """Results of finished trials that have all scores: they may be parents."""
-        return [result for result in self.results if result.state == "done" and result.scores is not None]
+        return self._pool._scored[: self._pool._scored_by[len(self.results)]]
+
+    @cached_property
+    def bad(self) -> list[int]:
+        """Numbers of models whose trials failed, were stopped early or gave no score."""
+        return [] if len(self.scored) == len(self.results) else [r.number for r in self.results if r.state != "done"]
 
     @cached_property
     def pending(self) -> list[Model]:
         """Models without a result in this view: queued, running, or not yet released."""
-        ended = {result.number for result in self.results}
-        return [model for model in self._pool.models[: self.count] if model.number not in ended]
+        released, results = self._pool._released, len(self.results)
+        return [m for m in self._pool.models[: self.count] if released.get(m.number, results) >= results]
 
     @cached_property
     def scores(self) -> np.ndarray:
         """Of `scored`, float64 of shape (results, objectives), the larger the better."""
-        return np.array([result.scores for result in self.scored], dtype=np.float64)
+        return self._pool._scores[: len(self.scored)]
 
 
 def scale_of(values: np.ndarray) -> tuple[float, float]:

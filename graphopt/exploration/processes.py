@@ -37,8 +37,8 @@ def write_payload(path: Path, setup: Any) -> None:
     except Exception as error:
         raise ExplorationError(
             f"the search cannot be sent to its workers: {type(error).__name__}: {error}. Trial, predictor and nets "
-            "must be picklable: functions of a module or of the script, no lambdas and nothing made inside a function; or "
-            "use on='inline'"
+            "must be picklable: functions of a module or of the script, no lambdas and nothing made inside a function; "
+            "or use on='inline'"
         ) from error
     head: dict[str, Any] = {"sys_path": list(sys.path), "directory": os.getcwd(), "main": None}
     if getattr(current_process(), "_inheriting", False):

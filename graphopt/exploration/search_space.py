@@ -22,6 +22,8 @@ from graphopt.exploration.hyper_parameters import HyperParameter
 
 __all__ = ["Elastic", "Knob", "ModelFunction", "Point", "SearchSpace", "search_space"]
 
+_KNOWN = 10_000  # points of which it is kept which knobs count
+
 Point = tuple[int, ...]
 """An index into the values of each knob."""
 
@@ -96,7 +98,10 @@ class SearchSpace:
             seen.add((knob.kind, knob.name))
         self._place = {(knob.kind, knob.name): i for i, knob in enumerate(self.knobs)}
         self._conditions = [self._condition(knob) for knob in self.knobs]
-        self._order = self._dependencies_first()
+        # Few knobs have conditions; chains of moves come by the same points again and again.
+        self._order = [i for i in self._dependencies_first() if self._conditions[i]]
+        self._known: dict[Point, tuple[bool, ...]] = {}
+        self._movable: dict[tuple[tuple[bool, ...], str | None], list[int]] = {}
         self.free = tuple(i for i, knob in enumerate(self.knobs) if knob.size > 1)
         self.conditional = any(self._conditions)
 
@@ -139,26 +144,31 @@ class SearchSpace:
 
     # -- meaning ----------------------------------------------------------------------------------------------------
 
-    def active(self, point: Point) -> list[bool]:
+    def active(self, point: Point) -> tuple[bool, ...]:
         """Which knobs count at ``point``."""
-        counts = [True] * len(self.knobs)
-        if self.conditional:
+        known = self._known.get(point)
+        if known is None:
+            counts = [True] * len(self.knobs)
             for i in self._order:
                 counts[i] = all(counts[place] and point[place] in admitted for place, admitted in self._conditions[i])
-        return counts
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            known = self._known[point] = tuple(counts)
+        return known
 
     def canonical(self, point: Point) -> Point:
         """The same trial with every knob that does not count at its last value (the full one, for nets)."""
         if not self.conditional:
             return point
-        return tuple(
-            index if counts else knob.size - 1 for index, counts, knob in zip(point, self.active(point), self.knobs)
-        )
+        counts = self.active(point)
+        if all(counts):
+            return point
+        return tuple([index if c else knob.size - 1 for index, c, knob in zip(point, counts, self.knobs)])
 
     def key(self, point: Point) -> str:
-        """What names the trial of ``point``: 32 hexadecimal digits, the same in every process and run."""
-        values = [[k.kind, k.name, k.range.values[i]] for k, i in zip(self.knobs, self.canonical(point))]
-        return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=16).hexdigest()
+        """What names the trial of ``point`` within this space: 32 hexadecimal digits, the same in every process and
+        run."""
+        return hashlib.blake2b(f"{self.digest}{self.canonical(point)}".encode(), digest_size=16).hexdigest()
 
     def sizes(self, point: Point) -> dict[str, Any]:
         """The size of each dimension of the architecture."""
@@ -212,9 +222,7 @@ class SearchSpace:
         An ordered knob goes one place up or down in half of the cases, else up to a third of its range; the others go
         anywhere.
         """
-        counts = self.active(point)
-        able = [i for i in self.free if counts[i] and (kind is None or self.knobs[i].kind == kind)]
-        able = able or [i for i in self.free if counts[i]]
+        able = self._able(self.active(point), kind)
         if not able:
             return point
         place = able[int(random.integers(len(able)))]
@@ -227,6 +235,17 @@ class SearchSpace:
             new = int(random.integers(knob.size - 1))
         new += new >= now  # never the one it has
         return self.canonical((*point[:place], new, *point[place + 1 :]))
+
+    def _able(self, counts: tuple[bool, ...], kind: str | None) -> list[int]:
+        """Places of the knobs that can be moved."""
+        known = self._movable.get((counts, kind))
+        if known is None:
+            known = [i for i in self.free if counts[i] and (kind is None or self.knobs[i].kind == kind)]
+            known = known or [i for i in self.free if counts[i]]
+            if len(self._movable) >= _KNOWN:
+                self._movable.clear()
+            self._movable[counts, kind] = known
+        return known
 
     def all_points(self) -> Iterator[Point]:
         """Every canonical point once, in the order of their indices."""

@@ -1,8 +1,8 @@
 """Any sampler of Optuna as a proposer: ``proposer="optuna:TPESampler"`` (``pip install graphopt[optuna]``).
 
 Optuna is imported when a search with it begins, and only then. For each request the sampler is made anew, with a seed
-of the request's number, and reads the trials of the view: so its proposals too depend on the request and the prefix alone.
-Samplers that keep state of their own between trials (CMA-ES, grids) lose it by that.
+of the request's number, and reads the trials of the view: so its proposals too depend on the request and the prefix
+alone. Samplers that keep state of their own between trials (CMA-ES, grids) lose it by that.
 """
 
 from __future__ import annotations
