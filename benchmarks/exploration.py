@@ -212,7 +212,9 @@ def scale(trials: int = 10_000) -> dict[str, Any]:
     options: dict[str, Any] = {"hyper_parameters": _many(), "on": "inline", "progress": False, "store": store}
     try:
         explore(None, nothing, trials=trials, proposer="random", **options)
-        size = sum(path.stat().st_size for path in folder.glob("many.db*") if path.is_file() and "lock" not in path.name)
+        size = sum(
+            path.stat().st_size for path in folder.glob("many.db*") if path.is_file() and "lock" not in path.name
+        )
         start = time.perf_counter()
         explore(None, nothing, trials=trials, proposer="random", resume="must", **options)
         resumed = time.perf_counter() - start

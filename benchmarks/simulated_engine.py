@@ -10,6 +10,7 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from graphopt.exploration.engines import Answered, Died, Ended, Happening, Ready
 from graphopt.exploration.generator import Generator, GeneratorSetup, Row
@@ -39,6 +40,7 @@ class SimulatedEngine:
         answers_after: float = 0.01,
     ):
         self.slots = len(speeds)
+        self.alike = len(set(speeds)) == 1
         self.busy = [0.0] * self.slots
         self.proposing = 0.0
         self.requests: list[Request] = []
@@ -65,6 +67,7 @@ class SimulatedEngine:
     def start(self, slot: int, task: Task) -> None:
         outcome, seconds = self._trial(task.number, task.point)
         seconds /= self._speeds[slot]
+        outcome = replace(outcome, seconds=seconds)
         if self._dies(slot, task.number, task.attempt):
             self.busy[slot] += seconds / 2
             self._later(seconds / 2, Died(slot, task.number, "killed", True))

@@ -39,6 +39,8 @@ _DEATHS = 2
 _KILLS = 4
 """Times that a trial may take its process with it, or lose it to a signal from outside, before it has failed."""
 
+_SLOWER = 4.0
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -101,7 +103,7 @@ class Master:
         self._released: list[int] = []
         self._ended: set[int] = set()
         self._contiguous = 0  # all models below this number have ended
-        self._durations: list[tuple[float, float | None]] = []
+        self._durations: list[tuple[float, float | None, int | None]] = []
         self.started = self.engine.now()
 
     # -- the loop ---------------------------------------------------------------------------------------------------
@@ -275,7 +277,7 @@ class Master:
     def _end(self, trial: Trial) -> None:
         """A trial has a result: release it to the pool."""
         if trial.state in ("done", "pruned"):
-            self._durations.append((trial.seconds, _predicted_seconds(trial)))
+            self._durations.append((trial.seconds, _predicted_seconds(trial), trial.worker))
         self._ended.add(trial.number)
         if self.limits.window is None:
             released = [trial.number]
@@ -343,11 +345,14 @@ class Master:
         effort = self.limits.effort if running.final else 1.0
         predicted = running.trial.predicted.get("trial_seconds")
         expected = predicted[0] if predicted is not None else None
-        if expected is None and len(self._durations) >= 3:
-            recent = self._durations[-100:]
+        own = [duration for duration in self._durations[-400:] if duration[2] == running.trial.worker]
+        recent = own if len(own) >= 3 else self._durations[-100:] if self.engine.alike else []
+        if expected is None and len(recent) >= 3:
             step = _predicted_seconds(running.trial)
-            ratios = [seconds / its for seconds, its in recent if its]
-            expected = step * median(ratios) if step and ratios else median(seconds for seconds, _ in recent)
+            ratios = [seconds / its for seconds, its, _ in recent if its]
+            expected = step * median(ratios) if step and ratios else median(seconds for seconds, _, _ in recent)
+            if recent is not own:  # this worker may be slower than others
+                expected *= _SLOWER
         if expected is None:
             return self.limits.first_seconds * effort, None
         return max(self.limits.hang_after * expected * effort, self.limits.least_seconds), expected * effort

@@ -155,7 +155,7 @@ class Store:
         (found,) = self._connection.execute("PRAGMA quick_check(1)").fetchone()
         if found != "ok":
             raise _Damaged(f"{self.path} is damaged ({' '.join(found.split())})")
-        self._hash, self._seq = b"", 0
+        self._hash, self._seq, self.events = b"", 0, []
         for seq, kind, number, key, body, digest in self._connection.execute("SELECT * FROM event ORDER BY seq"):
             self._hash = next_hash(self._hash, kind, number, key, body)
             if seq != self._seq + 1 or digest != self._hash:

@@ -75,6 +75,10 @@ class Engine(Protocol):
     def slots(self) -> int:
         """How many trials run at a time."""
 
+    @property
+    def alike(self) -> bool:
+        """Whether all slots are about as fast, so that what a trial took in one says what it takes in another."""
+
     def now(self) -> float:
         """Seconds on the clock by which `wait` waits."""
 

@@ -21,6 +21,7 @@ class InlineEngine:
     """See `graphopt.exploration.engines.Engine`. ``on_report`` is asked at once, as the trial runs in this thread."""
 
     slots = 1
+    alike = True
 
     def __init__(self, generator: GeneratorSetup, trainer: TrainerSetup):
         self._generator = Generator(generator)

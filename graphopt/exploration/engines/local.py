@@ -42,6 +42,8 @@ class LocalEngine:
         environment: variables for each worker, by number: a device of its own, for example.
     """
 
+    alike = True
+
     def __init__(
         self,
         generator: GeneratorSetup,
