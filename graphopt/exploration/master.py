@@ -147,7 +147,11 @@ class Master:
 
     def _over(self) -> bool:
         """Whether no more models are to be tried."""
-        return self.stop_asked or self._out_of_time() or (not self._queue and not self._wants_models())
+        return self.stop_asked or self._out_of_time() or (not self._waits() and not self._wants_models())
+
+    def _waits(self) -> bool:
+        """Whether a model waits for a trainer. Those beyond the number of trials wait for a later run."""
+        return bool(self._queue) and (self.limits.trials is None or self._queue[0] < self.limits.trials)
 
     def _out_of_time(self) -> bool:
         seconds = self.limits.seconds
@@ -161,7 +165,7 @@ class Master:
                 if not self._finals:
                     break
                 number, final = self._finals.pop(0), True
-            elif self._queue and not self._out_of_time():
+            elif self._waits() and not self._out_of_time():
                 number, final = heapq.heappop(self._queue), False
             else:
                 break
@@ -202,7 +206,7 @@ class Master:
             if results > len(self._released):
                 return  # a slow trial is waited for
         count = self.limits.queue
-        if self.limits.trials is not None:
+        if self.limits.trials is not None and self.limits.window is None:  # else requests do not depend on it
             count = min(count, self.limits.trials - models)
         self._asked = Request(self.history.requests, count, models, results)
         self.engine.ask(self._asked)
