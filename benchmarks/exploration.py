@@ -3,11 +3,11 @@
     python -m benchmarks.exploration                # quality, overhead, 10,000 trials; some minutes
     python -m benchmarks.exploration quality --seeds 10 --trials 200
 
-**Quality** on two spaces made by a formula, with eight simulated workers whose trials take different times (a fake clock:
-nothing is trained): ``interactions``, where knobs matter in products of two and three, so that no knob is good by itself;
-and ``elastic``, a net of stages with depth and widths (those of layers that are left out do not count), hyper-parameters
-that depend on its size, noise in the scores, and a budget of seconds a step that a third of all points keep. Each
-proposer runs with each seed; the figure is the true score of the model it would pick.
+**Quality** on two spaces made by a formula, with eight simulated workers whose trials take different times (a fake
+clock: nothing is trained): ``interactions``, where knobs matter in products of two and three, so that no knob is good by
+itself; and ``elastic``, a net of stages with depth and widths (those of layers that are left out do not count),
+hyper-parameters that depend on its size, noise in the scores, and a budget of seconds a step that a third of all points
+keep. Each proposer runs with each seed; the figure is the true score of the model it would pick.
 
 **Overhead**: seconds a trial for trials that do nothing. **Scale**: proposal, store and resume at 10,000 trials.
 """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,13 +70,15 @@ class Context:
     def save(self, state: Any) -> None:
         """Keep ``state`` (whatever `torch.save` takes) for another attempt of this trial: written aside, then renamed,
         so that there is always a whole one."""
-        import torch
-
+        torch = sys.modules.get("torch")  # a trial without torch has no tensors, and need not import it
         self.folder.mkdir(parents=True, exist_ok=True)
         part = self.folder / f"checkpoint.{os.getpid()}.part"
         try:
             with open(part, "wb") as file:
-                torch.save(state, file)
+                if torch is not None:
+                    torch.save(state, file)
+                else:
+                    pickle.dump(state, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(part, self.folder / "checkpoint.pt")
@@ -83,7 +87,14 @@ class Context:
 
     def load(self) -> Any:
         """What an earlier attempt saved last; None where there is nothing."""
-        import torch
-
         path = self.folder / "checkpoint.pt"
-        return torch.load(path, weights_only=False) if path.exists() else None
+        if not path.exists():
+            return None
+        with open(path, "rb") as file:
+            zipped = file.read(2) == b"PK"  # what torch writes
+            file.seek(0)
+            if not zipped:
+                return pickle.load(file)
+            import torch
+
+            return torch.load(file, weights_only=False)

@@ -12,14 +12,14 @@ from graphopt.exploration.search_space import ModelFunction, SearchSpace
 
 __all__ = ["differences", "fingerprints"]
 
-_SAMPLES = 1024
+_BYTES = 1 << 26
 
 
 def fingerprints(found: SearchSpace, nets: Any, trial: Any, objectives: Any) -> dict[str, str]:
     """By name, what must stay the same between runs of one study.
 
     Objects may have a ``digest`` of their own: a string, or a method that gives one. For others: modules count by
-    names, shapes and sampled values of their state, functions by their source.
+    their state, functions by their source.
     """
     return {
         "space": found.digest,
@@ -54,14 +54,15 @@ def _of(given: Any) -> str:
 
 
 def tensor_digest(value: Any) -> str:
-    """Of a tensor: dtype, shape and at most a thousand of its values; of anything else its text."""
+    """Of a tensor: dtype, shape and its bytes (of more than 64 MiB a part); of anything else its text."""
     torch = sys.modules.get("torch")
     if torch is None or not isinstance(value, torch.Tensor):
         return repr(value)
     flat = value.detach().reshape(-1)
-    step = max(1, flat.numel() // _SAMPLES)
-    return _hashed(f"{value.dtype}{tuple(value.shape)}{flat[::step].cpu().tolist()}")
+    step = max(1, flat.numel() * flat.element_size() // _BYTES)
+    content = flat[::step].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return _hashed(f"{value.dtype}{tuple(value.shape)}", content)
 
 
-def _hashed(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+def _hashed(text: str, content: bytes = b"") -> str:
+    return hashlib.blake2b(text.encode() + content, digest_size=12).hexdigest()

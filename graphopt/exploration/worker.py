@@ -27,9 +27,6 @@ from multiprocessing.connection import Connection
 from select import POLLHUP, poll
 from typing import Any
 
-from graphopt.exploration.generator import Generator
-from graphopt.exploration.trainer import Trainer
-
 _REPORT = 1 << 14
 
 
@@ -44,7 +41,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     connection = Connection(given.connection)
-    _end_with_master(given.connection)
+    _end_with_master(given.connection)  # before anything is imported that takes long
     code = 0
     try:
         setup = _load(given.payload)
@@ -79,6 +76,8 @@ def _load(path: str) -> Any:
 
 
 def _train(connection: Connection, setup: Any) -> None:
+    from graphopt.exploration.trainer import Trainer
+
     trainer = Trainer(setup)
     while True:
         _, task = connection.recv()
@@ -91,6 +90,8 @@ def _train(connection: Connection, setup: Any) -> None:
 
 
 def _generate(connection: Connection, setup: Any) -> None:
+    from graphopt.exploration.generator import Generator
+
     generator = Generator(setup)
     while True:
         kind, content = connection.recv()

@@ -294,5 +294,5 @@ def test_arguments_are_checked(change, told):
 
 
 def test_what_cannot_be_sent_to_workers_is_told():
-    with pytest.raises(ExplorationError, match="no lambdas.*on='inline'"):
+    with pytest.raises(ExplorationError, match=r"no lambdas.*on='inline'"):
         explore(None, lambda net, hp, context: 0.0, hyper_parameters=BOWL, trials=1, workers=1, progress=False)

@@ -37,8 +37,8 @@ def test_the_margin_is_that_of_the_interval():
 
 
 def test_measurements_correct_the_predictions():
-    """Predicted steps are 1.5 times too long and scatter by 5 %: at first nothing runs beyond the stated interval, later
-    the gate admits nearly all that fit and nearly none that do not."""
+    """Predicted steps are 1.5 times too long and scatter by 5 %: at first nothing runs beyond the stated interval,
+    later the gate admits nearly all that fit and nearly none that do not."""
     random = np.random.default_rng(0)
     gate = Gate(SPACE, {"step_seconds": 40.0}, cost)
     truth = lambda point: cost(SPACE.sizes(point), {})["step_seconds"][0] / 1.5 * math.exp(random.normal(0, 0.05))

@@ -2,8 +2,9 @@
 
 The scheme of AIPerf (Ren et al., Big Data Mining and Analytics 4(3), 2021), with its weaknesses mended. All known
 models stand in a queue, best first. At a temperature that halves from 1 to 1e-4, the first one is taken out and
-accepted as a target base with probability min(1, exp((a - a_best) / T)); its neighbours (one knob changed) are judged by
-the surrogate and enter the queue themselves, so that one call makes chains of several moves from a model of the pool.
+accepted as a target base with probability min(1, exp((a - a_best) / T)); its neighbours (one knob changed) are judged
+by the surrogate and enter the queue themselves, so that one call makes chains of several moves from a model of the
+pool.
 
 What is different: energies of old and new models are the same quantity (the upper confidence bound of the surrogate);
 scores are scaled by their own spread, so that the temperature means the same for accuracies and for losses; the gate
