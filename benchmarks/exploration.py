@@ -4,8 +4,8 @@
     python -m benchmarks.exploration quality --seeds 10 --trials 200
 
 **Quality** on two spaces made by a formula, with eight simulated workers whose trials take different times (a fake
-clock: nothing is trained): ``interactions``, where knobs matter in products of two and three, so that no knob is good by
-itself; and ``elastic``, a net of stages with depth and widths (those of layers that are left out do not count),
+clock: nothing is trained): ``interactions``, where knobs matter in products of two and three, so that no knob is good
+by itself; and ``elastic``, a net of stages with depth and widths (those of layers that are left out do not count),
 hyper-parameters that depend on its size, noise in the scores, and a budget of seconds a step that a third of all points
 keep. Each proposer runs with each seed; the figure is the true score of the model it would pick.
 

@@ -62,12 +62,14 @@ class CostModelPredictor:
     def _captured(self, sizes: Mapping[str, Any], hyper_parameters: Mapping[str, Any], *batch: Any) -> tuple[Any, int]:
         from graphopt.graph.capture import capture
 
-        key = repr(sorted(sizes.items()))
+        options = self._trial.options(hyper_parameters)
+        # An update without momentum or decay has other operators; which momentum it is makes none.
+        key = repr((sorted(sizes.items()), sorted((name, bool(value)) for name, value in options.items())))
         if key not in self._graphs:
             if len(self._graphs) >= _KEPT:
                 self._graphs.pop(next(iter(self._graphs)))
             net = self._net(sizes)
-            optimizer = self._trial.optimizer(net.parameters(), **self._trial.options(hyper_parameters))
+            optimizer = self._trial.optimizer(net.parameters(), **options)
             graph = capture(net, batch, loss=self._trial.loss, optimizer=optimizer)
             self._graphs[key] = graph, sum(p.numel() for p in net.parameters())
         return self._graphs[key]

@@ -54,10 +54,13 @@ def write_payload(path: Path, setup: Any) -> None:
                 "session; put them into a file and import it, or use on='inline'"
             )
         head["main"] = get_preparation_data("graphopt exploration")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(pickle.dumps(head) + content)
-    os.replace(part, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_bytes(pickle.dumps(head) + content)
+        os.replace(part, path)
+    except OSError as error:
+        raise ExplorationError(f"the search cannot be sent to its workers: {path.parent}: {error}") from error
 
 
 class Child:

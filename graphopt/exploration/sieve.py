@@ -14,7 +14,7 @@ from graphopt.exploration.search_space import Point, SearchSpace
 
 __all__ = ["Candidate", "Nothing", "Refused", "Request", "Sieve"]
 
-_FEW = 200_000
+_FEW = 50_000
 """Spaces with at most so many points are listed when chance finds nothing new."""
 
 

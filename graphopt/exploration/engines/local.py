@@ -124,6 +124,7 @@ class LocalEngine:
             left = until - time.monotonic()
             signs = self._selector.select(max(0.0, min(left, _TICK)))
             for key, _ in signs:
+                child: Child
                 kind, slot, child = key.data
                 if self._children.get((kind, slot)) is child:  # not replaced by what came before it
                     self._hear(kind, slot, child)
@@ -166,13 +167,13 @@ class LocalEngine:
         if what == "ready":
             child.ready = True
             if kind == "trainer":
+                self._failed_starts.pop((kind, slot), None)  # it can start: what ends it later is a trial
                 self._happened.append(Ready(slot))
         elif what == "report":
             _, number, step, value, rung = message
             self._happened.append(Reported(slot, number, step, value, rung))
         elif what == "ended":
             _, number, outcome = message
-            self._failed_starts.pop((kind, slot), None)
             self._tasks[slot] = None
             self._happened.append(Ended(slot, number, outcome))
             if outcome.out_of_memory:  # what it still holds would make the next trial fail too
