@@ -53,7 +53,8 @@ def write_payload(path: Path, setup: Any) -> None:
                 "the search cannot be sent to its workers: trial, predictor or nets were defined in an interactive "
                 "session; put them into a file and import it, or use on='inline'"
             )
-        head["main"] = get_preparation_data("graphopt exploration")
+        # Without the key of multiprocessing's own connections, which must not be written down.
+        head["main"] = {k: v for k, v in get_preparation_data("graphopt exploration").items() if k != "authkey"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")

@@ -133,6 +133,27 @@ def test_ctrl_c_once_and_twice(tmp_path):
     assert len(done(store)) >= first + 2
 
 
+def test_trials_may_be_defined_in_the_script(tmp_path):
+    """With the guard of multiprocessing; what happens without it is told."""
+    body = "explore(None, trial, hyper_parameters={'a': choice(1, 2)}, trials=2, workers=1, progress=False)"
+    (tmp_path / "script.py").write_text(
+        "from graphopt.exploration import choice, explore\n"
+        "def trial(net, hyper_parameters, context):\n"
+        "    return hyper_parameters['a']\n"
+        "import sys\n"
+        "if sys.argv[1:] == ['bare']:\n"
+        f"    print({body}.best().metrics)\n"
+        "elif __name__ == '__main__':\n"
+        f"    print({body}.best().metrics)\n"
+    )
+    for arguments, told in (([], "{'score': 2.0}"), (["bare"], "if __name__ == '__main__':")):
+        run = subprocess.run(
+            [sys.executable, "script.py", *arguments], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert told in run.stdout + run.stderr
+
+
 def test_what_a_trial_started_ends_with_it(tmp_path, monkeypatch):
     """A trial that hangs, with a process of its own."""
     monkeypatch.setenv("CHILD_FILE", str(tmp_path / "child"))
