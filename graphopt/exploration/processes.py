@@ -120,14 +120,19 @@ class Child:
         return found
 
     def gone(self) -> bool:
-        """Whether the process has ended."""
-        return self.process.poll() is not None
+        """Whether the process has ended. It is not reaped yet: until `kill`, its number is that of its session."""
+        if self.process.returncode is not None:
+            return True
+        try:
+            return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:  # somebody else has reaped it
+            return True
 
     def kill(self) -> None:
         """End the process and all that it started, at once, and give back what belongs to it."""
-        if self.process.returncode is None or self.end is not None:
+        if self.process.returncode is None:
             try:
-                os.killpg(self.process.pid, signal.SIGKILL)  # its session: not reaped yet, so the number is its own
+                os.killpg(self.process.pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
                 pass  # nobody is left in it
         self.process.wait()
