@@ -49,10 +49,11 @@ def test_generators_in_their_own_processes_give_the_same_models():
 def script(tmp_path, **options):
     """A search in a process of its own, and its store."""
     given = {"trials": 30, "workers": 2, "reproducible": True, "window": 6, "progress": False} | options
+    trial = given.pop("trial", "slow_bowl")
     code = (
         "from graphopt.exploration import explore\n"
-        "from tests.exploration.searches import BOWL, slow_bowl\n"
-        f"study = explore(None, slow_bowl, hyper_parameters=BOWL, store={str(tmp_path / 's.db')!r}, **{given!r})\n"
+        f"from tests.exploration.searches import BOWL, {trial}\n"
+        f"study = explore(None, {trial}, hyper_parameters=BOWL, store={str(tmp_path / 's.db')!r}, **{given!r})\n"
         "print(study.stopped, study.counts(), flush=True)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -164,6 +165,19 @@ def test_what_a_trial_started_ends_with_it(tmp_path, monkeypatch):
     assert study.counts() == {"failed": 1}
     child = int((tmp_path / "child").read_text())
     wait_for(lambda: not alive(child), 2.0)
+
+
+def test_a_trial_that_takes_long_ends_with_a_killed_master(tmp_path, monkeypatch):
+    """Its worker does not listen to the connection meanwhile; and it has a process of its own."""
+    monkeypatch.setenv("CHILD_FILE", str(tmp_path / "child"))
+    master = script(tmp_path, trial="with_child", workers=1, generation="master")
+    try:
+        child = int(wait_for(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text()))
+        (worker,) = [p for p in processes_of(master.pid) if p != child]
+    finally:
+        master.kill()
+        master.communicate()
+    wait_for(lambda: not alive(worker) and not alive(child), 2.0)
 
 
 @pytest.mark.skipif(not os.environ.get("GRAPHOPT_SOAK"), reason="takes minutes: make soak")
