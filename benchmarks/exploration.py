@@ -36,7 +36,8 @@ from graphopt.exploration.gate import Gate
 from graphopt.exploration.generator import GeneratorSetup
 from graphopt.exploration.history import History
 from graphopt.exploration.hyper_parameters import HyperParameter
-from graphopt.exploration.master import Limits, Master
+from graphopt.exploration.limits import Limits
+from graphopt.exploration.master import Master
 from graphopt.exploration.outcome import Objectives, Outcome
 from graphopt.exploration.pool import Model, Pool, Result
 from graphopt.exploration.proposers import answer, as_proposer

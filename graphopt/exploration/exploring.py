@@ -20,7 +20,8 @@ from graphopt.exploration.generator import GeneratorSetup
 from graphopt.exploration.history import History
 from graphopt.exploration.hyper_parameters import HyperParameter
 from graphopt.exploration.interrupts import Interrupts
-from graphopt.exploration.master import Limits, Master
+from graphopt.exploration.limits import Limits
+from graphopt.exploration.master import Master
 from graphopt.exploration.opening import Opened, open_for
 from graphopt.exploration.outcome import Objectives
 from graphopt.exploration.progress import Progress

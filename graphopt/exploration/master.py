@@ -14,15 +14,16 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from statistics import median
 from typing import Any
 
 import numpy as np
 
 from graphopt.errors import BudgetTooTight
+from graphopt.exploration.durations import Durations
 from graphopt.exploration.early_stopping import ASHA
 from graphopt.exploration.engines import Answered, Died, Ended, Engine, Happening, Ready, Reported
 from graphopt.exploration.history import History, Trial, end_event, model_event
+from graphopt.exploration.limits import Limits
 from graphopt.exploration.outcome import Outcome
 from graphopt.exploration.pool import Model, Result
 from graphopt.exploration.ranking import best_first
@@ -30,7 +31,7 @@ from graphopt.exploration.sieve import Request, described
 from graphopt.exploration.store import Event
 from graphopt.exploration.trainer import Task
 
-__all__ = ["Limits", "Master"]
+__all__ = ["Master"]
 
 KEPT_REFUSALS = 32
 """Of each request; the others are counted."""
@@ -38,33 +39,6 @@ KEPT_REFUSALS = 32
 _DEATHS = 2
 _KILLS = 4
 """Times that a trial may take its process with it, or lose it to a signal from outside, before it has failed."""
-
-_SLOWER = 4.0
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How long a search goes on, and how.
-
-    Attributes:
-        trials: models to generate, None for any number. seconds: of this run, None for ever.
-        queue: models that one request asks for. ahead: models that wait for a trainer at least.
-        window: None, or: model k is proposed from results up to k - window (a reproducible search).
-        hang_after: a trial is stopped after so many times the seconds it is expected to take.
-        first_seconds: and after these as long as nothing is known. least_seconds: never before these.
-        retrain: models that are trained again at the end; effort: how much longer.
-    """
-
-    trials: int | None = None
-    seconds: float | None = None
-    queue: int = 2
-    ahead: int = 2
-    window: int | None = None
-    hang_after: float = 5.0
-    first_seconds: float = 3600.0
-    least_seconds: float = 2.0
-    retrain: int = 0
-    effort: float = 4.0
 
 
 @dataclass
@@ -103,7 +77,7 @@ class Master:
         self._released: list[int] = []
         self._ended: set[int] = set()
         self._contiguous = 0  # all models below this number have ended
-        self._durations: list[tuple[float, float | None, int | None]] = []
+        self._durations = Durations()
         self.started = self.engine.now()
 
     # -- the loop ---------------------------------------------------------------------------------------------------
@@ -276,12 +250,16 @@ class Master:
     def _end_of(self, running: _Running, outcome: Outcome, events: list[Event]) -> None:
         events.append(end_event(running.trial.number, outcome, running.final))
         if not running.final:
-            self._after.append(lambda: self._end(running.trial))
+            self._after.append(lambda: self._ended_now(running.trial))
+
+    def _ended_now(self, trial: Trial) -> None:
+        # Only trials of this run say how long others take: an earlier one may have been on another machine.
+        if trial.state in ("done", "pruned"):
+            self._durations.add(trial)
+        self._end(trial)
 
     def _end(self, trial: Trial) -> None:
         """A trial has a result: release it to the pool."""
-        if trial.state in ("done", "pruned"):
-            self._durations.append((trial.seconds, _predicted_seconds(trial), trial.worker))
         self._ended.add(trial.number)
         if self.limits.window is None:
             released = [trial.number]
@@ -347,16 +325,7 @@ class Master:
     def _allowed(self, running: _Running) -> tuple[float, float | None]:
         """Seconds that a trial may take, and what it is expected to take, None if that is not known."""
         effort = self.limits.effort if running.final else 1.0
-        predicted = running.trial.predicted.get("trial_seconds")
-        expected = predicted[0] if predicted is not None else None
-        own = [duration for duration in self._durations[-400:] if duration[2] == running.trial.worker]
-        recent = own if len(own) >= 3 else self._durations[-100:] if self.engine.alike else []
-        if expected is None and len(recent) >= 3:
-            step = _predicted_seconds(running.trial)
-            ratios = [seconds / its for seconds, its, _ in recent if its]
-            expected = step * median(ratios) if step and ratios else median(seconds for seconds, _, _ in recent)
-            if recent is not own:  # this worker may be slower than others
-                expected *= _SLOWER
+        expected = self._durations.expected(running.trial, self.engine.alike)
         if expected is None:
             return self.limits.first_seconds * effort, None
         return max(self.limits.hang_after * expected * effort, self.limits.least_seconds), expected * effort
@@ -396,11 +365,6 @@ class Master:
             return []
         scores = np.array([trial.scores for trial in trials])
         return [trials[place].number for place in best_first(scores, self.limits.retrain)]
-
-
-def _predicted_seconds(trial: Trial) -> float | None:
-    predicted = trial.predicted.get("step_seconds")
-    return predicted[0] if predicted is not None and predicted[0] > 0 else None
 
 
 def _too_tight(nothing: dict[str, Any]) -> BudgetTooTight:

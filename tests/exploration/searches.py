@@ -13,7 +13,8 @@ from benchmarks.simulated_engine import SimulatedEngine
 from graphopt.exploration import choice, linear, log
 from graphopt.exploration.generator import GeneratorSetup
 from graphopt.exploration.history import History
-from graphopt.exploration.master import Limits, Master
+from graphopt.exploration.limits import Limits
+from graphopt.exploration.master import Master
 from graphopt.exploration.outcome import Objectives, Outcome
 from graphopt.exploration.proposers import as_proposer
 from graphopt.exploration.search_space import Knob, SearchSpace
