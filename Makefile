@@ -59,6 +59,10 @@ test: check ## All checks and all tests
 fuzz: $(STAMP) ## The property tests with thousands of examples each
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m hypothesis --hypothesis-profile fuzz $(PYTEST_ARGS)
 
+.PHONY: soak
+soak: $(STAMP) ## Kill the workers of an exploration 100 times and its master 20 times
+	GRAPHOPT_SOAK=1 $(BIN)/python -m pytest -k soak tests/exploration $(PYTEST_ARGS)
+
 .PHONY: reach
 reach: $(STAMP) ## Capture and step many published architectures; writes docs/models.md
 	$(BIN)/python -m benchmarks.reach

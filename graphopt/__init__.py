@@ -22,42 +22,90 @@ for _name in ("passes", "cost_model"):
         )
 del _name
 
-from graphopt.errors import (  # noqa: E402  (the check above must come before any import of ours)
-    AxisError,
-    BatchError,
-    CaptureError,
-    CostModelError,
-    ElasticError,
-    GraphoptError,
-    GraphoptWarning,
-    LoadError,
-    LossError,
-    OptimizerError,
-    PassError,
-    RankError,
-    StaleGraphError,
-    VerificationError,
-    WorkerError,
-)
-from graphopt.graph.capture import capture  # noqa: E402
-from graphopt.graph.differentiate import with_backward  # noqa: E402
-from graphopt.graph.forward import capture_forward  # noqa: E402
-from graphopt.graph.hyper_parameters import ClipNorm, ClipValue  # noqa: E402
-from graphopt.graph.training_graph import TrainingGraph  # noqa: E402
-from graphopt.plan import Plan  # noqa: E402
-from graphopt.schedule import BatchSizeSchedule  # noqa: E402
-from graphopt.step import TrainingStep, optimize  # noqa: E402
-from graphopt.visualize.show import show  # noqa: E402
+from typing import TYPE_CHECKING as _TYPE_CHECKING  # noqa: E402
+from typing import Any as _Any  # noqa: E402
+
+if _TYPE_CHECKING:
+    from graphopt.errors import (
+        AxisError,
+        BatchError,
+        BudgetTooTight,
+        CaptureError,
+        CostModelError,
+        ElasticError,
+        ExplorationError,
+        GraphoptError,
+        GraphoptWarning,
+        LoadError,
+        LossError,
+        OptimizerError,
+        PassError,
+        RankError,
+        StaleGraphError,
+        StoreError,
+        VerificationError,
+        WorkerError,
+    )
+    from graphopt.exploration.exploring import explore
+    from graphopt.graph.capture import capture
+    from graphopt.graph.differentiate import with_backward
+    from graphopt.graph.forward import capture_forward
+    from graphopt.graph.hyper_parameters import ClipNorm, ClipValue
+    from graphopt.graph.training_graph import TrainingGraph
+    from graphopt.plan import Plan
+    from graphopt.schedule import BatchSizeSchedule
+    from graphopt.step import TrainingStep, optimize
+    from graphopt.visualize.show import show
+
+# What is public is imported when it is first asked for: the generators of an exploration are processes that need a
+# search space and no torch, and start in a tenth of the time.
+_HOMES = {
+    "BatchSizeSchedule": "schedule",
+    "ClipNorm": "graph.hyper_parameters",
+    "ClipValue": "graph.hyper_parameters",
+    "Plan": "plan",
+    "TrainingGraph": "graph.training_graph",
+    "TrainingStep": "step",
+    "capture": "graph.capture",
+    "capture_forward": "graph.forward",
+    "explore": "exploration.exploring",
+    "optimize": "step",
+    "show": "visualize.show",
+    "with_backward": "graph.differentiate",
+}
+
+
+def __getattr__(name: str) -> _Any:
+    import importlib
+
+    if name in __all__:
+        home = importlib.import_module(f"graphopt.{_HOMES.get(name, 'errors')}")
+        globals()[name] = found = getattr(home, name)
+        return found
+    if not name.startswith("_"):
+        try:
+            return importlib.import_module(f"graphopt.{name}")  # the floors: graphopt.passes, graphopt.cost_model ...
+        except ModuleNotFoundError as error:
+            if error.name != f"graphopt.{name}":
+                raise
+    raise AttributeError(f"module 'graphopt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "AxisError",
     "BatchError",
     "BatchSizeSchedule",
+    "BudgetTooTight",
     "CaptureError",
     "ClipNorm",
     "ClipValue",
     "CostModelError",
     "ElasticError",
+    "ExplorationError",
     "GraphoptError",
     "GraphoptWarning",
     "LoadError",
@@ -67,6 +115,7 @@ __all__ = [
     "Plan",
     "RankError",
     "StaleGraphError",
+    "StoreError",
     "TrainingGraph",
     "TrainingStep",
     "VerificationError",
@@ -74,6 +123,7 @@ __all__ = [
     "__version__",
     "capture",
     "capture_forward",
+    "explore",
     "optimize",
     "show",
     "with_backward",

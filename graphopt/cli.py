@@ -17,12 +17,14 @@ from graphopt.cost_model.calibrate import calibrate as measure_machine
 from graphopt.cost_model.kernels import Family
 from graphopt.cost_model.machine import fingerprint, load, path_of
 from graphopt.errors import GraphoptError
+from graphopt.exploration.commands import app as explore_commands
 from graphopt.schemes.data_parallel import threads_of_each
 from graphopt.schemes.workers import Pool
 from graphopt.schemes.workers.link import measure_link
 from graphopt.visualize import commands
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Optimise and price PyTorch training steps.")
+app.add_typer(explore_commands, name="explore")
 
 
 @app.callback()

@@ -132,3 +132,30 @@ class ElasticError(GraphoptError):
     For example, nothing in the model is elastic, a pattern names no dimension, a dimension cannot have the size that
     was chosen, or a weight is used in two places that cannot have one size.
     """
+
+
+class ExplorationError(GraphoptError):
+    """Raised by ``graphopt.explore`` and what belongs to it: an argument is wrong, or the study cannot go on."""
+
+
+class StoreError(ExplorationError):
+    """Raised when the file of a study cannot be used as it is.
+
+    It is damaged, read-only, locked by another process, of another study, or the disk is full. Nothing of it is ever
+    dropped in silence: the message says what is there and what can be done.
+    """
+
+
+class BudgetTooTight(ExplorationError):
+    """Raised when no model that was looked at is predicted to fit the budget.
+
+    Attributes:
+        nearest: what the model nearest to it is like, as text.
+        needs: what that model is predicted to need, by the names of the budget.
+    """
+
+    def __init__(self, message: str, nearest: str = "", needs: dict[str, float] | None = None) -> None:
+        """``message`` says all of it; the parts are kept for programs."""
+        super().__init__(message)
+        self.nearest = nearest
+        self.needs = dict(needs or {})

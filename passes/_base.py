@@ -116,8 +116,8 @@ class Pass(ABC):
     `rewrite`.
 
     ``drops_outputs``: the pass may leave outputs out, or give None for them. ``adds_inputs``: kinds of inputs that it
-    may add behind those there are. ``resizes``: inputs and outputs may be parts of those before. ``drops_draws``: random
-    operators may go, as the result is another function. All else that `check` lists is required of every pass.
+    may add behind those there are. ``resizes``: inputs and outputs may be parts of those before. ``drops_draws``:
+    random operators may go, as the result is another function. All else that `check` lists is required of every pass.
     """
 
     name: ClassVar[str]

@@ -1,0 +1,116 @@
+"""The master on simulated workers: who is busy, what is proposed, what a restart knows."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.exploration.searches import mixed_space, simulated, small_space
+
+SPACE = small_space()
+
+
+def score(point):
+    return float(sum(i * (k + 1) for k, i in enumerate(point)) % 7)
+
+
+def keys(history):
+    return [trial.key for trial in history.trials]
+
+
+def spread(number):
+    """Durations of trials from 0.5 to 2."""
+    return 0.5 + 1.5 * ((number * 7919) % 101) / 100
+
+
+def use(engine):
+    """The share of the time in which workers were busy."""
+    return sum(engine.busy) / (engine.slots * engine.now())
+
+
+TENFOLD = [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 8.0, 10.0]
+
+
+@pytest.mark.parametrize(
+    "speeds, window, least",
+    [(TENFOLD, None, 0.95), (TENFOLD, 48, 0.93), ([1.0] * 8, 16, 0.93), ([1.0] * 8, None, 0.95)],
+)
+def test_workers_are_busy_though_one_is_ten_times_slower(speeds, window, least):
+    """F11: nobody waits for the slowest, if the window holds what the others do meanwhile. Trials differ fourfold."""
+    history, engine = simulated(
+        SPACE, score, trials=500, proposer="evolve", speeds=speeds, window=window,
+        seconds=lambda number: 20 * spread(number),
+    )  # fmt: skip
+    assert len(history.done()) == 500
+    assert use(engine) >= least
+
+
+def test_a_window_that_is_too_short_makes_the_fast_wait():
+    _, engine = simulated(SPACE, score, trials=200, proposer="evolve", speeds=TENFOLD, window=8, seconds=spread)
+    assert use(engine) < 0.7
+
+
+@given(
+    st.lists(st.sampled_from([0.3, 1.0, 2.5, 10.0]), min_size=1, max_size=10),
+    st.integers(0, 5),
+    st.lists(st.integers(1, 120), max_size=3),
+)
+@settings(max_examples=12)
+def test_a_reproducible_search_is_the_same_whoever_runs_it(speeds, kills, losses):
+    """Any number and speed of workers, workers killed, the master lost at any write and begun again."""
+    options = {"trials": 60, "proposer": "anneal_plain", "window": 10, "seconds": spread}
+    expected, _ = simulated(SPACE, score, **options)
+    dies = lambda slot, number, attempt: kills > 0 and attempt == 0 and number % (kills + 2) == 1
+    kept = []
+    for loss in losses:
+        simulated(SPACE, score, **options, speeds=speeds, dies=dies, kept=kept, stop_after=loss)
+    history, _ = simulated(SPACE, score, **options, speeds=speeds[::-1], dies=dies, kept=kept)
+    assert keys(history) == keys(expected)
+    assert [t.metrics for t in history.trials] == [t.metrics for t in expected.trials]
+    ends = [event.number for event in kept if event.kind == "end"]
+    assert len(ends) == len(set(ends)) == 60  # no result is lost, none is there twice
+
+
+def test_a_reproducible_search_with_the_surrogate_is_the_same_after_a_loss():
+    space = mixed_space()
+    options = {"trials": 50, "window": 8, "seconds": spread, "speeds": [1.0, 4.0, 2.0]}
+    expected, _ = simulated(space, lambda point: float(sum(point)), **options)
+    kept = []
+    simulated(space, lambda point: float(sum(point)), **options, kept=kept, stop_after=70)
+    history, _ = simulated(space, lambda point: float(sum(point)), **options, kept=kept)
+    assert keys(history) == keys(expected)
+
+
+def test_without_it_results_are_used_as_soon_as_they_are_there():
+    _, free = simulated(SPACE, score, trials=40, speeds=[1.0, 5.0], seconds=spread)
+    _, bound = simulated(SPACE, score, trials=40, speeds=[1.0, 5.0], seconds=spread, window=16)
+    behind = [[request.models - request.results for request in engine.requests] for engine in (free, bound)]
+    assert max(behind[0]) <= 5
+    assert max(behind[1]) == 16
+
+
+def test_the_next_model_is_ready_before_a_trainer_asks():
+    """Requests take a tenth of a second: with a queue nobody notices."""
+    _, engine = simulated(SPACE, score, trials=200, speeds=[1.0] * 4, seconds=lambda number: 1.0)
+    assert use(engine) > 0.97
+
+
+def test_a_worker_that_is_killed_again_and_again_does_not_stop_the_study():
+    history, _ = simulated(
+        SPACE, score, trials=30, speeds=[1.0, 1.0], dies=lambda slot, number, attempt: number == 5, proposer="random"
+    )
+    states = {trial.number: trial.state for trial in history.trials}
+    assert states.pop(5) == "failed" and set(states.values()) == {"done"}
+    assert "killed" in history.trials[5].cause and history.trials[5].attempts == 4
+
+
+def test_a_trial_that_hangs_is_stopped_after_a_multiple_of_what_is_expected():
+    """Expected: its predicted step, times what others took for theirs."""
+    cost = lambda sizes, hp: {"step_seconds": float(sizes["k0"])}
+    history, engine = simulated(
+        SPACE, score, trials=40, speeds=[1.0, 1.0], predictor=cost, budget={"step_seconds": 9.0}, proposer="random",
+        seconds=lambda number: 10_000.0 if number == 20 else 30.0,
+    )  # fmt: skip
+    trial = history.trials[20]
+    assert trial.state == "failed" and "it hung" in trial.cause
+    assert 70 < trial.seconds < 800 and engine.now() < 3000
+    assert sum(t.state == "done" for t in history.trials) == 39
