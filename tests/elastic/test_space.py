@@ -115,7 +115,7 @@ def test_tied_named_fixed():
         ({"choices": [8]}, "expected a mapping"),
         ({"choices": {3: (8,)}}, "expected a Kind or a pattern"),
         ({"tied": [["embed", "layers.0.hidden"]]}, "differ in kind or size"),
-        ({"names": {"layers.0.*": "h"}}, "means 3 dimensions"),
+        ({"names": {"layers.0.*": "h"}}, "means 5 dimensions"),
         ({"names": {"embed": "layers.0.hidden"}}, "two dimensions are called"),
         (
             {"fixed": tuple(Kind(k) for k in ("width", "heads", "queries", "embedding", "head size"))},
