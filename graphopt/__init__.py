@@ -22,6 +22,7 @@ for _name in ("passes", "cost_model"):
         )
 del _name
 
+from graphopt import elastic  # noqa: E402
 from graphopt.errors import (  # noqa: E402  (the check above must come before any import of ours)
     AxisError,
     BatchError,
@@ -71,6 +72,7 @@ __all__ = [
     "__version__",
     "capture",
     "capture_forward",
+    "elastic",
     "optimize",
     "with_backward",
 ]
