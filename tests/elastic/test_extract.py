@@ -31,7 +31,10 @@ def test_structures(known):
         space.model.eval()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_small", "swin_small", "gpt2", "llama", "tied_lm"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("swin_small", "gpt2", "llama", "t5", "googlenet")]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_small", "tied_lm", *SLOW])
 def test_models(name):
     case = zoo.case(name)
     torch.manual_seed(0)
