@@ -32,6 +32,7 @@ from graphopt.elastic.subnet import Subnet
 from graphopt.elastic.transformations import PREPARES
 from graphopt.errors import BatchError, CaptureError, ElasticError
 from graphopt.graph.batch import BatchLayout
+from graphopt.graph.forward import capture_forward
 from graphopt.graph.lowering import binding
 from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
 
@@ -392,14 +393,17 @@ _PROBED = 130
 
 
 def _same_code(space: Space, layout: BatchLayout, size: int, training: bool) -> bool:
-    """Whether the model has the same graph for batches of another size."""
+    """Whether the model has the same graph for batches of another size; asked once for each mode."""
     with _mode(space.model, training):
         here = space.subnet(space.full).origin.graph
-        try:
-            there = space.subnet(space.full, batch=layout.restore(layout.example(size))).origin.graph
-        except (BatchError, CaptureError):
-            return False
-    return here.hash() == there.hash()
+        if ("same code", size) not in here.derived:
+            try:
+                there = capture_forward(space.model, layout.restore(layout.example(size)), free=space.free)
+            except (BatchError, CaptureError):
+                here.derived["same code", size] = False
+            else:
+                here.derived["same code", size] = here.hash() == there.hash()
+        return bool(here.derived["same code", size])
 
 
 def _signature(model: nn.Module, layout: BatchLayout) -> tuple[str, list[str]]:

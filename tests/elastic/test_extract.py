@@ -31,7 +31,10 @@ def test_structures(known):
         space.model.eval()
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_small", "swin_small", "gpt2", "llama", "tied_lm"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("swin_small", "gpt2", "llama", "t5", "googlenet")]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_small", "tied_lm", *SLOW])
 def test_models(name):
     case = zoo.case(name)
     torch.manual_seed(0)
@@ -262,3 +265,28 @@ def test_a_captured_batch_size_is_checked():
 def test_save_takes_extracted_modules_only(tmp_path):
     with pytest.raises(ElasticError, match=r"expected one of Space\.extract, got Linear"):
         save(nn.Linear(2, 2), tmp_path)
+
+
+class Sized(nn.Module):
+    """Its code asks for the batch size, if ``asks``; a convolution's kernel is chosen by it in any case."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.conv, self.head, self.asks = nn.Conv2d(3, 8, 3), nn.Linear(8, 2), asks
+
+    def forward(self, x):
+        y = self.head(self.conv(x).mean((2, 3)))
+        return y * 2 if self.asks and x.shape[0] > 8 else y
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_code_that_depends_on_the_batch_size_is_checked(asks):
+    x = torch.randn(4, 3, 6, 6)
+    space = elastic.space(Sized(asks).eval(), x)
+    module = space.extract(space.smallest)
+    more = torch.randn(20, 3, 6, 6)
+    if asks:
+        with pytest.raises(ValueError, match="batch<=8"):
+            module(more)
+    else:
+        assert torch.equal(module(more), space.run(space.smallest, more))
