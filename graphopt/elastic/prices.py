@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import graphopt
 from graphopt.cost_model.machine import Machine
 from graphopt.cost_model.work import Mode, compiled
 from graphopt.elastic.counted import CountedGraph
@@ -17,6 +16,7 @@ from graphopt.elastic.modes import evaluating
 from graphopt.elastic.space import Space
 from graphopt.errors import ElasticError
 from graphopt.graph.batch import flatten
+from graphopt.graph.capture import capture
 
 METRICS = ("flops", "parameters", "peak_bytes", "latency_seconds", "step_seconds")
 """What a subnet can be priced by.
@@ -157,7 +157,7 @@ class Prices:
             return np.zeros(len(choices))
         numbers, tensors = counted.parameters(choices), counted.parameter_tensors(choices)
         if self._update is None:
-            graph = graphopt.capture(self.space.model, given.batch, loss=given.loss, optimizer=given.optimizer)
+            graph = capture(self.space.model, given.batch, loss=given.loss, optimizer=given.optimizer)
             work = compiled(graph, self.mode, (), self.machine.threads)
             self._update = _update_of(work, self.machine)
         kernels, launches = self._update
