@@ -319,18 +319,30 @@ class ByStage(Strategy):
 
 
 @dataclass(frozen=True)
+class Rotating(Strategy):
+    """A sandwich over steps instead of within one: a step of the largest, one of the smallest, two of the rest."""
+
+    rest: Strategy = Random()
+
+    def draw(self, region: Region, count: int, turn: Turn) -> list[Choice]:
+        """See `Strategy.draw`. One choice in the steps of the ends."""
+        ends = (region.full, region.smallest)
+        return [ends[turn.step % 4]] if turn.step % 4 < len(ends) else self.rest.draw(region, count, turn)
+
+
+@dataclass(frozen=True)
 class DepthSamples(Strategy):
     """Several depths at the same sizes: all other dimensions are drawn once a step and shared.
 
     The shallowest is always among them, and one fixed depth (the deepest, if none is given).
 
     Args:
-        others: draws what is shared.
+        others: draws what is shared; by default the ends take their turns, for random sizes hardly ever reach them.
         fixed: values of depth dimensions of the fixed one.
         depths: the dimensions that differ, by names, patterns or kinds.
     """
 
-    others: Strategy = Random()
+    others: Strategy = Rotating()
     fixed: Mapping[str, Any] | None = None
     depths: tuple[Pattern, ...] = ("depth",)
 

@@ -21,6 +21,7 @@ from graphopt.elastic.sampling import (
     Mixed,
     PerLayer,
     Random,
+    Rotating,
     Sandwich,
     Strategy,
     Turn,
@@ -71,6 +72,7 @@ def strategies(space) -> dict[str, Strategy]:
         "within": Within(["depth"], Random()),
         "by stage": ByStage((2, Empty()), (2, Within(["width"], Sandwich())), (None, Random())),
         "depths": DepthSamples(),
+        "rotating": Rotating(),
         "nested": Mixed((DepthSamples(others=Weighted(dimensions={width.name: weights})), 2), (Sandwich(), None)),
     }
 
@@ -159,8 +161,10 @@ def test_depths_share_their_sizes_and_hold_the_shallowest_and_a_fixed_one(space)
         assert len({tuple(v for n, v in choice.items() if n != depth.name) for choice in drawn}) == 1
         assert [choice[depth.name] for choice in drawn[:2]] == [2, depth.choices[0]]
         assert len(drawn) == 4
-    shared = {draw(DepthSamples(), region, 2, seed)[0][widths_of(space)[0].name] for seed in range(20)}
-    assert len(shared) > 1
+    width = widths_of(space)[0]
+    shared = [draw(DepthSamples(), region, 2, seed, step=seed)[0][width.name] for seed in range(40)]
+    assert shared[::4] == [width.full] * 10 and shared[1::4] == [width.smallest] * 10
+    assert len(set(shared[2::4])) > 1
 
 
 def test_transformations_are_drawn_layer_by_layer():
