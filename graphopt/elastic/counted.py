@@ -68,7 +68,7 @@ class CountedGraph:
         if graph is not origin.graph:
             inside = _translated(self._symbols, origin.axes, graph.axes)
             others = find(graph.axes, origin.resizer).handles if depths else ()
-            depths = {name: [depth.counterpart(others) for depth in several] for name, several in depths.items()}
+            depths = {name: [_counterpart(depth, others) for depth in several] for name, several in depths.items()}
         self._depths: dict[str, list[Depth]] = depths
         counting = counted(graph, inside, {})
         self.work = Work(graph, mode, counting, threads)
@@ -127,6 +127,19 @@ def _translated(symbols: Mapping[Axis, sympy.Symbol], ours: Axes, theirs: Axes) 
             raise ElasticError(f"training: {axis!r} is no axis of the joint graph; its steps cannot be priced")
         found[twin] = symbol
     return found
+
+
+def _counterpart(depth: Depth, others: Sequence[Handle]) -> Depth:
+    """The same layers in a joint graph, by the modules around them: their operators are others there."""
+    theirs: dict[str, list[Run]] = {}
+    for run in (run for other in others if isinstance(other, Depth) for run in other.runs):
+        theirs.setdefault(run.module, []).append(run)
+    found = []
+    for run in depth.runs:
+        if not theirs.get(run.module):
+            raise ElasticError(f"training: {run.module} is not found in the joint graph; its steps cannot be priced")
+        found.append(theirs[run.module].pop(0))
+    return Depth(depth.name, found)
 
 
 def _depths(handle: Handle) -> list[Any]:
