@@ -25,6 +25,9 @@ from graphopt.graph.sizes import Expr, product
 _LANES = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
 """Channels in a block of oneDNN's memory layout."""
 
+_IMAGES = (1, 2, 3) if _LANES == 16 else (3,)
+"""Numbers of channels of an input that oneDNN does not reorder for the gradient of the weight."""
+
 
 @dataclass(frozen=True)
 class _Convolution:
@@ -37,6 +40,7 @@ class _Convolution:
     w_blocked: Expr
     y_blocked: Expr
     w_blocked_once: Expr  # only its output channels
+    for_weight: tuple[Expr, Expr, Expr]  # input, weight and output as the gradient of the weight takes them
     columns: Expr  # of im2col, which the kernels without oneDNN use
     group_column: Expr  # the same of one image and one group
     copies: Expr  # of operands that are not in the layout chosen
@@ -81,8 +85,7 @@ class _Convolution:
         elif data:
             moments += [x + w + y, x + self.x * (2 if self.strided else 1)]
         if weight:
-            if self.in_channels == 3:  # images are read as they are
-                x, w = 0, self.w_blocked_once
+            x, w, y = self.for_weight
             if self.gemm or self.weight_by_gemm:
                 x, w, y = self.group_column, self.w, 4 * self.w
             moments += [held + x + w + y, held + w + self.w]
@@ -111,15 +114,22 @@ def _convolution_of(node: fx.Node, sizes: Sizes, operands: Sequence[Any], y: Sha
     nhwc = any(suggests_channels_last(tensor_of(o)) for o in (x, w))
     fits = channels_last if nhwc else contiguous
 
-    def blocked(shape: Shape, *dims: int) -> Expr:
-        return product(_padded(s) if i in dims else s for i, s in enumerate(shape)) * itemsize
+    def blocked(shape: Shape, *dims: int, lanes: int = _LANES) -> Expr:
+        return product(_padded(s, lanes) if i in dims else s for i, s in enumerate(shape)) * itemsize
 
     per_group = (kernel[0] // groups, kernel[1])
     few = isinstance(in_channels, int) and in_channels < 4
+    x_blocked = blocked(image) if few and strided else blocked(image, 1)
+    w_blocked = blocked(kernel, 0) if groups > 1 else blocked(kernel, 0, 1)
+    for_weight = x_blocked, w_blocked, blocked(y, 1)
+    if in_channels in _IMAGES and groups == 1:  # read as they are
+        for_weight = 0, blocked(kernel, 0), blocked(y, 1)
+    elif isinstance(in_channels, int) and in_channels < _LANES and groups == 1:  # by the kernel for narrower registers
+        for_weight = blocked(image, 1, lanes=8), blocked(kernel, 0, 1, lanes=8), blocked(y, 1, lanes=8)
     return _Convolution(
         x=product(image) * itemsize, w=product(kernel) * itemsize, y=product(y) * itemsize,
-        x_blocked=blocked(image) if few and strided else blocked(image, 1), y_blocked=blocked(y, 1),
-        w_blocked=blocked(kernel, 0) if groups > 1 else blocked(kernel, 0, 1), w_blocked_once=blocked(kernel, 0),
+        x_blocked=x_blocked, y_blocked=blocked(y, 1), w_blocked=w_blocked, w_blocked_once=blocked(kernel, 0),
+        for_weight=for_weight,
         columns=columns, group_column=group_column, onednn=onednn, in_channels=image[1], strided=strided,
         channels_last=nhwc, copies=sum((sizes.nbytes(o) for o in operands if not fits(tensor_of(o))), 0),
         gemm=groups > 1 and not depthwise and any(isinstance(c, int) and c % _LANES for c in per_group),
@@ -130,8 +140,8 @@ def _convolution_of(node: fx.Node, sizes: Sizes, operands: Sequence[Any], y: Sha
     )  # fmt: skip
 
 
-def _padded(channels: Expr) -> Expr:
-    return -(-channels // _LANES) * _LANES if isinstance(channels, int) else channels
+def _padded(channels: Expr, lanes: int) -> Expr:
+    return -(-channels // lanes) * lanes if isinstance(channels, int) else channels
 
 
 def convolution(node: fx.Node, sizes: Sizes) -> Moments:
