@@ -106,10 +106,12 @@ def _check_eager(form: Form, prepared: Prepared, sample: Sequence[torch.Tensor])
 def _check_fused_step(task: Task) -> str | None:
     """One step of copied optimizers by fused kernels and by their own, on the same random gradients."""
     results = []
+    names = {id(p): name for name, p in task.model.named_parameters()}
+    updated = [names[id(p)] for o in task.optimizers for g in o.param_groups for p in g["params"]]
     for kernels in (True, False):
         try:
-            model, optimizers = copy.deepcopy((task.model, task.optimizers))
-        except (RuntimeError, TypeError, GraphoptError):  # a model that cannot be copied, as some with hooks
+            optimizers = copy.deepcopy(task.optimizers)  # with the parameters that they hold
+        except (RuntimeError, TypeError):  # what cannot be copied
             return None
         generator = torch.Generator().manual_seed(0)
         owned = [p for o in optimizers for g in o.param_groups for p in g["params"]]
@@ -121,10 +123,10 @@ def _check_fused_step(task: Task) -> str | None:
                     optimizer.step()
             else:
                 optimizer.step()
-        values = {f"new parameter {n}": p.detach() for n, p in model.named_parameters()}
-        for k, parameter in enumerate(owned):
-            fields = next(o.state[parameter] for o in optimizers if parameter in o.state) if optimizers else {}
-            values |= {f"{f} of parameter {k}": v for f, v in fields.items() if isinstance(v, torch.Tensor)}
+        values = {f"new parameter {name}": p.detach() for name, p in zip(updated, owned, strict=True)}
+        for name, parameter in zip(updated, owned, strict=True):
+            fields = next((o.state[parameter] for o in optimizers if parameter in o.state), {})  # SGD may have none
+            values |= {f"{f} of parameter {name}": v for f, v in fields.items() if isinstance(v, torch.Tensor)}
         results.append(Values(values))
     ours, own = results
     return differs(ours, own, None, None)

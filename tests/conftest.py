@@ -58,8 +58,9 @@ def _repeatable() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_cache_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Calibrations and measured steps of the user are neither read nor written."""
+    """Calibrations and measured steps, of the user and of other tests, are neither read nor written."""
     monkeypatch.setenv("GRAPHOPT_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("graphopt.cost_model.machine._CURRENT", {})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

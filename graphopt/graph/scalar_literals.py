@@ -144,9 +144,24 @@ def _grown(forward: TrainingGraph, axes: Axes, sizes: Mapping[Axis, int]) -> Tra
 
 
 def _values(graph: TrainingGraph) -> list[fx.Node]:
-    """The nodes but arithmetic of sizes: whoever reads a size is asked for its dimension (`literals`), and how sizes
-    are computed depends on which of them are equal."""
-    return [n for n in graph.nodes if n.op != "call_function" or not isinstance(n.meta["val"], torch.SymInt)]
+    """The nodes but arithmetic of sizes that only sizes are made of: whoever reads a size is asked for its dimension
+    (`literals`), and how sizes are computed depends on which of them are equal."""
+    computed_with: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if _is_size(node) and any(user in computed_with or _computes_with(user, node) for user in node.users):
+            computed_with.add(node)
+    return [n for n in graph.nodes if not _is_size(n) or n in computed_with]
+
+
+def _is_size(node: fx.Node) -> bool:
+    return node.op == "call_function" and isinstance(node.meta["val"], torch.SymInt)
+
+
+def _computes_with(node: fx.Node, number: fx.Node) -> bool:
+    """Whether an operator on tensors, or a number that is no size, is computed of this number."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.op == "call_function" and not _is_size(node)
+    return any(value is number and _role(node, name) is Role.VALUE for name, value in _given(node))
 
 
 def _alike(a: TrainingGraph, b: TrainingGraph) -> bool:
@@ -168,16 +183,26 @@ def _numbers(node: fx.Node) -> list[tuple[str, Number]]:
     """The numbers that a node computes with, by argument."""
     if node.op != "call_function":
         return []
-    given: list[Any] = [*node.args, *node.kwargs.values()]
     if not isinstance(node.target, torch._ops.OpOverload):
-        return [(str(i), v) for i, v in enumerate(given) if type(v) in (int, float)]
-    types = {a.name: str(a.real_type).lower() for a in node.target._schema.arguments}
-    names = [*operand_names(node)[: len(node.args)], *node.kwargs]
+        given = [*node.args, *node.kwargs.values()]
+        return [(str(i), v) for i, v in enumerate(given) if isinstance(v, (int, float)) and not isinstance(v, bool)]
     return [
         (name, value)
-        for name, value in zip(names, given, strict=True)
-        if type(value) is float or (type(value) is int and role_of(node, name, "int" not in types[name]) is Role.VALUE)
+        for name, value in _given(node)
+        if type(value) is float or (type(value) is int and _role(node, name) is Role.VALUE)
     ]
+
+
+def _given(node: fx.Node) -> Iterator[tuple[str, Any]]:
+    """The arguments of an operator, by name."""
+    names = [*operand_names(node)[: len(node.args)], *node.kwargs]
+    return zip(names, [*node.args, *node.kwargs.values()], strict=True)
+
+
+def _role(node: fx.Node, argument: str) -> Role:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    kinds = {a.name: str(a.real_type).lower() for a in node.target._schema.arguments}
+    return role_of(node, argument, "int" not in kinds[argument])
 
 
 @dataclass(frozen=True)
