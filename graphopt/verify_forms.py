@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from graphopt.errors import GraphoptError
 from graphopt.graph.batch import flatten
 from graphopt.graph.op_rules import is_random
 from graphopt.graph.step_module import ModelWithLoss
@@ -125,7 +124,9 @@ def _check_fused_step(task: Task) -> str | None:
                 optimizer.step()
         values = {f"new parameter {name}": p.detach() for name, p in zip(updated, owned, strict=True)}
         for name, parameter in zip(updated, owned, strict=True):
-            fields = next((o.state[parameter] for o in optimizers if parameter in o.state), {})  # SGD may have none
+            fields: dict[str, Any] = next(
+                (o.state[parameter] for o in optimizers if parameter in o.state), {}
+            )  # SGD may have none
             values |= {f"{f} of parameter {name}": v for f, v in fields.items() if isinstance(v, torch.Tensor)}
         results.append(Values(values))
     ours, own = results
