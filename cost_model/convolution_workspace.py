@@ -22,11 +22,16 @@ from graphopt.cost_model.kernel_sizes import (
 from graphopt.graph.op_rules.arguments import operand
 from graphopt.graph.sizes import Expr, product
 
-_LANES = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+_WIDE = "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+_LANES = 16 if _WIDE else 8
 """Channels in a block of oneDNN's memory layout."""
 
-_IMAGES = (1, 2, 3) if _LANES == 16 else (3,)
+_IMAGES = (1, 2, 3) if _WIDE else (3,)
 """Numbers of channels of an input that oneDNN does not reorder for the gradient of the weight."""
+
+_LARGEST_WINDOW = 14 if _WIDE else 13
+"""The widest window for which it has a direct kernel of that gradient."""
 
 
 @dataclass(frozen=True)
@@ -118,13 +123,19 @@ def _convolution_of(node: fx.Node, sizes: Sizes, operands: Sequence[Any], y: Sha
         return product(_padded(s, lanes) if i in dims else s for i, s in enumerate(shape)) * itemsize
 
     per_group = (kernel[0] // groups, kernel[1])
+
+    def by_gemm(lanes: int) -> bool:
+        return groups > 1 and not depthwise and any(isinstance(c, int) and c % lanes for c in per_group)
+
     few = isinstance(in_channels, int) and in_channels < 4
     x_blocked = blocked(image) if few and strided else blocked(image, 1)
     w_blocked = blocked(kernel, 0) if groups > 1 else blocked(kernel, 0, 1)
     for_weight = x_blocked, w_blocked, blocked(y, 1)
     if in_channels in _IMAGES and groups == 1:  # read as they are
         for_weight = 0, blocked(kernel, 0), blocked(y, 1)
-    elif isinstance(in_channels, int) and in_channels < _LANES and groups == 1:  # by the kernel for narrower registers
+    elif (
+        _WIDE and isinstance(in_channels, int) and in_channels < _LANES and groups == 1
+    ):  # by the kernel for narrower registers
         for_weight = blocked(image, 1, lanes=8), blocked(kernel, 0, 1, lanes=8), blocked(y, 1, lanes=8)
     return _Convolution(
         x=product(image) * itemsize, w=product(kernel) * itemsize, y=product(y) * itemsize,
@@ -132,9 +143,10 @@ def _convolution_of(node: fx.Node, sizes: Sizes, operands: Sequence[Any], y: Sha
         for_weight=for_weight,
         columns=columns, group_column=group_column, onednn=onednn, in_channels=image[1], strided=strided,
         channels_last=nhwc, copies=sum((sizes.nbytes(o) for o in operands if not fits(tensor_of(o))), 0),
-        gemm=groups > 1 and not depthwise and any(isinstance(c, int) and c % _LANES for c in per_group),
-        weight_by_gemm=dilated or any(
-            isinstance(k, int) and (k >= 14 or (depthwise and k > 3) or (isinstance(s, int) and s < k))
+        gemm=by_gemm(4 if _WIDE else _LANES),
+        weight_by_gemm=dilated or by_gemm(8) or any(
+            isinstance(k, int)
+            and (k > _LARGEST_WINDOW or (depthwise and k > 3) or (isinstance(s, int) and s < k and not _WIDE))
             for s, k in zip((y if transposed else image)[2:], window, strict=True)
         ),
     )  # fmt: skip

@@ -124,9 +124,8 @@ def _check_fused_step(task: Task) -> str | None:
                 optimizer.step()
         values = {f"new parameter {name}": p.detach() for name, p in zip(updated, owned, strict=True)}
         for name, parameter in zip(updated, owned, strict=True):
-            fields: dict[str, Any] = next(
-                (o.state[parameter] for o in optimizers if parameter in o.state), {}
-            )  # SGD may have none
+            states = [o.state[parameter] for o in optimizers if parameter in o.state]  # none of SGD without momentum
+            fields: dict[str, Any] = states[0] if states else {}
             values |= {f"{f} of parameter {name}": v for f, v in fields.items() if isinstance(v, torch.Tensor)}
         results.append(Values(values))
     ours, own = results

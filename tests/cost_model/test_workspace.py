@@ -51,7 +51,7 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "one image": {"x": (1, 16, 12, 12)},
     "waveform": {"x": (4, 1, 500), "w": (16, 1, 80), "stride": 8, "padding": 0, "data": False},
     "window beyond the image": {"x": (4, 16, 2, 2)},
-    "patches": {"x": (4, 3, 32, 32), "w": (16, 3, 16, 16), "stride": 16, "padding": 0},
+    "patches": {"x": (4, 3, 32, 32), "w": (16, 3, 16, 16), "stride": 16, "padding": 0, "data": False},
     "one dimension": {"x": (4, 16, 30), "w": (24, 16, 5), "padding": 2},
     "transposed": {"w": (16, 16, 4, 4), "stride": 2, "transposed": True},
     "of a transposed view": {"x": (4, 12, 16, 12), "view": (1, 2)},
