@@ -56,7 +56,7 @@ class Trainer:
         self._setup = setup
 
     def run(self, task: Task, tell: Tell) -> Outcome:
-        """How the trial of ``task`` ended. Raises nothing but what is no `Exception`."""
+        """How the trial of ``task`` ended. Raises KeyboardInterrupt and the like alone."""
         setup = self._setup
         folder = setup.folder / f"{'final' if task.final else 'trial'}-{task.number}"
         curve: list[tuple[int, float]] = []
@@ -82,7 +82,7 @@ class Trainer:
             outcome = Outcome("pruned", last, f"stopped early {end}".strip(), time.perf_counter() - start)
         except Invalid as end:
             outcome = Outcome("invalid", {}, str(end), time.perf_counter() - start)
-        except Exception as error:  # whatever a trial of the user raises is a result
+        except (Exception, SystemExit) as error:  # whatever a trial of the user raises is a result; sys.exit() too
             outcome = failure(error, time.perf_counter() - start)
         if not setup.keep_folders:
             shutil.rmtree(folder, ignore_errors=True)

@@ -42,6 +42,7 @@ def once(returned, **options):
         ({"score": np.float32(0.5), "extra": "x"}, "invalid", "'extra'"),
         (ValueError("wrong"), "failed", "ValueError: wrong"),
         (MemoryError("no more"), "failed", "out of memory"),
+        (SystemExit(2), "failed", "SystemExit: 2"),
         (RuntimeError("CUDA out of memory. Tried"), "failed", "out of memory"),
         (lambda context: context.report(1, float("nan")), "invalid", "at step 1"),
         (lambda context: context.report(0, 1.0), "failed", "step of at least 1"),
