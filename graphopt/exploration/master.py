@@ -253,8 +253,9 @@ class Master:
             self._after.append(lambda: self._ended_now(running.trial))
 
     def _ended_now(self, trial: Trial) -> None:
-        # Only trials of this run say how long others take: an earlier one may have been on another machine.
-        if trial.state in ("done", "pruned"):
+        # Only whole trials of this run say how long others take: one stopped early says nothing of those that survive,
+        # and an earlier run may have been on another machine.
+        if trial.state == "done":
             self._durations.add(trial)
         self._end(trial)
 
@@ -298,7 +299,13 @@ class Master:
         rung, trial = happening.rung, running.trial
         goes_on = self.goes_on(trial, rung, happening.value)
         events.append(Event("report", trial.number, {"rung": rung, "step": happening.step, "value": happening.value}))
-        self._after.append(lambda: self.engine.decide(happening.slot, goes_on))
+
+        def answer() -> None:
+            # Its process may have died meanwhile: the one that replaced it waits for a task, not for this.
+            if self.running.get(happening.slot) is running:
+                self.engine.decide(happening.slot, goes_on)
+
+        self._after.append(answer)
 
     def decide_now(self, number: int, step: int, value: float, rung: int | None) -> bool:
         """For engines that run the trial in this thread: the answer to a report, when it comes."""
