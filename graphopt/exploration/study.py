@@ -198,7 +198,8 @@ def space_to_meta(space: SearchSpace) -> list[dict[str, Any]]:
     """The knobs as plain data, so that a study can be read without the script that made it."""
     return [
         {"name": k.name, "kind": k.kind, "values": list(k.range.values), "ordered": k.range.ordered,
-         "when": {name: list(values) for name, values in k.range.when.items()}}
+         "when": {name: list(values) for name, values in k.range.when.items()},
+         "ways": [{name: list(values) for name, values in way.items()} for way in k.ways]}
         for k in space.knobs
     ]  # fmt: skip
 
@@ -210,7 +211,7 @@ def space_from_meta(rows: list[dict[str, Any]]) -> SearchSpace:
             Knob(row["name"], row["kind"], HyperParameter(
                 tuple(tuple(v) if isinstance(v, list) else v for v in row["values"]), row["ordered"],
                 {name: tuple(values) for name, values in row["when"].items()},
-            ))
+            ), tuple({name: tuple(values) for name, values in way.items()} for way in row.get("ways", ())))
             for row in rows
         ]
     )  # fmt: skip
