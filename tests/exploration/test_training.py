@@ -1,6 +1,7 @@
 """The ready-made trial and the default predictor, on real nets."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from graphopt.cost_model import Machine
 from graphopt.errors import BudgetTooTight, ExplorationError
 from graphopt.exploration import ASHA, CostModelPredictor, ModelFunction, Training, choice, explore, log
+from graphopt.exploration.context import Context
 from graphopt.exploration.fingerprints import fingerprints
 from graphopt.exploration.outcome import Objectives
 from graphopt.exploration.search_space import search_space
@@ -61,8 +63,6 @@ def test_each_trial_starts_from_the_given_weights():
 
 
 def test_an_attempt_goes_on_from_its_checkpoint(tmp_path):
-    from graphopt.exploration.context import Context
-
     class Stop(Exception):
         pass
 
@@ -93,6 +93,32 @@ def test_an_attempt_goes_on_from_its_checkpoint(tmp_path):
     result = run("halved", None, again)
     assert result["accuracy"] == expected["accuracy"]
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))
+    # An epoch that was kept is told again: whoever decides may not have heard of it.
+    reports = []
+    run("whole", lambda step, value, rung: reports.append((step, value)) or True, fresh())
+    assert reports == [(3, expected["accuracy"])]
+
+
+def test_batches_of_one_row_are_trained_on():
+    hyper_parameters, context = {"lr": 0.1, "batch": 1}, Context(0, 5, Path("nowhere"))
+    context.save = lambda state: None
+    net = build(4, 1)
+    before = [p.clone() for p in net.parameters()]
+    measured = training(epochs=1)(net, hyper_parameters, context)
+    assert measured["step_seconds"] > 0 and not torch.equal(before[0], next(net.parameters()))
+
+
+def test_peak_memory_is_that_of_the_trial_alone(monkeypatch):
+    """A device whose memory was used by a trial before, of which the counter still knows."""
+    peak = [1000]
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, 10))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)
+    context = Context(0, 5, Path("nowhere"))
+    context.save = lambda state: None
+    assert training(epochs=1, device="cuda")(build(4, 1), {"lr": 0.1}, context)["peak_bytes"] == 10
 
 
 def test_the_cost_model_keeps_the_budget():
