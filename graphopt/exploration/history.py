@@ -125,7 +125,6 @@ class History:
         trial.worker = event.body.get("worker")
         if not event.body.get("final"):
             trial.state = "running"
-            trial.rungs.clear()
 
     def _report(self, event: Event) -> None:
         self._of(event).rungs[int(event.body["rung"])] = float(event.body["value"])

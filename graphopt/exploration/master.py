@@ -296,9 +296,7 @@ class Master:
         running = self.running.get(happening.slot)
         if running is None or happening.rung is None:
             return
-        rung, trial = happening.rung, running.trial
-        goes_on = self.goes_on(trial, rung, happening.value)
-        events.append(Event("report", trial.number, {"rung": rung, "step": happening.step, "value": happening.value}))
+        goes_on = self._decided(running.trial, happening.rung, happening.step, happening.value, events)
 
         def answer() -> None:
             # Its process may have died meanwhile: the one that replaced it waits for a task, not for this.
@@ -311,19 +309,29 @@ class Master:
         """For engines that run the trial in this thread: the answer to a report, when it comes."""
         if rung is None:
             return True
-        trial = self.history.trials[number]
-        goes_on = self.goes_on(trial, rung, value)
-        self._record([Event("report", number, {"rung": rung, "step": step, "value": value})])
+        events: list[Event] = []
+        goes_on = self._decided(self.history.trials[number], rung, step, value, events)
+        self._record(events)
         return goes_on
+
+    def _decided(self, trial: Trial, rung: int, step: int, value: float, events: list[Event]) -> bool:
+        """Whether a trial that reports at ``rung`` goes on. An earlier attempt may have been there: what it reported
+        counts, as a later one begins in the middle."""
+        if rung not in trial.rungs:
+            events.append(Event("report", trial.number, {"rung": rung, "step": step, "value": value}))
+        return self.goes_on(trial, rung, trial.rungs.get(rung, value))
 
     def goes_on(self, trial: Trial, rung: int, value: float) -> bool:
         """Whether a trial with ``value`` at ``rung`` is among the best. In a reproducible search it is compared with
-        those that had ended, by the rules of the window, when it was proposed."""
+        those whose results its request could use: all of them have ended, whoever is fast."""
         assert self.stopping is not None
         sign = self.history.objectives.signs[self.history.objectives.main]
         others = self.history.trials
         if self.limits.window is not None:
-            others = others[: max(0, trial.number - self.limits.window)]
+            first = trial.number
+            while first > 0 and others[first - 1].request == trial.request:
+                first -= 1
+            others = others[: max(0, first - self.limits.window)]
         values = [sign * other.rungs[rung] for other in others if other is not trial and rung in other.rungs]
         return self.stopping.goes_on(sign * value, values)
 
@@ -366,12 +374,13 @@ class Master:
     # -- the end ----------------------------------------------------------------------------------------------------
 
     def _best_numbers(self) -> list[int]:
-        """The models of the final retraining."""
-        trials = [trial for trial in self.history.done(self.budget) if not trial.final]
+        """The models of the final retraining: of the best, those that an earlier run has not retrained."""
+        trials = self.history.done(self.budget)
         if not trials:
             return []
         scores = np.array([trial.scores for trial in trials])
-        return [trials[place].number for place in best_first(scores, self.limits.retrain)]
+        best = [trials[place] for place in best_first(scores, self.limits.retrain)]
+        return [trial.number for trial in best if not trial.final]
 
 
 def _too_tight(nothing: dict[str, Any]) -> BudgetTooTight:

@@ -110,6 +110,33 @@ def test_asha_rungs():
     assert stopping.goes_on(3.0, range(3)) and not stopping.goes_on(1.5, range(4))
 
 
+class Watched(ASHA):
+    """How many values decisions were made by."""
+
+    seen = []
+
+    def goes_on(self, value, others):
+        others = list(others)
+        self.seen.append(len(others))
+        return super().goes_on(value, others)
+
+
+def test_a_reproducible_search_decides_by_what_the_request_of_a_trial_could_use():
+    def trial(net, hp, context):
+        context.report(1, hp["x0"])
+        return hp["x0"]
+
+    Watched.seen.clear()
+    study = explore(
+        None, trial, hyper_parameters=BOWL, trials=21, stop=Watched(first=1, last=2), reproducible=True, window=4,
+        queue=3, **INLINE,
+    )  # fmt: skip
+    first = {}
+    for t in study.trials():
+        first.setdefault(t.request, t.number)
+    assert Watched.seen == [max(0, first[t.request] - 4) for t in study.trials()]
+
+
 def test_several_objectives():
     def trial(net, hp, context):
         return {"accuracy": hp["size"] ** 0.5, "seconds": hp["size"] * (1 + hp["waste"])}
@@ -142,6 +169,19 @@ def test_the_best_are_retrained_and_the_ranks_compared():
     assert study.best().hyper_parameters["x"] == 1.0 and study.best().final["score"] == 10.0
     assert study.rank_correlation() == pytest.approx(1 - 2 / 6)
     assert "after retraining: score 10" in study.why(study.best().number)
+
+
+def test_the_best_are_retrained_once(tmp_path):
+    finals = []
+
+    def trial(net, hp, context):
+        finals.extend([hp["x"]] * context.final)
+        return hp["x"]
+
+    options = {"hyper_parameters": {"x": linear(0, 1, steps=6)}, "trials": 6, "store": tmp_path / "s.db", **INLINE}
+    for retrain, expected in ((2, [1.0, 0.8]), (2, [1.0, 0.8]), (3, [1.0, 0.8, 0.6])):
+        explore(None, trial, retrain=retrain, **options)
+        assert finals == expected
 
 
 def test_a_study_goes_on_where_it_was(tmp_path):

@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 from graphopt.exploration.early_stopping import ASHA
 from graphopt.exploration.engines import Died, Ready, Reported
 from graphopt.exploration.generator import GeneratorSetup
-from graphopt.exploration.history import History
+from graphopt.exploration.history import History, model_event
 from graphopt.exploration.limits import Limits
 from graphopt.exploration.master import Master
 from graphopt.exploration.outcome import Objectives, Outcome
+from graphopt.exploration.pool import Model
 from graphopt.exploration.proposers import as_proposer
+from graphopt.exploration.store import Event
 from tests.exploration.searches import mixed_space, simulated, small_space
 
 SPACE = small_space()
@@ -161,3 +163,17 @@ def test_nobody_is_told_of_a_report_whose_process_is_gone():
     assert [trial.state for trial in history.trials] == ["done"] * 3
     assert [trial.attempts for trial in history.trials] == [2] * 3
     assert engine.decided == []
+
+
+def test_a_later_attempt_does_not_change_what_was_reported_at_a_rung():
+    """It begins in the middle, from its checkpoint, and its first report is beyond rungs that it has passed."""
+    history, kept = History(SPACE, Objectives("score")), []
+    engine = SimulatedEngine(GeneratorSetup(SPACE, as_proposer("random"), 0, {}, None, 0.9, learns=False), None, speeds=[1])
+    master = Master(engine, history, Limits(trials=3), 0, kept.extend, ASHA())
+    history.apply(model_event(Model(0, "a", (0,) * 6, 0)))
+    history.apply(Event("start", 0, {"worker": 0}))
+    assert master.decide_now(0, 3, 0.3, 3)
+    history.apply(Event("died", 0, {"killed": True, "cause": ""}))
+    history.apply(Event("start", 0, {"worker": 0}))
+    assert master.decide_now(0, 5, 0.9, 3) and master.decide_now(0, 9, 0.8, 9)
+    assert history.trials[0].rungs == {3: 0.3, 9: 0.8} and [event.kind for event in kept] == ["report"] * 2
