@@ -82,7 +82,7 @@ class History:
         self.objectives = objectives
         self.trials: list[Trial] = []
         self.refusals: dict[str, Refusal] = {}
-        self.refused = 0  # candidates, those beyond what is kept of a request too
+        self.refused = 0  # candidates, those beyond what is kept of a request too; each counts once in a run
         self.requests = 0
         self.ended: list[int] = []
         self.nothing: dict[str, Any] | None = None

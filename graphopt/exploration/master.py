@@ -76,6 +76,7 @@ class Master:
         self._asked: Request | None = None
         self._released: list[int] = []
         self._ended: set[int] = set()
+        self._refused = set(self.history.refusals)  # keys: what is refused again is not counted again
         self._contiguous = 0  # all models below this number have ended
         self._durations = Durations()
         self.started = self.engine.now()
@@ -190,7 +191,8 @@ class Master:
         if request is None or answer.request != request:
             return  # the answer of a generator that was replaced after it had answered
         self._asked = None
-        fresh = [row for row in answer.refused if row.key not in self.history.refusals]
+        fresh = [row for row in answer.refused if row.key not in self._refused]
+        self._refused.update(row.key for row in fresh)
         kept = [
             {"key": row.key, "point": list(row.point), "why": row.why,
              "predicted": {name: [_short(v) for v in values] for name, values in row.predicted.items()}}
