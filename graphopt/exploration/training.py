@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graphopt.errors import ExplorationError
 from graphopt.exploration.context import Context
-from graphopt.exploration.fingerprints import tensor_digest
+from graphopt.exploration.fingerprints import digest_of, tensor_digest
 
 __all__ = ["Training", "accuracy"]
 
@@ -76,8 +76,8 @@ class Training:
     def digest(self) -> str:
         """What results count for: data, loss, optimizer and how long it is trained."""
         tensors = ",".join(tensor_digest(tensor) for tensor in (*self.data, *self.validation))
-        names = [getattr(f, "__qualname__", repr(f)) for f in (self.loss, self.optimizer, self.metric)]
-        return f"{tensors};{names};{self.epochs};{self.batch}"
+        parts = [digest_of(part) for part in (self.loss, self.optimizer, self.metric)]
+        return f"{tensors};{parts};{self.epochs};{self.batch}"
 
     def options(self, hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Those hyper-parameters that are arguments of the optimizer."""

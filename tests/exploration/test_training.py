@@ -1,5 +1,6 @@
 """The ready-made trial and the default predictor, on real nets."""
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from graphopt.cost_model import Machine
 from graphopt.errors import BudgetTooTight, ExplorationError
 from graphopt.exploration import ASHA, CostModelPredictor, ModelFunction, Training, choice, explore, log
 from graphopt.exploration.context import Context
-from graphopt.exploration.fingerprints import fingerprints
+from graphopt.exploration.fingerprints import digest_of, fingerprints
 from graphopt.exploration.outcome import Objectives
 from graphopt.exploration.search_space import search_space
 
@@ -175,6 +176,36 @@ def test_data_and_model_are_part_of_a_study():
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1
     assert of(model, training())["model"] != same["model"]
+
+
+class Smooth:
+    """A loss, and a trial, with settings."""
+
+    def __init__(self, by, kept=None):
+        self.by, self.kept, self._calls = by, kept, 0
+
+    def __call__(self, *arguments):
+        return nn.functional.cross_entropy(*arguments, label_smoothing=self.by)
+
+
+PAIRS = {
+    "partial": [partial(nn.functional.cross_entropy, label_smoothing=by) for by in (0.1, 0.1, 0.2)],
+    "module": [nn.CrossEntropyLoss(label_smoothing=by) for by in (0.1, 0.1, 0.2)],
+    "instance": [Smooth(by) for by in (0.1, 0.1, 0.2)],
+    "tensor": [Smooth(0.1, {"w": torch.full((2,), by)}) for by in (0.1, 0.1, 0.2)],
+    "method": [Smooth(by).__call__ for by in (0.1, 0.1, 0.2)],
+    "class": [torch.optim.SGD, torch.optim.SGD, torch.optim.AdamW],
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_partials_and_objects_count_by_what_is_in_them(kind):
+    """As a trial, and as the loss of a `Training`: two that are alike, and another."""
+    one, same, other = PAIRS[kind]
+    if kind == "instance":
+        same._calls = 7  # what changes as it is used
+    for of in (digest_of, lambda loss: digest_of(Training(loss, torch.optim.SGD, data(8), data(8)))):
+        assert of(one) == of(same) != of(other)
 
 
 def test_bad_input():
