@@ -150,6 +150,20 @@ def with_child(net: Any, hp: Mapping[str, Any], context: Any) -> float:
     return 0.0
 
 
+class KilledWhereItArrives:
+    """A trial that kills the process that unpickles it."""
+
+    def __call__(self, net: Any, hp: Mapping[str, Any], context: Any) -> float:
+        return 0.0
+
+    def __reduce__(self) -> Any:
+        return _kill_this, ()
+
+
+def _kill_this() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def processes_of(pid: int) -> list[int]:
     """All processes that run and descend from ``pid``, or are in sessions of such."""
     parents: dict[int, tuple[int, int]] = {}
