@@ -13,6 +13,7 @@ from graphopt.exploration.context import Context, Invalid, Pruned
 from graphopt.exploration.early_stopping import ASHA
 from graphopt.exploration.outcome import Objectives, Outcome, failure
 from graphopt.exploration.search_space import Point, SearchSpace, net_of
+from graphopt.exploration.seeding import seeded
 
 __all__ = ["Task", "Trainer", "TrainerSetup"]
 
@@ -73,9 +74,9 @@ class Trainer:
         )  # fmt: skip
         start = time.perf_counter()
         try:
-            _seed(task.seed)
-            net = net_of(setup.nets, setup.space, task.point)
-            returned = setup.trial(net, setup.space.hyper_parameters(task.point), context)
+            with seeded(task.seed):
+                net = net_of(setup.nets, setup.space, task.point)
+                returned = setup.trial(net, setup.space.hyper_parameters(task.point), context)
             outcome = setup.objectives.outcome(returned, task.predicted, time.perf_counter() - start)
         except Pruned as end:
             last = {setup.objectives.main: curve[-1][1]} if curve else {}
@@ -88,16 +89,3 @@ class Trainer:
             shutil.rmtree(folder, ignore_errors=True)
         kept = tuple(curve[:: max(1, len(curve) // _CURVE)])
         return Outcome(outcome.state, outcome.metrics, outcome.cause, outcome.seconds, outcome.out_of_memory, kept)
-
-
-def _seed(seed: int) -> None:
-    """Every trial starts from its own random state, whatever ran before it in this process."""
-    import random
-    import sys
-
-    import numpy as np
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(seed)
