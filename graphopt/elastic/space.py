@@ -10,7 +10,7 @@ from torch import nn
 
 from graphopt.elastic import options
 from graphopt.elastic.choice import Choice
-from graphopt.elastic.dimension import Dimension, Kind, Refused
+from graphopt.elastic.dimension import Dimension, Kind, Refused, Value
 from graphopt.elastic.handles import Handle
 from graphopt.elastic.layers import Layers
 from graphopt.elastic.options import Sizes

@@ -63,7 +63,9 @@ def digest_of(given: Any, depth: int = 0) -> str:
         return _hashed(_listed(given, inner))
     if hasattr(given, "state_dict") and hasattr(given, "named_modules"):
         state = "".join(f"{name}:{tensor_digest(value)};" for name, value in given.state_dict().items())
-        settings = "".join(f"{name}:{type(part).__qualname__}{_settings(part)};" for name, part in given.named_modules())
+        settings = "".join(
+            f"{name}:{type(part).__qualname__}{_settings(part)};" for name, part in given.named_modules()
+        )
         return _hashed(state + settings)
     model = getattr(given, "model", None)
     if model is not None and hasattr(given, "dimensions") and hasattr(model, "state_dict"):  # an elastic space

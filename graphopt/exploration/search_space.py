@@ -303,7 +303,8 @@ def search_space(space: Any, hyper_parameters: Mapping[str, HyperParameter] | No
 
     Raises ExplorationError where there is nothing to be searched, or an argument is none of these.
     """
-    counts_where = getattr(space, "counts_where", dict)() if isinstance(space, Elastic) else {}
+    known = getattr(space, "counts_where", None) if isinstance(space, Elastic) else None
+    counts_where = known() if known is not None else {}
     knobs = [Knob(name, "net", given, counts_where.get(name, ())) for name, given in _dimensions(space).items()]
     for name, given in (hyper_parameters or {}).items():
         if not isinstance(given, HyperParameter):

@@ -280,8 +280,8 @@ class Store:
             return "There is no backup. resume='accept' goes on with what can be read"
         path, rows = found[0]
         return (
-            f"The latest backup, {path.name}, has {rows} rows: resume='backup' goes on from it; resume='accept' goes on "
-            "with what can be read"
+            f"The latest backup, {path.name}, has {rows} rows: resume='backup' goes on from it, resume='accept' with "
+            "what can be read"
         )
 
     def _mend(self, what: str, durable: bool, damaged: str) -> None:

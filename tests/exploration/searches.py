@@ -64,8 +64,8 @@ def simulated(
     kept: list[Event] | None = None,
     stop_after: int | None = None,
 ) -> tuple[History, SimulatedEngine]:
-    """A search on simulated workers. ``score``: what a trial returns, or its whole outcome. ``kept``: events of an earlier part, which are gone on from and added to;
-    ``stop_after``: this master is lost after so many writes."""
+    """A search on simulated workers. ``score``: what a trial returns, or its whole outcome; ``kept``: events of an
+    earlier part, which are gone on from and added to; ``stop_after``: this master is lost after so many writes."""
     kept = [] if kept is None else kept
     objectives = Objectives("score")
     setup = GeneratorSetup(space, as_proposer(proposer), seed, budget or {}, predictor, 0.9, learns=window is None)

@@ -1,10 +1,10 @@
 """The master on simulated workers: who is busy, what is proposed, what a restart knows."""
 
 import pytest
-from benchmarks.simulated_engine import SimulatedEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.simulated_engine import SimulatedEngine
 from graphopt.exploration.early_stopping import ASHA
 from graphopt.exploration.engines import Died, Ready, Reported
 from graphopt.exploration.generator import GeneratorSetup
@@ -168,7 +168,9 @@ def test_nobody_is_told_of_a_report_whose_process_is_gone():
 def test_a_later_attempt_does_not_change_what_was_reported_at_a_rung():
     """It begins in the middle, from its checkpoint, and its first report is beyond rungs that it has passed."""
     history, kept = History(SPACE, Objectives("score")), []
-    engine = SimulatedEngine(GeneratorSetup(SPACE, as_proposer("random"), 0, {}, None, 0.9, learns=False), None, speeds=[1])
+    engine = SimulatedEngine(
+        GeneratorSetup(SPACE, as_proposer("random"), 0, {}, None, 0.9, learns=False), None, speeds=[1]
+    )
     master = Master(engine, history, Limits(trials=3), 0, kept.extend, ASHA())
     history.apply(model_event(Model(0, "a", (0,) * 6, 0)))
     history.apply(Event("start", 0, {"worker": 0}))

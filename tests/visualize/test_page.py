@@ -2,8 +2,8 @@
 
 import json
 import re
-from html import escape
 from collections import defaultdict
+from html import escape
 
 import pytest
 import torch
