@@ -10,7 +10,7 @@ from torch import nn
 
 from graphopt.elastic import options
 from graphopt.elastic.choice import Choice
-from graphopt.elastic.dimension import Dimension, Kind, Refused
+from graphopt.elastic.dimension import Dimension, Kind, Refused, Value
 from graphopt.elastic.handles import Handle
 from graphopt.elastic.layers import Layers
 from graphopt.elastic.options import Sizes
@@ -87,6 +87,9 @@ class Space:
     ``model``: the owner of the shared weights. ``dimensions``: in the order of the graph. ``refusals``: groups that
     keep their size, with the reason. ``full``, ``smallest``: the choices at the ends. ``notes``: what was left undone,
     in sentences (a mode that could not be captured).
+
+    Pickled it is the model, the batch and the options: it is captured anew where it is unpickled, which gives the same
+    dimensions.
     """
 
     def __init__(
@@ -95,6 +98,9 @@ class Space:
         layers: Mapping[str, Any] | None = None,
     ):  # fmt: skip
         check_arguments(model, None)
+        self._given = {
+            "choices": choices, "fixed": fixed, "tied": tied, "names": names, "free": free, "layers": layers
+        }  # fmt: skip
         self.model, self.batch, self.free = model, batch, free
         self.layers = Layers(model, layers)
         self.notes: list[str] = []
@@ -119,6 +125,13 @@ class Space:
         if not self.dimensions:
             reasons = "; ".join(f"{r.name}: {r.why}" for r in self.refusals[:5]) or "no parameter has a free axis"
             raise ElasticError(f"model: nothing in it is elastic ({reasons})")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "batch": self.batch, "given": self._given, "layers": self.layers.state_dict()}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        Space.__init__(self, state["model"], state["batch"], **state["given"])
+        self.layers.load_state_dict(state["layers"])
 
     # -- choices ----------------------------------------------------------------------------------------------------
 
@@ -158,6 +171,28 @@ class Space:
             for dimension in self._meant(pattern):
                 found[dimension.name] = options.value_of(dimension, given)
         return Choice(found, self.primary.inactive(found))
+
+    def counts_where(self) -> dict[str, tuple[dict[str, tuple[Value, ...]], ...]]:
+        """Where dimensions count that are inactive in some subnets: by name, ways of being read. In a choice of
+        `Dimension.choices` the dimension counts exactly if, of one of its ways, each dimension named there has one of
+        the values there. Those that always count are left out."""
+        dead = {
+            d.name: {value: self.primary.handles[d.name].dead(value) for value in d.choices} for d in self.dimensions
+        }
+        able = {name: by_value for name, by_value in dead.items() if any(by_value.values())}
+        found = {}
+        for name in (d.name for d in self.dimensions if not self.primary.handles[d.name].first):
+            ways = {
+                tuple(
+                    (other, tuple(value for value, gone in by_value.items() if node not in gone))
+                    for other, by_value in able.items()
+                    if any(node in gone for gone in by_value.values())
+                )
+                for node in self.primary.handles[name].readers()
+            }
+            if ways and () not in ways:
+                found[name] = tuple(dict(way) for way in sorted(ways))
+        return found
 
     def sample(self, *, seed: int | Random | None = None, where: Where | None = None) -> Choice:
         """A random choice, each dimension uniformly among its choices.

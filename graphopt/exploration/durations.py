@@ -15,13 +15,13 @@ _SLOWER = 4.0
 
 
 class Durations:
-    """Seconds of trials that ended well, with what their steps were predicted to take."""
+    """Seconds of finished trials, with what their steps were predicted to take."""
 
     def __init__(self) -> None:
         self._all: list[tuple[float, float | None, int | None]] = []
 
     def add(self, trial: Trial) -> None:
-        """A trial ended well."""
+        """A trial was finished: neither stopped early nor failed."""
         self._all.append((trial.seconds, _step(trial), trial.worker))
 
     def expected(self, trial: Trial, alike: bool) -> float | None:

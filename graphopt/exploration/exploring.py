@@ -89,7 +89,7 @@ def explore(
         generation: ``workers``: each worker has a generator process beside its trainer; ``master``: models are
             generated in this process. The models are the same.
         devices: what each worker sees as CUDA_VISIBLE_DEVICES, in turn.
-        threads: of torch in each worker; by default the cores are divided.
+        threads: of torch in each worker; by default the cores are divided, or 1 in a ``reproducible`` search.
         seed: of the search and of its trials.
         reproducible: the same models in the same order for the same seed, whatever the number and speed of workers and
             whoever is killed (if trials are deterministic). Model k is proposed from results up to k - ``window``, so
@@ -156,6 +156,8 @@ def explore(
             seed = opened.seed  # requests go on counting in the stream that they were begun in
         generator = GeneratorSetup(found, chosen, seed, asked, predict, confidence, learns=not reproducible)
         trainer = TrainerSetup(found, space, trial, objectives, stop, folder.absolute(), keep_folders)
+        if threads is None and reproducible:
+            threads = 1  # sums are made in another order by other numbers of threads
         engine = _engine(on, generator, trainer, count, folder, generation, devices, threads)
         stack.callback(engine.close)
         shown = Progress(progress)

@@ -82,7 +82,7 @@ class History:
         self.objectives = objectives
         self.trials: list[Trial] = []
         self.refusals: dict[str, Refusal] = {}
-        self.refused = 0  # candidates, those beyond what is kept of a request too
+        self.refused = 0  # candidates, those beyond what is kept of a request too; each counts once in a run
         self.requests = 0
         self.ended: list[int] = []
         self.nothing: dict[str, Any] | None = None
@@ -125,7 +125,6 @@ class History:
         trial.worker = event.body.get("worker")
         if not event.body.get("final"):
             trial.state = "running"
-            trial.rungs.clear()
 
     def _report(self, event: Event) -> None:
         self._of(event).rungs[int(event.body["rung"])] = float(event.body["value"])

@@ -76,6 +76,7 @@ class Master:
         self._asked: Request | None = None
         self._released: list[int] = []
         self._ended: set[int] = set()
+        self._refused = set(self.history.refusals)  # keys: what is refused again is not counted again
         self._contiguous = 0  # all models below this number have ended
         self._durations = Durations()
         self.started = self.engine.now()
@@ -190,7 +191,8 @@ class Master:
         if request is None or answer.request != request:
             return  # the answer of a generator that was replaced after it had answered
         self._asked = None
-        fresh = [row for row in answer.refused if row.key not in self.history.refusals]
+        fresh = [row for row in answer.refused if row.key not in self._refused]
+        self._refused.update(row.key for row in fresh)
         kept = [
             {"key": row.key, "point": list(row.point), "why": row.why,
              "predicted": {name: [_short(v) for v in values] for name, values in row.predicted.items()}}
@@ -253,8 +255,9 @@ class Master:
             self._after.append(lambda: self._ended_now(running.trial))
 
     def _ended_now(self, trial: Trial) -> None:
-        # Only trials of this run say how long others take: an earlier one may have been on another machine.
-        if trial.state in ("done", "pruned"):
+        # Only whole trials of this run say how long others take: one stopped early says nothing of those that survive,
+        # and an earlier run may have been on another machine.
+        if trial.state == "done":
             self._durations.add(trial)
         self._end(trial)
 
@@ -295,28 +298,42 @@ class Master:
         running = self.running.get(happening.slot)
         if running is None or happening.rung is None:
             return
-        rung, trial = happening.rung, running.trial
-        goes_on = self.goes_on(trial, rung, happening.value)
-        events.append(Event("report", trial.number, {"rung": rung, "step": happening.step, "value": happening.value}))
-        self._after.append(lambda: self.engine.decide(happening.slot, goes_on))
+        goes_on = self._decided(running.trial, happening.rung, happening.step, happening.value, events)
+
+        def answer() -> None:
+            # Its process may have died meanwhile: the one that replaced it waits for a task, not for this.
+            if self.running.get(happening.slot) is running:
+                self.engine.decide(happening.slot, goes_on)
+
+        self._after.append(answer)
 
     def decide_now(self, number: int, step: int, value: float, rung: int | None) -> bool:
         """For engines that run the trial in this thread: the answer to a report, when it comes."""
         if rung is None:
             return True
-        trial = self.history.trials[number]
-        goes_on = self.goes_on(trial, rung, value)
-        self._record([Event("report", number, {"rung": rung, "step": step, "value": value})])
+        events: list[Event] = []
+        goes_on = self._decided(self.history.trials[number], rung, step, value, events)
+        self._record(events)
         return goes_on
+
+    def _decided(self, trial: Trial, rung: int, step: int, value: float, events: list[Event]) -> bool:
+        """Whether a trial that reports at ``rung`` goes on. An earlier attempt may have been there: what it reported
+        counts, as a later one begins in the middle."""
+        if rung not in trial.rungs:
+            events.append(Event("report", trial.number, {"rung": rung, "step": step, "value": value}))
+        return self.goes_on(trial, rung, trial.rungs.get(rung, value))
 
     def goes_on(self, trial: Trial, rung: int, value: float) -> bool:
         """Whether a trial with ``value`` at ``rung`` is among the best. In a reproducible search it is compared with
-        those that had ended, by the rules of the window, when it was proposed."""
+        those whose results its request could use: all of them have ended, whoever is fast."""
         assert self.stopping is not None
         sign = self.history.objectives.signs[self.history.objectives.main]
         others = self.history.trials
         if self.limits.window is not None:
-            others = others[: max(0, trial.number - self.limits.window)]
+            first = trial.number
+            while first > 0 and others[first - 1].request == trial.request:
+                first -= 1
+            others = others[: max(0, first - self.limits.window)]
         values = [sign * other.rungs[rung] for other in others if other is not trial and rung in other.rungs]
         return self.stopping.goes_on(sign * value, values)
 
@@ -359,12 +376,13 @@ class Master:
     # -- the end ----------------------------------------------------------------------------------------------------
 
     def _best_numbers(self) -> list[int]:
-        """The models of the final retraining."""
-        trials = [trial for trial in self.history.done(self.budget) if not trial.final]
+        """The models of the final retraining: of the best, those that an earlier run has not retrained."""
+        trials = self.history.done(self.budget)
         if not trials:
             return []
         scores = np.array([trial.scores for trial in trials])
-        return [trials[place].number for place in best_first(scores, self.limits.retrain)]
+        best = [trials[place] for place in best_first(scores, self.limits.retrain)]
+        return [trial.number for trial in best if not trial.final]
 
 
 def _too_tight(nothing: dict[str, Any]) -> BudgetTooTight:

@@ -1,4 +1,4 @@
-"""A line about a search that runs: how many trials, what they gave, what the gate saved, how long it goes on."""
+"""A line about a search that runs: how many trials, what they gave, what the gate refused, how long it goes on."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ def line(history: History, running: int, budget: dict[str, float], left: float |
     if counts["pruned"]:
         parts.append(f"{counts['pruned']} stopped early")
     if history.refused:
-        took = [trial.seconds for trial in history.trials if trial.seconds]
-        saved = f" ({_duration(history.refused * median(took))} of training saved)" if took else ""
-        parts.append(f"{history.refused} gated{saved}")
+        parts.append(f"{history.refused} gated")
     if bad := counts["failed"] + counts["invalid"]:
         causes = Counter(_short(t.cause) for t in history.trials if t.state in ("failed", "invalid"))
         parts.append(f"{bad} failed (mostly: {causes.most_common(1)[0][0]})")

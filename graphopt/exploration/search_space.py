@@ -30,14 +30,18 @@ Point = tuple[int, ...]
 
 @runtime_checkable
 class Elastic(Protocol):
-    """What the search asks of a space of subnets: `graphopt.elastic.Space`, or anything alike."""
+    """What the search asks of a space of subnets: `graphopt.elastic.Space`, or anything alike.
+
+    It may also have ``counts_where()``: of dimensions that do not count in every subnet (the width inside of a layer
+    that may be left out) the ways in which they do, see `Knob`. Subnets that differ elsewhere are one.
+    """
 
     @property
     def dimensions(self) -> Sequence[Any]:
         """Each with a ``name`` and ``choices`` (ascending; the last is the full size)."""
 
     def choice(self, sizes: Mapping[str, Any]) -> Any:
-        """A choice from one size for each dimension. Its ``key()`` is the same for choices that mean the same net."""
+        """A choice from one size for each dimension."""
 
     def extract(self, choice: Any) -> Any:
         """The subnet with its own weights, cut from the supernet's."""
@@ -70,11 +74,18 @@ class ModelFunction:
 
 @dataclass(frozen=True)
 class Knob:
-    """One axis of the search: ``kind`` is ``net`` (of the architecture) or ``hp`` (of the training)."""
+    """One axis of the search.
+
+    Attributes:
+        kind: ``net`` (of the architecture) or ``hp`` (of the training).
+        ways: it counts only where, of one of these, all other knobs that are named have one of their values there;
+            beside the condition of the range. Without any it counts.
+    """
 
     name: str
     kind: str
     range: HyperParameter
+    ways: tuple[Mapping[str, tuple[Any, ...]], ...] = ()
 
     @property
     def size(self) -> int:
@@ -97,18 +108,21 @@ class SearchSpace:
                 raise ExplorationError(f"{knob.name}: two dimensions or hyper-parameters have this name")
             seen.add((knob.kind, knob.name))
         self._place = {(knob.kind, knob.name): i for i, knob in enumerate(self.knobs)}
-        self._conditions = [self._condition(knob) for knob in self.knobs]
+        # Of each knob the ways in which it counts: all conditions of one of them must hold.
+        self._conditions = [
+            [self._condition(knob, {**way, **knob.range.when}) for way in knob.ways or ({},)] for knob in self.knobs
+        ]
         # Few knobs have conditions; chains of moves come by the same points again and again.
-        self._order = [i for i in self._dependencies_first() if self._conditions[i]]
+        self._order = [i for i in self._dependencies_first() if any(self._conditions[i])]
         self._known: dict[Point, tuple[bool, ...]] = {}
         self._movable: dict[tuple[tuple[bool, ...], str | None], list[int]] = {}
         self.free = tuple(i for i, knob in enumerate(self.knobs) if knob.size > 1)
-        self.conditional = any(self._conditions)
+        self.conditional = any(map(any, self._conditions))
 
-    def _condition(self, knob: Knob) -> list[tuple[int, frozenset[int]]]:
+    def _condition(self, knob: Knob, when: Mapping[str, tuple[Any, ...]]) -> list[tuple[int, frozenset[int]]]:
         """Places and the indices that they must have for ``knob`` to count."""
         found = []
-        for name, values in knob.range.when.items():
+        for name, values in when.items():
             place = self._place.get((knob.kind, name), self._place.get(("net", name)))
             if place is None:
                 raise ExplorationError(f"{knob.name}: its condition names {name!r}, which is no knob of this space")
@@ -128,7 +142,7 @@ class SearchSpace:
             if state.get(i) == 1:
                 raise ExplorationError(f"{self.knobs[i].name}: it counts only where it counts; break the circle")
             state[i] = 1
-            for place, _ in self._conditions[i]:
+            for place in (place for way in self._conditions[i] for place, _ in way):
                 visit(place)
             state[i] = 2
             order.append(i)
@@ -150,7 +164,10 @@ class SearchSpace:
         if known is None:
             counts = [True] * len(self.knobs)
             for i in self._order:
-                counts[i] = all(counts[place] and point[place] in admitted for place, admitted in self._conditions[i])
+                counts[i] = any(
+                    all(counts[place] and point[place] in admitted for place, admitted in way)
+                    for way in self._conditions[i]
+                )
             if len(self._known) >= _KNOWN:
                 self._known.clear()
             known = self._known[point] = tuple(counts)
@@ -276,6 +293,7 @@ class SearchSpace:
     def digest(self) -> str:
         """A hash of all knobs: studies of different spaces are not mixed."""
         told = [[k.kind, k.name, list(k.range.values), k.range.ordered, sorted(map(str, k.range.when.items()))]
+                + [[sorted(map(str, way.items())) for way in k.ways]] * bool(k.ways)
                 for k in self.knobs]  # fmt: skip
         return hashlib.blake2b(json.dumps(told).encode(), digest_size=16).hexdigest()
 
@@ -285,7 +303,9 @@ def search_space(space: Any, hyper_parameters: Mapping[str, HyperParameter] | No
 
     Raises ExplorationError where there is nothing to be searched, or an argument is none of these.
     """
-    knobs = [Knob(name, "net", given) for name, given in _dimensions(space).items()]
+    known = getattr(space, "counts_where", None) if isinstance(space, Elastic) else None
+    counts_where = known() if known is not None else {}
+    knobs = [Knob(name, "net", given, counts_where.get(name, ())) for name, given in _dimensions(space).items()]
     for name, given in (hyper_parameters or {}).items():
         if not isinstance(given, HyperParameter):
             raise ExplorationError(
@@ -304,11 +324,7 @@ def _dimensions(space: Any) -> dict[str, HyperParameter]:
     if isinstance(space, ModelFunction):
         return space.ranges
     if isinstance(space, Elastic):
-        # A dimension may say under which choices it counts (`when`), as a hyper-parameter does.
-        return {
-            d.name: HyperParameter(tuple(d.choices), True, dict(getattr(d, "when", None) or {}))
-            for d in space.dimensions
-        }
+        return {d.name: HyperParameter(tuple(d.choices)) for d in space.dimensions}
     if hasattr(space, "state_dict") and callable(space):  # a module: one architecture
         return {}
     if callable(space):

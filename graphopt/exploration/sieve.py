@@ -114,12 +114,11 @@ class Sieve:
         if self.space.size <= _FEW and self.gate.cheap:
             fresh = [point for point in self.space.all_points() if self.plausible(point)]
             if fresh:
-                assert self.take(fresh[int(random.integers(len(fresh)))], None, how)
+                self.take(fresh[int(random.integers(len(fresh)))], None, how)
                 return None
-            return self._nothing()
-        if self._downhill(random, how):
+        elif self._downhill(random, how):
             return None
-        return self._nothing()
+        return self._nothing(how)
 
     def _sample(self, random: np.random.Generator, bias: float) -> Point:
         if bias == 1.0:
@@ -150,11 +149,14 @@ class Sieve:
         verdict = self._verdict(point, self.space.key(point))
         return min(verdict.excess, 0.0) if verdict.admitted else verdict.excess
 
-    def _nothing(self) -> Nothing:
+    def _nothing(self, how: str) -> Nothing | None:
+        """That nothing is left, with what is nearest to the budget; None where that keeps it, and is taken."""
         if self.view.count or self.chosen or self._nearest is None:
             return Nothing(exhausted=True)
         excess, point, verdict = self._nearest
         point = self._steepest(point) if math.isfinite(excess) else point
+        if self.take(point, None, how):
+            return None
         verdict = self.gate.judge(point, self.space.key(point))
         return Nothing(False, point, verdict.predicted, verdict.why)
 

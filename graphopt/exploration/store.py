@@ -7,7 +7,8 @@ changed or missing row is noticed when the file is opened. What is read there an
   at in each transaction: a master that another one took over from (its lock file was removed, say) cannot write.
 - **Nothing is lost in silence.** The lock file tells what the last write was. A file whose tail is torn opens and says
   which rows are gone, if these are of the last transaction; if more are gone, or rows in the middle, it is refused.
-- **Backups** are made in turn beside it (``.backup-0``, ``.backup-1``), and named when the file is refused.
+- **Backups** are made in turn beside it (``.backup-0``, ``.backup-1``), every ten minutes and at the end, and named
+  when the file is refused.
 - A file that is deleted while it is used is saved under another name before the error.
 
 `synchronous=NORMAL` survives the end of the process by any signal; ``durable=True`` survives a power failure too.
@@ -68,7 +69,8 @@ class Store:
         path: of the file; it and its folder are made where they are not there.
         durable: survive a power failure too, for a millisecond a write.
         damaged: what to do with a file that lost rows: ``"refuse"``; ``"backup"``: put it aside and go on from the
-            latest backup; ``"accept"``: go on with the rows that can be read.
+            latest backup; ``"accept"``: put it aside and go on with the rows before the first bad one. Both are told
+            in a `GraphoptWarning`. (`graphopt.explore` calls it ``resume``.)
 
     Raises:
         StoreError: see its docstring.
@@ -108,23 +110,15 @@ class Store:
                 self._connection.close()
                 raise
         except _Damaged as error:
-            if damaged != "backup":
+            if damaged == "refuse":
                 raise StoreError(f"{error}. {self._advice()}") from error
-            warnings.warn(f"{error}; going on from a backup", GraphoptWarning, stacklevel=4)
-            self._restore()
-            self._lock.before = {}
-            return self._open(durable, "refuse")
+            return self._mend(str(error), durable, damaged)
         except sqlite3.DatabaseError as error:
-            if damaged == "backup" and _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-                warnings.warn(
-                    f"{self.path} is damaged ({error}); going on from a backup", GraphoptWarning, stacklevel=4
-                )
-                self._restore()
-                self._lock.before = {}
-                return self._open(durable, "refuse")
+            if damaged != "refuse" and _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                return self._mend(f"{self.path} is damaged ({error})", durable, damaged)
             raise self._error(error) from error
         self._identity = _identity(self.path)
-        self._last_backup = time.monotonic()
+        self._last_backup, self._backed_up = time.monotonic(), self._seq
         return None
 
     def _begin(self, durable: bool) -> None:
@@ -144,10 +138,7 @@ class Store:
         do(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
         if empty:
             do("BEGIN IMMEDIATE")
-            for statement in _TABLES:
-                do(statement)
-            do(f"PRAGMA user_version = {VERSION}")
-            do(f"PRAGMA application_id = {APPLICATION_ID}")
+            _make_tables(self._connection)
             do("COMMIT")
 
     def _read(self, witness: Mapping[str, Any], damaged: str) -> None:
@@ -250,16 +241,20 @@ class Store:
         except (sqlite3.DatabaseError, OSError) as error:
             part.unlink(missing_ok=True)
             warnings.warn(f"no backup of {self.path} could be made: {error}", GraphoptWarning, stacklevel=3)
-        self._last_backup = time.monotonic()
+        self._last_backup, self._backed_up = time.monotonic(), self._seq
         return target
 
     def close(self) -> None:
-        """Close the file and free the lock. Twice is once."""
+        """Back up what was added, close the file and free the lock. Twice is once."""
         if self._closed:
             return
         self._closed = True
-        self._connection.close()
-        self._lock.release()
+        try:
+            if self._seq > self._backed_up and _identity(self.path) == self._identity:
+                self.back_up()
+        finally:
+            self._connection.close()
+            self._lock.release()
 
     # -- when it fails ----------------------------------------------------------------------------------------------
 
@@ -282,22 +277,57 @@ class Store:
     def _advice(self) -> str:
         found = _backups(self.path)
         if not found:
-            return "There is no backup. damaged='accept' goes on with what can be read"
+            return "There is no backup. resume='accept' goes on with what can be read"
         path, rows = found[0]
-        return f"The latest backup, {path.name}, has {rows} rows: damaged='backup' goes on from it"
+        return (
+            f"The latest backup, {path.name}, has {rows} rows: resume='backup' goes on from it, resume='accept' with "
+            "what can be read"
+        )
+
+    def _mend(self, what: str, durable: bool, damaged: str) -> None:
+        """Open what is left of a damaged file, or its backup."""
+        if damaged == "backup":
+            warnings.warn(f"{what}; going on from a backup", GraphoptWarning, stacklevel=5)
+            self._restore()
+        else:
+            rows, meta = _readable(self.path)
+            told = int(self._lock.before.get("rows", 0))
+            if not rows and not told:
+                raise StoreError(f"{what}, and nothing in it can be read; it was left as it is. Name another path")
+            aside = self._put_aside()
+            with closing(sqlite3.connect(self.path, isolation_level=None)) as connection:
+                connection.execute("BEGIN IMMEDIATE")
+                _make_tables(connection)
+                connection.executemany("INSERT INTO event VALUES (?, ?, ?, ?, ?, ?)", rows)
+                connection.executemany("INSERT INTO meta VALUES (?, ?)", meta)
+                connection.execute("COMMIT")
+            of = f" of {told}" if told else ""
+            warnings.warn(
+                f"{what}; going on with {len(rows)}{of} rows, those before the first bad one. The file as it was is "
+                f"{aside}",
+                GraphoptWarning,
+                stacklevel=5,
+            )
+        self._lock.before = {}
+        self._open(durable, "refuse")
 
     def _restore(self) -> None:
         """Put the file aside and a copy of the latest backup in its place."""
         found = _backups(self.path)
         if not found:
             raise StoreError(f"{self.path} is damaged, and there is no backup of it")
+        self._put_aside()
+        with closing(sqlite3.connect(found[0][0])) as source, closing(sqlite3.connect(self.path)) as target:
+            source.backup(target)
+
+    def _put_aside(self) -> Path:
+        """Give the damaged file, with its log, another name. Returns that."""
         aside = _unused(Path(f"{self.path}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"))
         for suffix in ("-wal", "-shm", ""):  # the log first: left alone it would be taken for that of the new file
             part = Path(f"{self.path}{suffix}")
             if part.exists():
                 part.rename(f"{aside}{suffix}")
-        with closing(sqlite3.connect(found[0][0])) as source, closing(sqlite3.connect(self.path)) as target:
-            source.backup(target)
+        return aside
 
 
 class _Damaged(Exception):
@@ -329,6 +359,37 @@ def read_study(path: str | os.PathLike[str]) -> tuple[list[Event], dict[str, Any
         except sqlite3.DatabaseError as error:
             last = error
     raise StoreError(f"{path} cannot be read: {last}")
+
+
+def _make_tables(connection: sqlite3.Connection) -> None:
+    for statement in _TABLES:
+        connection.execute(statement)
+    connection.execute(f"PRAGMA user_version = {VERSION}")
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+
+
+def _readable(path: Path) -> tuple[list[tuple[Any, ...]], list[tuple[str, str]]]:
+    """The rows of a damaged file before the first that is missing, changed or cannot be read, and what can be read of
+    ``meta``."""
+    rows: list[tuple[Any, ...]] = []
+    meta: list[tuple[str, str]] = []
+    digest = b""
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+        try:
+            for row in connection.execute("SELECT seq, kind, number, key, body, hash FROM event ORDER BY seq"):
+                digest = next_hash(digest, *row[1:5])
+                if row[0] != len(rows) + 1 or row[5] != digest:
+                    break
+                rows.append(row)
+        except (sqlite3.DatabaseError, TypeError, ValueError):
+            pass  # the first bad row
+        try:
+            for name, value in connection.execute("SELECT name, value FROM meta"):
+                json.loads(value)
+                meta.append((name, value))
+        except (sqlite3.DatabaseError, TypeError, ValueError):
+            pass  # what came before it is kept
+    return rows, meta
 
 
 def _backups(path: Path) -> list[tuple[Path, int]]:

@@ -89,9 +89,10 @@ class Study:
         front = [trials[place] for place in pareto_front(scores)]
         return sorted(front, key=lambda trial: tuple(-score for score in trial.scores or ()))
 
-    def top(self, count: int) -> list[Trial]:
-        """The best trials, best first; with several objectives, by Pareto rank."""
-        trials = self.history.done()
+    def top(self, count: int, budget: Mapping[str, float] | None = None) -> list[Trial]:
+        """The best trials under ``budget`` (by default that of the search), best first; with several objectives, by
+        Pareto rank."""
+        trials = self.history.done(self.budget if budget is None else budget)
         scores = np.array([trial.scores for trial in trials]).reshape(len(trials), len(self.objectives.names))
         return [trials[place] for place in best_first(scores, count)]
 
@@ -154,18 +155,23 @@ class Study:
         return "\n".join(lines)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All trials as flat rows of plain data."""
+        """All trials as flat rows of plain data. A metric has a column of its name; ``metric.NAME`` where that is taken
+        (a metric that is called ``seconds``)."""
         found = []
         for trial in self.history.trials:
             row: dict[str, Any] = {
                 "number": trial.number, "key": trial.key, "state": trial.state, "how": trial.how,
                 "parent": trial.parent, "attempts": trial.attempts, "seconds": trial.seconds, "cause": trial.cause,
             }  # fmt: skip
+            own = set(row)
             for prefix, values in (
-                ("net.", trial.sizes), ("hp.", trial.hyper_parameters), ("", trial.metrics), ("final.", trial.final),
+                ("net.", trial.sizes), ("hp.", trial.hyper_parameters), ("final.", trial.final),
                 ("predicted.", {name: value for name, (value, _, _) in trial.predicted.items()}),
             ):  # fmt: skip
                 row |= {prefix + name: value for name, value in values.items()}
+            for name, value in trial.metrics.items():
+                taken = name in own or name.startswith(("net.", "hp.", "final.", "predicted.", "metric."))
+                row[f"metric.{name}" if taken else name] = value
             found.append(row)
         return found
 
@@ -198,7 +204,8 @@ def space_to_meta(space: SearchSpace) -> list[dict[str, Any]]:
     """The knobs as plain data, so that a study can be read without the script that made it."""
     return [
         {"name": k.name, "kind": k.kind, "values": list(k.range.values), "ordered": k.range.ordered,
-         "when": {name: list(values) for name, values in k.range.when.items()}}
+         "when": {name: list(values) for name, values in k.range.when.items()},
+         "ways": [{name: list(values) for name, values in way.items()} for way in k.ways]}
         for k in space.knobs
     ]  # fmt: skip
 
@@ -210,7 +217,7 @@ def space_from_meta(rows: list[dict[str, Any]]) -> SearchSpace:
             Knob(row["name"], row["kind"], HyperParameter(
                 tuple(tuple(v) if isinstance(v, list) else v for v in row["values"]), row["ordered"],
                 {name: tuple(values) for name, values in row["when"].items()},
-            ))
+            ), tuple({name: tuple(values) for name, values in way.items()} for way in row.get("ways", ())))
             for row in rows
         ]
     )  # fmt: skip

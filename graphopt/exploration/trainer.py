@@ -13,6 +13,7 @@ from graphopt.exploration.context import Context, Invalid, Pruned
 from graphopt.exploration.early_stopping import ASHA
 from graphopt.exploration.outcome import Objectives, Outcome, failure
 from graphopt.exploration.search_space import Point, SearchSpace, net_of
+from graphopt.exploration.seeding import seeded
 
 __all__ = ["Task", "Trainer", "TrainerSetup"]
 
@@ -56,7 +57,7 @@ class Trainer:
         self._setup = setup
 
     def run(self, task: Task, tell: Tell) -> Outcome:
-        """How the trial of ``task`` ended. Raises nothing but what is no `Exception`."""
+        """How the trial of ``task`` ended. Raises KeyboardInterrupt and the like alone."""
         setup = self._setup
         folder = setup.folder / f"{'final' if task.final else 'trial'}-{task.number}"
         curve: list[tuple[int, float]] = []
@@ -73,31 +74,18 @@ class Trainer:
         )  # fmt: skip
         start = time.perf_counter()
         try:
-            _seed(task.seed)
-            net = net_of(setup.nets, setup.space, task.point)
-            returned = setup.trial(net, setup.space.hyper_parameters(task.point), context)
+            with seeded(task.seed):
+                net = net_of(setup.nets, setup.space, task.point)
+                returned = setup.trial(net, setup.space.hyper_parameters(task.point), context)
             outcome = setup.objectives.outcome(returned, task.predicted, time.perf_counter() - start)
         except Pruned as end:
             last = {setup.objectives.main: curve[-1][1]} if curve else {}
             outcome = Outcome("pruned", last, f"stopped early {end}".strip(), time.perf_counter() - start)
         except Invalid as end:
             outcome = Outcome("invalid", {}, str(end), time.perf_counter() - start)
-        except Exception as error:  # whatever a trial of the user raises is a result
+        except (Exception, SystemExit) as error:  # whatever a trial of the user raises is a result; sys.exit() too
             outcome = failure(error, time.perf_counter() - start)
         if not setup.keep_folders:
             shutil.rmtree(folder, ignore_errors=True)
         kept = tuple(curve[:: max(1, len(curve) // _CURVE)])
         return Outcome(outcome.state, outcome.metrics, outcome.cause, outcome.seconds, outcome.out_of_memory, kept)
-
-
-def _seed(seed: int) -> None:
-    """Every trial starts from its own random state, whatever ran before it in this process."""
-    import random
-    import sys
-
-    import numpy as np
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(seed)

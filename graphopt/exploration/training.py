@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graphopt.errors import ExplorationError
 from graphopt.exploration.context import Context
-from graphopt.exploration.fingerprints import tensor_digest
+from graphopt.exploration.fingerprints import digest_of, tensor_digest
 
 __all__ = ["Training", "accuracy"]
 
@@ -76,8 +76,8 @@ class Training:
     def digest(self) -> str:
         """What results count for: data, loss, optimizer and how long it is trained."""
         tensors = ",".join(tensor_digest(tensor) for tensor in (*self.data, *self.validation))
-        names = [getattr(f, "__qualname__", repr(f)) for f in (self.loss, self.optimizer, self.metric)]
-        return f"{tensors};{names};{self.epochs};{self.batch}"
+        parts = [digest_of(part) for part in (self.loss, self.optimizer, self.metric)]
+        return f"{tensors};{parts};{self.epochs};{self.batch}"
 
     def options(self, hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
         """Those hyper-parameters that are arguments of the optimizer."""
@@ -95,6 +95,8 @@ class Training:
         if not isinstance(net, nn.Module):
             raise ExplorationError(f"Training: expected a module as the net, got {type(net).__name__}")
         device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # trials of this process before it had their own
         net = net.to(device)
         optimizer = self.optimizer(net.parameters(), **self.options(hyper_parameters))
         epochs = max(1, round(self.epochs * context.effort))
@@ -103,6 +105,7 @@ class Training:
             net.load_state_dict(kept["net"])
             optimizer.load_state_dict(kept["optimizer"])
             done, score, seconds = kept["epoch"], kept["score"], kept["seconds"]
+            context.report(done, score)  # the attempt before may have ended before it was heard
         for epoch in range(done, epochs):
             net.train()
             for inputs, targets in self._batches(int(hyper_parameters.get("batch", self.batch)), context.seed + epoch):
@@ -129,11 +132,12 @@ class Training:
         return measured
 
     def _batches(self, rows: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All rows once, in another order each epoch; a last batch of one row is left out (batch norm refuses it)."""
+        """All rows once, in another order each epoch; a last batch of one row, where there are others, is left out
+        (batch norm refuses it)."""
         inputs, targets = self.data
         order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
         for places in order.split(rows):
-            if len(places) > 1 or len(inputs) == 1:
+            if len(places) > 1 or rows == 1 or len(inputs) == 1:
                 yield inputs[places], targets[places]
 
     def _validate(self, net: nn.Module, device: torch.device) -> float:

@@ -80,7 +80,9 @@ def _train(connection: Connection, setup: Any) -> None:
 
     trainer = Trainer(setup)
     while True:
-        _, task = connection.recv()
+        what, task = connection.recv()
+        if what != "task":
+            continue  # the answer to a report of the process that this one replaces
 
         def tell(step: int, value: float, rung: int | None) -> bool:
             connection.send(("report", task.number, step, value, rung))  # noqa: B023 (called within this turn)

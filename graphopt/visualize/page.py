@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 import webbrowser
 from collections.abc import Mapping
 from functools import cache, cached_property
@@ -37,11 +38,8 @@ class Page:
             "{{scripts}}": "\n".join(map(asset, _SCRIPTS)),
             "{{data}}": text.replace("<", "\\u003c"),  # no tag of a name in the data ends the script
         }
-        page = asset("page.html")
-        for mark, part in parts.items():
-            before, _, after = page.partition(mark)
-            page = before + part + after
-        return page
+        # In one pass: a title or a name in the data may read like a mark.
+        return re.sub("|".join(map(re.escape, parts)), lambda mark: parts[mark[0]], asset("page.html"))
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the page; gives the path."""

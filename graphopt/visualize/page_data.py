@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import getitem
 from typing import Any
 
 from torch import fx
@@ -16,7 +17,6 @@ from graphopt.cost_model.kernels import Family, family
 from graphopt.errors import AxisError
 from graphopt.graph.axes import Axes
 from graphopt.graph.op_rules import bytes_moved, flops
-from graphopt.graph.sizes import nbytes
 from graphopt.graph.storages import Storage, is_view, kept_for_backward, tensors
 from graphopt.graph.text import argument_text, shape_text
 from graphopt.graph.training_graph import Phase, TrainingGraph
@@ -225,16 +225,18 @@ def _listed(root: Group) -> tuple[list[dict[str, Any]], dict[int, int]]:
 
 
 def _saved(compared: Comparison, after: Side, before: Side | None) -> list[dict[str, Any]]:
-    """Storages kept for backward: made by which operator, read by which, how large, on which side."""
-    found: dict[int, dict[str, Any]] = {}
+    """Storages kept for backward: made by which operator, read by which, how large, on which side. Several results of
+    one operator have storages of their own; one that has another size on the other side is listed for each."""
+    found: dict[tuple[int, tuple[Any, ...], int], dict[str, Any]] = {}
     for side, flag in ((after, 2), (before, 1)):
         if side is None:
             continue
         for storage in kept_for_backward(side.graph):
             root = compared.index(storage.root)
             assert root is not None  # storages are made by operators
+            size = side.evaluate(storage.nbytes)
             row = found.setdefault(
-                root, {"op": root, "bytes": side.evaluate(nbytes(storage.root.meta["val"])), "readers": [], "sides": 0}
+                (root, _which(storage.root), size), {"op": root, "bytes": size, "readers": [], "sides": 0}
             )
             row["sides"] |= flag
             row["readers"] = sorted({*row["readers"], *_readers(storage, compared)})
@@ -242,6 +244,14 @@ def _saved(compared: Comparison, after: Side, before: Side | None) -> list[dict[
         for row in found.values():
             row["sides"] = 3
     return list(found.values())
+
+
+def _which(node: fx.Node) -> tuple[Any, ...]:
+    """Which result of its operator a node is: the indices by which it was taken; none for the only one."""
+    found: tuple[Any, ...] = ()
+    while node.target is getitem:
+        found, node = (node.args[1], *found), node.all_input_nodes[0]
+    return found
 
 
 def _readers(storage: Storage, compared: Comparison) -> set[int]:

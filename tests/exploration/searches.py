@@ -64,14 +64,17 @@ def simulated(
     kept: list[Event] | None = None,
     stop_after: int | None = None,
 ) -> tuple[History, SimulatedEngine]:
-    """A search on simulated workers. ``kept``: events of an earlier part, which are gone on from and added to;
-    ``stop_after``: this master is lost after so many writes."""
+    """A search on simulated workers. ``score``: what a trial returns, or its whole outcome; ``kept``: events of an
+    earlier part, which are gone on from and added to; ``stop_after``: this master is lost after so many writes."""
     kept = [] if kept is None else kept
     objectives = Objectives("score")
     setup = GeneratorSetup(space, as_proposer(proposer), seed, budget or {}, predictor, 0.9, learns=window is None)
 
     def trial(number: int, point: tuple[int, ...]) -> tuple[Outcome, float]:
-        return objectives.outcome(score(point), {}, seconds(number)), seconds(number)
+        given = score(point)
+        if isinstance(given, Outcome):
+            return given, given.seconds
+        return objectives.outcome(given, {}, seconds(number)), seconds(number)
 
     engine = SimulatedEngine(setup, trial, speeds=speeds, dies=dies)
     history = History(space, objectives)
@@ -145,6 +148,20 @@ def with_child(net: Any, hp: Mapping[str, Any], context: Any) -> float:
     Path(os.environ["CHILD_FILE"]).write_text(str(child.pid))
     time.sleep(3600)
     return 0.0
+
+
+class KilledWhereItArrives:
+    """A trial that kills the process that unpickles it."""
+
+    def __call__(self, net: Any, hp: Mapping[str, Any], context: Any) -> float:
+        return 0.0
+
+    def __reduce__(self) -> Any:
+        return _kill_this, ()
+
+
+def _kill_this() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def processes_of(pid: int) -> list[int]:

@@ -3,13 +3,18 @@
 import csv
 import json
 import math
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from graphopt.errors import ExplorationError, GraphoptWarning, StoreError
 from graphopt.exploration import ASHA, ModelFunction, Pruned, choice, explore, linear, open_study
+from graphopt.exploration.engines.inline import InlineEngine
 from graphopt.exploration.outcome import Objectives, failure
 from tests.exploration.searches import BOWL, bowl
 
@@ -42,6 +47,7 @@ def once(returned, **options):
         ({"score": np.float32(0.5), "extra": "x"}, "invalid", "'extra'"),
         (ValueError("wrong"), "failed", "ValueError: wrong"),
         (MemoryError("no more"), "failed", "out of memory"),
+        (SystemExit(2), "failed", "SystemExit: 2"),
         (RuntimeError("CUDA out of memory. Tried"), "failed", "out of memory"),
         (lambda context: context.report(1, float("nan")), "invalid", "at step 1"),
         (lambda context: context.report(0, 1.0), "failed", "step of at least 1"),
@@ -109,6 +115,33 @@ def test_asha_rungs():
     assert stopping.goes_on(3.0, range(3)) and not stopping.goes_on(1.5, range(4))
 
 
+class Watched(ASHA):
+    """How many values decisions were made by."""
+
+    seen = []
+
+    def goes_on(self, value, others):
+        others = list(others)
+        self.seen.append(len(others))
+        return super().goes_on(value, others)
+
+
+def test_a_reproducible_search_decides_by_what_the_request_of_a_trial_could_use():
+    def trial(net, hp, context):
+        context.report(1, hp["x0"])
+        return hp["x0"]
+
+    Watched.seen.clear()
+    study = explore(
+        None, trial, hyper_parameters=BOWL, trials=21, stop=Watched(first=1, last=2), reproducible=True, window=4,
+        queue=3, **INLINE,
+    )  # fmt: skip
+    first = {}
+    for t in study.trials():
+        first.setdefault(t.request, t.number)
+    assert Watched.seen == [max(0, first[t.request] - 4) for t in study.trials()]
+
+
 def test_several_objectives():
     def trial(net, hp, context):
         return {"accuracy": hp["size"] ** 0.5, "seconds": hp["size"] * (1 + hp["waste"])}
@@ -141,6 +174,19 @@ def test_the_best_are_retrained_and_the_ranks_compared():
     assert study.best().hyper_parameters["x"] == 1.0 and study.best().final["score"] == 10.0
     assert study.rank_correlation() == pytest.approx(1 - 2 / 6)
     assert "after retraining: score 10" in study.why(study.best().number)
+
+
+def test_the_best_are_retrained_once(tmp_path):
+    finals = []
+
+    def trial(net, hp, context):
+        finals.extend([hp["x"]] * context.final)
+        return hp["x"]
+
+    options = {"hyper_parameters": {"x": linear(0, 1, steps=6)}, "trials": 6, "store": tmp_path / "s.db", **INLINE}
+    for retrain, expected in ((2, [1.0, 0.8]), (2, [1.0, 0.8]), (3, [1.0, 0.8, 0.6])):
+        explore(None, trial, retrain=retrain, **options)
+        assert finals == expected
 
 
 def test_a_study_goes_on_where_it_was(tmp_path):
@@ -220,6 +266,61 @@ def test_a_study_tells_why_and_exports(tmp_path):
         assert row["score"] == trial.metrics["score"] == float(cells["score"])
     with pytest.raises(ExplorationError, match="csv or jsonl"):
         study.export(tmp_path / "s.xml")
+
+
+def test_the_best_of_a_study_keep_its_budget_and_metrics_do_not_hide_columns(tmp_path):
+    def trial(net, hp, context):
+        return {"score": hp["x"], "seconds": 10 * hp["x"], "hp.x": -1.0}
+
+    with pytest.warns(GraphoptWarning, match="nothing predicts"):
+        study = explore(
+            None, trial, hyper_parameters={"x": linear(0, 1, steps=6)}, trials=6, budget={"seconds": 7.0}, **INLINE
+        )
+    assert [t.metrics["score"] for t in study.top(2)] == [0.6, 0.4]
+    assert [t.metrics["score"] for t in study.top(2, {})] == [1.0, 0.8]
+    for trial, row in zip(study.trials(), study.rows()):
+        assert row["seconds"] == trial.seconds != trial.metrics["seconds"] == row["metric.seconds"]
+        assert row["hp.x"] == trial.hyper_parameters["x"] and row["metric.hp.x"] == -1.0
+
+
+def test_torch_is_seeded_in_the_first_trial_though_that_imports_it():
+    code = (
+        "import sys\n"
+        "from graphopt.exploration import explore, choice\n"
+        "def trial(net, hp, context):\n"
+        "    assert ('torch' in sys.modules) == (len(seen) > 0)\n"
+        "    import torch\n"
+        "    seen.append((context.seed, float(torch.rand(1))))\n"
+        "    return 0.0\n"
+        "seen = []\n"
+        "explore(None, trial, hyper_parameters={'a': choice(1, 2)}, trials=2, on='inline', progress=False)\n"
+        "import torch\n"
+        "for seed, drawn in seen:\n"
+        "    torch.manual_seed(seed)\n"
+        "    assert float(torch.rand(1)) == drawn, seen\n"
+        "assert not [f for f in sys.meta_path if 'graphopt' in type(f).__module__]\n"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("given, expected", [({}, "1"), ({"threads": 3}, "3")])
+def test_reproducible_trials_have_one_thread(monkeypatch, given, expected):
+    """Sums of other numbers of threads differ in their last digits."""
+    from graphopt.exploration import exploring
+
+    told = []
+
+    def engine(on, generator, trainer, workers, folder, generation, devices, threads):
+        told.append(str(threads))
+        return InlineEngine(generator, trainer)
+
+    monkeypatch.setattr(exploring, "_engine", engine)
+    explore(None, bowl, hyper_parameters=BOWL, trials=1, reproducible=True, progress=False, **given)
+    assert told == [expected]
 
 
 def test_ctrl_c_once_ends_after_the_trial_and_can_be_resumed(tmp_path):

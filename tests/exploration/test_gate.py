@@ -10,6 +10,7 @@ from graphopt.errors import BudgetTooTight, ExplorationError
 from graphopt.exploration import choice, explore, log
 from graphopt.exploration.gate import Gate
 from graphopt.exploration.pool import Result
+from graphopt.exploration.progress import line
 from graphopt.exploration.search_space import Knob, SearchSpace
 from tests.exploration.searches import simulated
 
@@ -124,6 +125,35 @@ def test_a_budget_that_few_points_meet_is_met():
     )
     assert len(history.trials) == 20
     assert all(trial.predicted["step_seconds"][0] <= 18.0 for trial in history.trials)
+
+
+def test_what_the_last_descent_finds_is_taken():
+    """One point of 360 000 fits, in a space too large to be listed: chance does not find it, trying each value does."""
+    values = [f"v{i}" for i in range(600)]
+    space = SearchSpace([Knob("a", "net", choice(*values)), Knob("b", "net", choice(*values))])
+    wrong = lambda sizes, hp: {"step_seconds": 1.0 + (sizes["a"] != "v123") + (sizes["b"] != "v456")}
+    for seed in range(3):
+        history, _ = simulated(
+            space, lambda point: 0.0, trials=1, budget={"step_seconds": 1.5}, predictor=wrong, proposer="random",
+            seed=seed,
+        )  # fmt: skip
+        assert history.trials[0].sizes == {"a": "v123", "b": "v456"}
+
+
+def test_what_is_refused_again_is_counted_once():
+    space = SearchSpace([Knob(f"w{i}", "net", choice(1, 2, 4, 8)) for i in range(4)])
+    history, _ = simulated(
+        space, lambda point: float(sum(point)), trials=30, budget={"step_seconds": 11.0}, predictor=cost_of_few,
+        proposer="random",
+    )  # fmt: skip
+    beyond = sum(cost_of_few(space.sizes(point), {})["step_seconds"] > 11.0 for point in space.all_points())
+    assert len(history.refusals) <= history.refused <= beyond
+    told = line(history, 0, {"step_seconds": 11.0})
+    assert f"{history.refused} gated;" in told and "saved" not in told
+
+
+def cost_of_few(sizes, hp):
+    return {"step_seconds": float(sum(sizes.values()))}
 
 
 def test_limits_are_checked():

@@ -9,9 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from graphopt.errors import StoreError
+from graphopt.errors import ExplorationError, StoreError
 from graphopt.exploration import choice, explore, linear, open_study
-from tests.exploration.searches import BOWL, alive, bowl, processes_of, slow_bowl, troubled, wait_for, with_child
+from tests.exploration.searches import (
+    BOWL,
+    KilledWhereItArrives,
+    alive,
+    bowl,
+    processes_of,
+    slow_bowl,
+    troubled,
+    wait_for,
+    with_child,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +44,16 @@ def test_trouble_is_recorded_and_the_study_goes_on():
     assert "exit code 7" in by_kind["exit"].cause and "the last words" in by_kind["exit"].cause
     assert "it hung" in by_kind["hang"].cause
     assert by_kind["once"].metrics == {"score": 1.5} and by_kind["once"].attempts == 2  # from its checkpoint
+    assert processes_of(os.getpid()) == []
+
+
+def test_workers_that_are_killed_whenever_they_start_end_the_study():
+    """As the system does where memory runs out while the search is unpickled."""
+    with pytest.raises(ExplorationError, match=r"trainer of worker 0 ended \d+ times without doing anything.*SIGKILL"):
+        explore(
+            None, KilledWhereItArrives(), hyper_parameters=BOWL, trials=1, workers=1, generation="master",
+            progress=False,
+        )  # fmt: skip
     assert processes_of(os.getpid()) == []
 
 

@@ -4,6 +4,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.simulated_engine import SimulatedEngine
+from graphopt.exploration.early_stopping import ASHA
+from graphopt.exploration.engines import Died, Ready, Reported
+from graphopt.exploration.generator import GeneratorSetup
+from graphopt.exploration.history import History, model_event
+from graphopt.exploration.limits import Limits
+from graphopt.exploration.master import Master
+from graphopt.exploration.outcome import Objectives, Outcome
+from graphopt.exploration.pool import Model
+from graphopt.exploration.proposers import as_proposer
+from graphopt.exploration.store import Event
 from tests.exploration.searches import mixed_space, simulated, small_space
 
 SPACE = small_space()
@@ -114,3 +125,57 @@ def test_a_trial_that_hangs_is_stopped_after_a_multiple_of_what_is_expected():
     assert trial.state == "failed" and "it hung" in trial.cause
     assert 70 < trial.seconds < 800 and engine.now() < 3000
     assert sum(t.state == "done" for t in history.trials) == 39
+
+
+def test_trials_that_were_stopped_early_do_not_say_what_others_take():
+    """Most are stopped after a second; those that survive take half a minute, and do not hang."""
+
+    def ends(point):
+        return Outcome("done", {"score": 1.0}, "", 30.0) if point[0] == 2 else Outcome("pruned", {}, "early", 1.0)
+
+    history, _ = simulated(SPACE, ends, trials=60, speeds=[1.0, 1.0], proposer="random")
+    states = [trial.state for trial in history.trials]
+    assert states.count("done") > 5 and states.count("pruned") > 20 and "failed" not in states
+
+
+class ReportThenDeath(SimulatedEngine):
+    """The first attempt of each trial reports and dies, and the master hears of both at once."""
+
+    def __init__(self, setup):
+        super().__init__(setup, lambda number, point: (Outcome("done", {"score": 1.0}), 1.0), speeds=[1.0])
+        self.decided = []
+
+    def start(self, slot, task):
+        if task.attempt:
+            return super().start(slot, task)
+        return self._happened.extend(
+            [Reported(slot, task.number, 1, 0.5, 1), Died(slot, task.number, "SIGKILL", True), Ready(slot)]
+        )
+
+    def decide(self, slot, goes_on):
+        self.decided.append(slot)
+
+
+def test_nobody_is_told_of_a_report_whose_process_is_gone():
+    engine = ReportThenDeath(GeneratorSetup(SPACE, as_proposer("random"), 0, {}, None, 0.9, learns=True))
+    history = History(SPACE, Objectives("score"))
+    Master(engine, history, Limits(trials=3), 0, lambda events: None, ASHA()).run()
+    assert [trial.state for trial in history.trials] == ["done"] * 3
+    assert [trial.attempts for trial in history.trials] == [2] * 3
+    assert engine.decided == []
+
+
+def test_a_later_attempt_does_not_change_what_was_reported_at_a_rung():
+    """It begins in the middle, from its checkpoint, and its first report is beyond rungs that it has passed."""
+    history, kept = History(SPACE, Objectives("score")), []
+    engine = SimulatedEngine(
+        GeneratorSetup(SPACE, as_proposer("random"), 0, {}, None, 0.9, learns=False), None, speeds=[1]
+    )
+    master = Master(engine, history, Limits(trials=3), 0, kept.extend, ASHA())
+    history.apply(model_event(Model(0, "a", (0,) * 6, 0)))
+    history.apply(Event("start", 0, {"worker": 0}))
+    assert master.decide_now(0, 3, 0.3, 3)
+    history.apply(Event("died", 0, {"killed": True, "cause": ""}))
+    history.apply(Event("start", 0, {"worker": 0}))
+    assert master.decide_now(0, 5, 0.9, 3) and master.decide_now(0, 9, 0.8, 9)
+    assert history.trials[0].rungs == {3: 0.3, 9: 0.8} and [event.kind for event in kept] == ["report"] * 2

@@ -104,7 +104,7 @@ def test_damage_in_the_middle_of_the_log_is_refused(tmp_path, where):
         for suffix in ("", "-wal", ".lock"):
             if copy != "s.db":
                 shutil.copy(f"{path}{suffix}", tmp_path / f"{copy}{suffix}")
-    with pytest.raises(StoreError, match=r"lost \d+ of 60 rows.*damaged='accept'"):
+    with pytest.raises(StoreError, match=r"lost \d+ of 60 rows.*resume='accept'"):
         Store(path)
     rows, said = opened(tmp_path / "accepted.db", damaged="accept")
     assert rows < 60 and "lost" in said[0]
@@ -120,7 +120,7 @@ def test_damage_in_the_middle_of_the_file_is_refused_and_a_backup_helps(tmp_path
     whole = path.read_bytes()
     for at, what in ((len(whole) // 2, os.urandom(3000)), (0, b"no database at all " * 200), (None, b"")):
         path.write_bytes(what if at is None else whole[:at] + what + whole[at + len(what) :])
-        with pytest.raises(StoreError, match=r"800 rows.*damaged='backup'"):
+        with pytest.raises(StoreError, match=r"801 rows.*resume='backup'"):
             Store(path)
     path.write_bytes(whole)
     with closing(sqlite3.connect(path)) as connection:
@@ -134,8 +134,52 @@ def test_damage_in_the_middle_of_the_file_is_refused_and_a_backup_helps(tmp_path
     with pytest.raises(StoreError, match="not those that were written"):
         Store(path)
     rows, said = opened(path, damaged="backup")
-    assert rows == 800 and "backup" in said[0] and backup.exists()
+    assert rows == 801 and "backup" in said[0] and backup.exists()
     assert len(list(tmp_path.glob("s.db.damaged-*"))) >= 1  # nothing is thrown away
+
+
+@pytest.mark.parametrize("how", ["row", "pages", "gone", "no database", "empty"])
+def test_what_can_be_read_of_a_damaged_file_is_accepted(tmp_path, how):
+    """It goes on with the rows before the first bad one, says so, and the file as it was is put aside."""
+    path = tmp_path / "s.db"
+    store = Store(path)
+    store.add([], {"study": "kept"})
+    store.close()
+    filled(path, 400)
+    whole = path.read_bytes()
+    if how in ("row", "gone"):
+        statement = {"row": "UPDATE event SET body = '{}' WHERE seq = 15", "gone": "DELETE FROM event WHERE seq = 15"}
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute(statement[how])
+            connection.commit()
+    else:
+        middle = len(whole) // 2
+        damaged = whole[:middle] + b"x" * 8192 + whole[middle + 8192 :]
+        path.write_bytes({"pages": damaged, "no database": b"nothing " * 900, "empty": b""}[how])
+    with pytest.raises(StoreError, match="resume='accept'"):
+        Store(path)
+    with pytest.warns(GraphoptWarning, match=r"going on with \d+ of 800 rows.*damaged-"):
+        store = Store(path, damaged="accept")
+    kept = len(store.events)
+    assert kept == 14 if how in ("row", "gone") else 14 < kept < 800 if how == "pages" else kept == 0
+    assert how in ("no database", "empty") or store.meta["study"] == "kept"
+    store.add([Event("start", 1, {})])
+    store.close()
+    assert opened(path) == (kept + 1, []) and list(tmp_path.glob("s.db.damaged-*"))
+
+
+def test_a_file_that_never_was_a_study_is_not_put_aside(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine " * 1000)
+    with pytest.raises(StoreError, match="nothing in it can be read"):
+        Store(tmp_path / "notes.txt", damaged="accept")
+    assert (tmp_path / "notes.txt").read_text() == "mine " * 1000
+
+
+def test_a_backup_is_made_at_the_end(tmp_path):
+    filled(tmp_path / "s.db", 5)
+    assert len(read_study(tmp_path / "s.db.backup-0")[0]) == 10
+    opened(tmp_path / "s.db")  # nothing was added
+    assert not (tmp_path / "s.db.backup-1").exists()
 
 
 def test_backups_are_made_in_turn(tmp_path):

@@ -1,6 +1,8 @@
 """The ready-made trial and the default predictor, on real nets."""
 
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ from torch import nn
 from graphopt.cost_model import Machine
 from graphopt.errors import BudgetTooTight, ExplorationError
 from graphopt.exploration import ASHA, CostModelPredictor, ModelFunction, Training, choice, explore, log
-from graphopt.exploration.fingerprints import fingerprints
+from graphopt.exploration.context import Context
+from graphopt.exploration.fingerprints import digest_of, fingerprints
 from graphopt.exploration.outcome import Objectives
 from graphopt.exploration.search_space import search_space
 
@@ -61,8 +64,6 @@ def test_each_trial_starts_from_the_given_weights():
 
 
 def test_an_attempt_goes_on_from_its_checkpoint(tmp_path):
-    from graphopt.exploration.context import Context
-
     class Stop(Exception):
         pass
 
@@ -93,6 +94,32 @@ def test_an_attempt_goes_on_from_its_checkpoint(tmp_path):
     result = run("halved", None, again)
     assert result["accuracy"] == expected["accuracy"]
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters()))
+    # An epoch that was kept is told again: whoever decides may not have heard of it.
+    reports = []
+    run("whole", lambda step, value, rung: reports.append((step, value)) or True, fresh())
+    assert reports == [(3, expected["accuracy"])]
+
+
+def test_batches_of_one_row_are_trained_on():
+    hyper_parameters, context = {"lr": 0.1, "batch": 1}, Context(0, 5, Path("nowhere"))
+    context.save = lambda state: None
+    net = build(4, 1)
+    before = [p.clone() for p in net.parameters()]
+    measured = training(epochs=1)(net, hyper_parameters, context)
+    assert measured["step_seconds"] > 0 and not torch.equal(before[0], next(net.parameters()))
+
+
+def test_peak_memory_is_that_of_the_trial_alone(monkeypatch):
+    """A device whose memory was used by a trial before, of which the counter still knows."""
+    peak = [1000]
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, 10))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(nn.Module, "to", lambda self, device: self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device: self)
+    context = Context(0, 5, Path("nowhere"))
+    context.save = lambda state: None
+    assert training(epochs=1, device="cuda")(build(4, 1), {"lr": 0.1}, context)["peak_bytes"] == 10
 
 
 def test_the_cost_model_keeps_the_budget():
@@ -149,6 +176,36 @@ def test_data_and_model_are_part_of_a_study():
     with torch.no_grad():
         next(model.parameters())[0, 0] += 1
     assert of(model, training())["model"] != same["model"]
+
+
+class Smooth:
+    """A loss, and a trial, with settings."""
+
+    def __init__(self, by, kept=None):
+        self.by, self.kept, self._calls = by, kept, 0
+
+    def __call__(self, *arguments):
+        return nn.functional.cross_entropy(*arguments, label_smoothing=self.by)
+
+
+PAIRS = {
+    "partial": [partial(nn.functional.cross_entropy, label_smoothing=by) for by in (0.1, 0.1, 0.2)],
+    "module": [nn.CrossEntropyLoss(label_smoothing=by) for by in (0.1, 0.1, 0.2)],
+    "instance": [Smooth(by) for by in (0.1, 0.1, 0.2)],
+    "tensor": [Smooth(0.1, {"w": torch.full((2,), by)}) for by in (0.1, 0.1, 0.2)],
+    "method": [Smooth(by).__call__ for by in (0.1, 0.1, 0.2)],
+    "class": [torch.optim.SGD, torch.optim.SGD, torch.optim.AdamW],
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_partials_and_objects_count_by_what_is_in_them(kind):
+    """As a trial, and as the loss of a `Training`: two that are alike, and another."""
+    one, same, other = PAIRS[kind]
+    if kind == "instance":
+        same._calls = 7  # what changes as it is used
+    for of in (digest_of, lambda loss: digest_of(Training(loss, torch.optim.SGD, data(8), data(8)))):
+        assert of(one) == of(same) != of(other)
 
 
 def test_bad_input():

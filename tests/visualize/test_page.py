@@ -3,6 +3,7 @@
 import json
 import re
 from collections import defaultdict
+from html import escape
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from graphopt.errors import GraphoptError
 from graphopt.graph.training_graph import InputKind
 from graphopt.passes import ShardAxes
 from graphopt.plan import Candidate, Plan
-from graphopt.visualize.page import Page
+from graphopt.visualize.page import Page, asset
 from tests.cost_model.machines import simple
 from tests.helpers import traced
 from tests.visualize.steps import head_only, large, model
@@ -47,6 +48,16 @@ def test_sums_are_those_of_both_graphs(page):
         flag = 2 if side == "after" else 1
         saved = [row for row in data["saved"] if row["sides"] & flag]
         assert sum(row["bytes"] for row in saved) == graph.bytes_kept({"batch": 16}) == facts["bytes kept"]
+
+
+def test_every_result_of_an_operator_that_is_kept_is_counted():
+    """Batch norm keeps its mean and its inverse deviation beside its output: three storages of one operator."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3), torch.nn.Tanh(), torch.nn.Flatten())
+    graph = graphopt.capture(net, (torch.randn(4, 2, 5, 5), torch.randn(4, 27)), loss=torch.nn.functional.mse_loss)
+    data = graphopt.show(graph).data
+    makers = [row["op"] for row in data["saved"]]
+    assert len(makers) > len(set(makers))
+    assert sum(row["bytes"] for row in data["saved"]) == graph.bytes_kept() == data["facts"]["after"]["bytes kept"]
 
 
 def test_every_node_is_found_by_name(page):
@@ -116,7 +127,7 @@ def test_page_asks_no_network_and_ends_no_script(page):
 
 
 def test_odd_names_stay_data():
-    bad = "</script><script>alert(1)</script>{{scripts}}"
+    bad = "</script><script>alert(1)</script>{{scripts}}{{data}}{{style}}"
 
     def step(step, x):
         return torch.ops.aten.exp.default(x)
@@ -126,6 +137,8 @@ def test_odd_names_stay_data():
     html = graphopt.show(graph, title=bad).html
     assert bad not in html.replace("{{scripts}}", "", 0).split("<script", 1)[0]
     assert [op.get("src") for op in read(html)["ops"]] == [None, bad]
+    assert f"<title>{escape(bad)}</title>" in html
+    assert html.count(asset("main.js")) == html.count(asset("page.css")) == 1
 
 
 def test_notebooks_get_a_frame(page):

@@ -26,7 +26,9 @@ from graphopt.exploration.trainer import Task, TrainerSetup
 __all__ = ["LocalEngine"]
 
 _STARTS = 3
-"""Times that a process in a slot may end without having done anything, one after the other."""
+_KILLED_STARTS = 8
+"""Times that a process in a slot may end by itself, or be killed from outside, without having done anything, one after
+the other."""
 
 _TICK = 0.25 if hasattr(os, "pidfd_open") else 0.05  # without pidfd, ends of processes are looked for
 
@@ -60,7 +62,7 @@ class LocalEngine:
         self._selector = selectors.DefaultSelector()
         self._happened: deque[Happening] = deque()
         self._tasks: list[int | None] = [None] * workers
-        self._failed_starts: dict[tuple[str, int], int] = {}
+        self._failed_starts: dict[tuple[str, int], tuple[int, int]] = {}  # ended by themselves, killed
         self._rows: list[Row] = []
         self._fed = [0] * workers
         self._asked: tuple[int, Request] | None = None
@@ -189,10 +191,12 @@ class LocalEngine:
         self._forget(child)
         child.kill()
         cause, killed = child.cause()
-        starts = self._failed_starts[kind, slot] = self._failed_starts.get((kind, slot), 0) + (not killed)
+        ended, kills = self._failed_starts.get((kind, slot), (0, 0))
+        ended, kills = self._failed_starts[kind, slot] = ended + (not killed), kills + killed
         number = self._tasks[slot] if kind == "trainer" else None
-        if starts > _STARTS and number is None:
-            raise ExplorationError(f"the {kind} of worker {slot} ended {starts} times without doing anything: {cause}")
+        if (ended > _STARTS or kills > _KILLED_STARTS) and number is None:
+            times = ended + kills
+            raise ExplorationError(f"the {kind} of worker {slot} ended {times} times without doing anything: {cause}")
         if kind == "trainer":
             self._tasks[slot] = None
             self._happened.append(Died(slot, number, cause, killed))

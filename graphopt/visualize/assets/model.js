@@ -26,7 +26,7 @@ class Model {
     }
     data.saved.forEach((s, id) => {
       s.id = id;
-      this.ops[s.op].saved = s;
+      (this.ops[s.op].saved ??= []).push(s); // several results have storages of their own
       this.groups[this.ops[s.op].g].saved.push(id);
     });
     this.chains = this.groups.map((g) => this.chain(g.id));

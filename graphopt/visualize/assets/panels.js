@@ -151,6 +151,7 @@ class Panels {
     const change = op.why && op.why[1] !== null ? model.data.changes[op.why[1]] : null;
     const link = ([id, sides]) => h(`a.ref${sides === 1 ? ".gone" : ""}`, { href: "#", onclick: (e) => { e.preventDefault(); this.app.goTo(`o${id}`); } }, model.ops[id].n);
     const row = (name, value) => value ? h("tr", null, h("th", null, name), h("td", null, value)) : null;
+    const kept = (op.saved || []).filter((s) => op.st === "removed" || s.sides & (side === "before" ? 1 : 2)).reduce((sum, s) => sum + s.bytes, 0);
     return [
       h("h2", null, op.o, h("span.tag", { style: `background:${PHASE_COLOUR[op.c]}` }, PHASE_NAME[op.c]), op.st ? h(`span.tag.${op.st}`, null, op.st) : null),
       h("p.mono", null, `%${op.n}`),
@@ -159,7 +160,7 @@ class Panels {
         row("type", h("span.mono", null, op.t)), row("is", op.in), row("gives", (op.out || []).join(", ")), row("module", op.m), row("source", op.src ? h("span.mono", null, op.src) : null),
         row("on each processor", op.p), row("predicted", op.s ? `${secondsText(op.s)}  (${percent(op.s / total("s"))} of the step)` : null),
         row("FLOPs", op.f ? `${flopsText(op.f)}  (${percent(op.f / total("f"))})` : null), row("bytes moved", op.b ? bytesText(op.b) : null),
-        row("kept for backward", op.saved ? bytesText(op.saved.bytes) : null), row("results", (op.also || []).join(", ")))),
+        row("kept for backward", kept ? bytesText(kept) : null), row("results", (op.also || []).join(", ")))),
       op.a ? [h("h3", null, "Axes"), h("div.axes", null, op.a.map((k) => h("button.axischip", { onclick: () => this.app.lightAxis(k), "data-axis": model.data.axes[k].name }, model.data.axes[k].name, h("span", null, model.data.axes[k].size))))] : null,
       op.args ? [h("h3", null, "Call"), h("p.mono", null, `${op.o}(${op.args})`)] : null,
       op.was !== undefined ? [h("h3", null, "Before the passes"), h("p.mono", null, `${op.o}(${op.was})`)] : null,
