@@ -12,7 +12,7 @@ import torch
 
 from graphopt.choice import Choice, Records
 from graphopt.choice.records import Row
-from graphopt.errors import CaptureError, GraphoptWarning
+from graphopt.errors import CaptureError, GraphoptWarning, RankError
 from graphopt.graph.batch import BatchLayout, flatten, one_batch
 from graphopt.passes import Pass
 from graphopt.schemes import ModelWatch, Runner, Task
@@ -131,6 +131,8 @@ class WorldStep(TrainingStep):
             warnings.warn(
                 f"ranks differed in {listed}: all have the values of rank 0 now", GraphoptWarning, stacklevel=5
             )
+        assert self._touched is not None
+        self._touched.compared()
 
     # -- planning and deciding, together ----------------------------------------------------------------------------
 
@@ -147,12 +149,13 @@ class WorldStep(TrainingStep):
         plan, index = situation.choices[size].plan, situation.admitting(size)
         rows = " + ".join(map(str, self._world.meeting.rows))
         plan.notes.append(f"rows of ranks when it was planned: {rows}; candidates have no prices in a world")
-        self._world.check_same(
-            "\n".join(
-                [f"graph: {None if index is None else situation.steps[index].graph.hash()}"]
-                + [f"candidate {c.scheme}: {c.why_not or 'feasible'}" for c in plan.candidates]
-            )
-        )
+        said = [f"graph: {None if index is None else situation.steps[index].graph.hash()}"]
+        said += [f"candidate {c.scheme}: {c.why_not or 'feasible'}" for c in plan.candidates]
+        try:
+            self._world.check_same("\n".join(said))
+        except RankError:  # the next step at this size is planned anew, and compared again
+            del situation.choices[size]
+            raise
         reasons = [c.why_not for c in plan.candidates if c.why_not and c.scheme != situation.eager.name]
         if situation.eager.name in situation.choices[size].schemes and reasons and not situation.failed:
             self._warn(f"the step runs in eager mode, as by DistributedDataParallel: {reasons[0]}")

@@ -73,6 +73,11 @@ class InWorld(Flat):
             return str(error)
         return None
 
+    def start_seconds(self, prepared: Prepared) -> float:
+        """0: the seconds of this rank's capture are its own, and what is decided by them others would decide differently.
+        What a start takes is seen when the scheme first runs."""
+        return 0.0
+
     def divided(self, prepared: Prepared, graph: TrainingGraph) -> Divided:
         """A graph of the step, cut and divided, made once. Raises CaptureError where it cannot be divided."""
         key = "divided over ranks", self.ranks, self.group, self.batch_norm, id(graph)
