@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +12,7 @@ from torch.nn import functional as F
 
 import graphopt
 from graphopt.cost_model import Link
-from graphopt.errors import GraphoptError
+from graphopt.errors import AxisError, GraphoptError
 from graphopt.graph.batch import flatten
 from graphopt.graph.training_graph import TrainingGraph
 from graphopt.passes._strategies import BATCH
@@ -98,6 +101,34 @@ def test_regions_are_chosen_once_and_sizes_with_the_same_regions_share_a_graph()
         key = tuple(scheme.regions(step, size).regimes.items())
         graphs.setdefault(key, set()).add(id(scheme.divided(step, size)))
     assert 1 < len(graphs) < 5 and all(len(same) == 1 for same in graphs.values())
+
+
+def test_only_the_graphs_of_the_sizes_run_last_are_kept(monkeypatch):
+    scheme, step = Hybrid(2, machine=NEAR), prepared(size=8)
+    monkeypatch.setattr(module, "MOST", 1)
+    runner = scheme.build(step)
+    jobs = []
+    for size in (8, 7, 7, 8):
+        runner(batch(size))
+        ((_, kept),) = runner._steps.values()
+        jobs.append(weakref.ref(kept._whole.lowered.run._job))
+        assert list(runner._divided) == [size]
+        del kept
+    gc.collect()
+    assert [job() is not None for job in jobs] == [False, False, False, True] and jobs[1]() is jobs[2]()
+    with monkeypatch.context() as hot:
+        hot.setattr(Hybrid, "regions", lambda *_: pytest.fail("regions were looked up by a size that is known"))
+        runner(batch(8))
+    runner.close()
+    step.task.pools.close()
+
+
+def test_an_axis_that_cannot_be_divided_is_a_reason(monkeypatch):
+    def refuse(*_):
+        raise AxisError("7 heads must stay 7")
+
+    monkeypatch.setattr(module, "choose_regions", refuse)
+    assert "7 heads must stay 7" in Hybrid(2, machine=NEAR).why_not(prepared(), 6)
 
 
 def test_its_price_has_communication_and_no_price_without_a_link():
