@@ -6,6 +6,8 @@ import warnings
 import zlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from numbers import Number
 from typing import Any
 
 import torch
@@ -215,11 +217,31 @@ def _text_of_model(task: Task) -> str:
 def _text_of_layout(layout: BatchLayout) -> str:
     lines = zip(layout.names, layout.dtypes, layout.devices, layout.shapes, layout.requires_grad, strict=True)
     found = [f"batch {n}: {t} {d.type} {shape} requires_grad={flag}" for n, t, d, shape, flag in lines]
-    return "\n".join([*found, f"constants of the batch: {layout.constants}"])
+    return "\n".join([*found, f"constants of the batch: {_plain(layout.constants)}"])
+
+
+_WRITTEN = (Number, str, bytes, type(None), torch.dtype, torch.device, Enum)
+"""Types of values whose text is the same in every process."""
 
 
 def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, torch.Tensor) else value
+    """A value as one whose text is the same in every process: of an object that has no such text, its type.
+
+    >>> _plain({"betas": (0.9, torch.tensor(0.5)), "decay": print, "names": {"b", "a"}, "of": object()})
+    {'betas': [0.9, 0.5], 'decay': 'print', 'names': ["'a'", "'b'"], 'of': 'a builtins.object'}
+    """
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, _WRITTEN):
+        return value
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else repr(_plain(key)): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(repr(_plain(each)) for each in value)
+    named = getattr(value, "__qualname__", None)
+    return named if isinstance(named, str) else f"a {type(value).__module__}.{type(value).__qualname__}"
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

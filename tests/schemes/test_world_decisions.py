@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from graphopt.schemes import Prepared, Task
 from graphopt.schemes.world.divided import InWorld
 from graphopt.schemes.world.sameness import Touched
+from graphopt.world_step import _plain
 
 
 @pytest.mark.parametrize("options", [{"precision": "bf16"}, {"channels_last": True}])
@@ -61,3 +62,13 @@ def test_steps_that_fail_neither_count_nor_pay() -> None:
     assert all(ranks.step(write=True, fails=True) for _ in range(5))
     assert [ranks.step(), ranks.step()] == [True, False]
     assert ranks.step(write=True) and not ranks.step()
+
+
+class Callback:
+    """An option of a group that says nothing of itself but its address."""
+
+
+def test_options_have_the_same_text_in_every_process() -> None:
+    first, second = ({"of": Callback(), "names": {"b", "a"}, 3: [Callback, torch.tensor(0.5)]} for _ in range(2))
+    assert repr(_plain(first)) == repr(_plain(second)) and "0x" not in repr(_plain(first))
+    assert _plain({"lr": torch.tensor(0.5)}) != _plain({"lr": 0.25})

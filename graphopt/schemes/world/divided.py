@@ -24,6 +24,7 @@ from graphopt.schemes.channels_last import ChannelsLastImages
 from graphopt.schemes.divided_step import Divided
 from graphopt.schemes.flat import Flat
 from graphopt.schemes.graph_step import GraphStep
+from graphopt.schemes.several_processors import rewritten
 from graphopt.schemes.workers.interrupts import InterruptsWait
 from graphopt.schemes.world.ranks import World
 
@@ -87,10 +88,7 @@ class InWorld(Flat):
     def _divided(self, whole: TrainingGraph) -> Divided:
         halves = cut_update(whole)
         shard = ShardAxes(self.ranks, batch_norm=self.batch_norm, group=self.group)  # type: ignore[arg-type]
-        result = shard(halves.first)
-        if result.graph is halves.first:
-            raise CaptureError(f"the step cannot be divided: {'; '.join(r.why for r in result.refusals)}")
-        graph = waiting_late(BucketGradients()(result.graph).graph)
+        graph = waiting_late(BucketGradients()(rewritten(shard, halves.first)).graph)
         return Divided(halves.first, (graph,) * self.ranks, halves.second)
 
     def runner(self, prepared: Prepared) -> Runner:
