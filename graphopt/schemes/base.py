@@ -33,15 +33,15 @@ class UnderWay(Protocol):
 
 
 class Stale(Exception):
-    """What a runner has just built is of a step that was captured before an optimizer changed. Never reaches a user: the
-    step is planned anew."""
+    """What a runner has just built is of a step that was captured before an optimizer changed. Never reaches a user:
+    the step is planned anew."""
 
 
 class Runner(Protocol):
     """A step that runs: takes the tensors of a batch in the layout's order, gives the detached loss.
 
-    Raises CaptureError at its first call where the step turns out to have no such form, and `Stale` where what it builds
-    at a call is; then nothing was run.
+    Raises CaptureError at its first call where the step turns out to have no such form, and `Stale` where what it
+    builds at a call is; then nothing was run.
     """
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor: ...

@@ -78,7 +78,7 @@ class Hybrid(SeveralProcessors):
         return cast(Regions, prepared.variant(("regions", *self._key, size), lambda: self._chosen(prepared, size)))
 
     def divided(self, prepared: Prepared, size: int) -> Divided:
-        """See `SeveralProcessors.divided`; batch sizes with the same regions share it, as long as it is kept (`MOST`)."""
+        """See `SeveralProcessors.divided`; batch sizes with the same regions share it while it is kept (`MOST`)."""
         regimes = self.regions(prepared, size).regimes
         kept: OrderedDict[Hashable, Divided] = prepared.variant(("divided", self.processors), OrderedDict)
         key = tuple(regimes.items())
@@ -148,7 +148,7 @@ class _BySize:
         self._first = next(i for i, shape in enumerate(prepared.layout.shapes) if shape)
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One batch. Raises Stale, before anything is run, where a step is to be built that does not fit the optimizers."""
+        """One batch. Raises Stale, before anything is run, where a step is built that does not fit the optimizers."""
         size = int(tensors[self._first].shape[0])
         divided = self._divided.get(size)
         if divided is None:

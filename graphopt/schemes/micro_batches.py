@@ -181,8 +181,8 @@ class PartsInTurn:
         self._step: GraphStep | None = None
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One batch. Raises at the first one CaptureError where the step has no such form, Stale where it was made before
-        an optimizer changed."""
+        """One batch. Raises at the first one CaptureError where the step has no such form, Stale where it was made
+        before an optimizer changed."""
         if self._step is None or self._shares is None:
             shares = self._scheme.shares(self._prepared)
             if isinstance(shares, str):

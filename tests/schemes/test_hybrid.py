@@ -16,7 +16,7 @@ from graphopt.errors import AxisError, GraphoptError
 from graphopt.graph.batch import flatten
 from graphopt.graph.training_graph import TrainingGraph
 from graphopt.passes._strategies import BATCH
-from graphopt.schemes import DataParallel, Hybrid, Prepared, Task
+from graphopt.schemes import DataParallel, Hybrid, Prepared, Task, regions, regions_solver
 from graphopt.schemes import hybrid as module
 from graphopt.schemes.captured_step import capture_task
 from graphopt.step import PASSES
@@ -129,6 +129,21 @@ def test_an_axis_that_cannot_be_divided_is_a_reason(monkeypatch):
 
     monkeypatch.setattr(module, "choose_regions", refuse)
     assert "7 heads must stay 7" in Hybrid(2, machine=NEAR).why_not(prepared(), 6)
+
+
+def test_both_searches_share_one_budget(monkeypatch):
+    now = [0.0]
+
+    def solve(*given, seconds, **options):  # takes all that it may
+        now[0] += seconds
+        return regions_solver.solve(*given, seconds=seconds, **options)
+
+    monkeypatch.setattr(regions, "solve", solve)
+    monkeypatch.setattr(regions, "perf_counter", lambda: now[0])
+    strategies = Hybrid(2, machine=NEAR)._strategies(prepared())
+    assert BATCH in strategies.axes
+    regions.choose_regions(strategies, NEAR, 6, seconds=4.0)
+    assert now == [4.0]
 
 
 def test_its_price_has_communication_and_no_price_without_a_link():

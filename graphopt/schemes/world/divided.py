@@ -75,8 +75,8 @@ class InWorld(Flat):
         return None
 
     def start_seconds(self, prepared: Prepared) -> float:
-        """0: the seconds of this rank's capture are its own, and what is decided by them others would decide differently.
-        What a start takes is seen when the scheme first runs."""
+        """0: the seconds of this rank's capture are its own, and others would decide differently by theirs. What a
+        start takes is seen when the scheme first runs."""
         return 0.0
 
     def divided(self, prepared: Prepared, graph: TrainingGraph) -> Divided:
