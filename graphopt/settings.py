@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from graphopt.errors import GraphoptError
-from graphopt.schemes import EXACT, SCHEMES, Scheme
+from graphopt.schemes import EXACT, SCHEMES, SHARED_SCHEMES, Scheme
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,18 @@ class Settings:
     memory: int | None = None
 
 
-def as_schemes(schemes: str | Sequence[str | Scheme]) -> tuple[Scheme, ...] | None:
-    """The schemes that a user named, None for ``"auto"``.
+def as_schemes(
+    schemes: str | Sequence[str | Scheme], processors: int | None = None, batch_norm: str = "synchronized"
+) -> tuple[Scheme, ...] | None:
+    """The schemes that a user named, None for ``"auto"``. Those on several processors get ``processors`` and
+    ``batch_norm``; `Scheme` objects are taken as they are.
 
     Raises:
-        GraphoptError: an unknown name, or something that is no scheme.
+        GraphoptError: an unknown name, something that is no scheme, or a scheme on several processors without their
+            number.
+
+    >>> [scheme.processors for scheme in as_schemes(["data parallel", "hybrid"], processors=4)]
+    [4, 4]
     """
     if isinstance(schemes, str):
         if schemes == "auto":
@@ -38,10 +45,21 @@ def as_schemes(schemes: str | Sequence[str | Scheme]) -> tuple[Scheme, ...] | No
     for one in schemes if isinstance(schemes, Iterable) else (schemes,):
         if not isinstance(one, (str, Scheme)):
             raise GraphoptError(f"schemes: expected names or Scheme objects, got {one!r}")
-        if isinstance(one, str) and one not in SCHEMES:
-            known = "'auto', 'exact', " + ", ".join(SCHEMES)
-            raise GraphoptError(f"schemes: unknown name {one!r}; expected {known}, or a Scheme")
-        found.append(SCHEMES[one] if isinstance(one, str) else one)
+        found.append(_named(one, processors, batch_norm) if isinstance(one, str) else one)
     if not found:
         raise GraphoptError("schemes: got none; expected 'auto' or at least one")
     return tuple(found)
+
+
+def _named(name: str, processors: int | None, batch_norm: str) -> Scheme:
+    if name in SCHEMES:
+        return SCHEMES[name]
+    if name not in SHARED_SCHEMES:
+        known = "'auto', 'exact', " + ", ".join([*SCHEMES, *SHARED_SCHEMES])
+        raise GraphoptError(f"schemes: unknown name {name!r}; expected {known}, or a Scheme")
+    if processors is None or processors < 2:
+        raise GraphoptError(
+            f"processors: got {processors}, but schemes={name!r} runs on several; expected at least 2, as in "
+            f"optimize(..., schemes={name!r}, processors=2)"
+        )
+    return SHARED_SCHEMES[name](processors, batch_norm)

@@ -126,7 +126,7 @@ def optimize(
     chosen_passes = PASSES if passes is None else tuple(passes)
     if not all(isinstance(one, Pass) for one in chosen_passes):
         raise GraphoptError(f"passes: expected objects of graphopt.passes.Pass, got {passes!r}")
-    settings = Settings(as_schemes(schemes), processors, steps, precision, batch_norm, memory)
+    settings = Settings(as_schemes(schemes, processors, batch_norm), processors, steps, precision, batch_norm, memory)
     optimizers = as_optimizers(optimizer)
     if loss is None and not optimizers:
         if clip is not None or accumulate > 1:

@@ -29,6 +29,7 @@ from graphopt.passes import Pass
 from graphopt.plan import Candidate, Plan
 from graphopt.probe_safety import Before, first_line, out_of_memory
 from graphopt.schemes import ModelWatch, Runner, Task
+from graphopt.schemes.base import Stale, fitting
 from graphopt.schemes.data_parallel import threads_of_each
 from graphopt.settings import Settings
 from graphopt.situation import CaptureNow, Situation
@@ -125,6 +126,9 @@ class TrainingStep:
         except CANNOT_RUN as error:
             self._leave_out(situation, choice, error)
             return self._decide(situation, choice, tensors)
+        except Stale:
+            situation, choice = self._renewed(situation, choice, tensors)
+            return self._decide(situation, choice, tensors)
         seconds = clock() - start
         if choice.runs_user_code and self._watch is not None:
             self._watch.absorb()
@@ -172,11 +176,10 @@ class TrainingStep:
             _synchronise(tensors)
             start = self._clock()
             try:
-                runner = self._runner(choice)
-                if not runner.fresh():  # built now, from a step captured before an optimizer changed
-                    situation, choice = self._renewed(situation, choice, tensors)
-                    continue
-                loss = runner(tensors)
+                loss = fitting(self._runner(choice))(tensors)
+            except Stale:
+                situation, choice = self._renewed(situation, choice, tensors)
+                continue
             except CaptureNow:
                 situation, choice = self._capture_now(situation, choice, tensors)
                 continue

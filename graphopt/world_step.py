@@ -6,13 +6,15 @@ import warnings
 import zlib
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
+from numbers import Number
 from typing import Any
 
 import torch
 
 from graphopt.choice import Choice, Records
 from graphopt.choice.records import Row
-from graphopt.errors import CaptureError, GraphoptWarning
+from graphopt.errors import CaptureError, GraphoptWarning, RankError
 from graphopt.graph.batch import BatchLayout, flatten, one_batch
 from graphopt.passes import Pass
 from graphopt.schemes import ModelWatch, Runner, Task
@@ -131,6 +133,8 @@ class WorldStep(TrainingStep):
             warnings.warn(
                 f"ranks differed in {listed}: all have the values of rank 0 now", GraphoptWarning, stacklevel=5
             )
+        assert self._touched is not None
+        self._touched.compared()
 
     # -- planning and deciding, together ----------------------------------------------------------------------------
 
@@ -147,12 +151,13 @@ class WorldStep(TrainingStep):
         plan, index = situation.choices[size].plan, situation.admitting(size)
         rows = " + ".join(map(str, self._world.meeting.rows))
         plan.notes.append(f"rows of ranks when it was planned: {rows}; candidates have no prices in a world")
-        self._world.check_same(
-            "\n".join(
-                [f"graph: {None if index is None else situation.steps[index].graph.hash()}"]
-                + [f"candidate {c.scheme}: {c.why_not or 'feasible'}" for c in plan.candidates]
-            )
-        )
+        said = [f"graph: {None if index is None else situation.steps[index].graph.hash()}"]
+        said += [f"candidate {c.scheme}: {c.why_not or 'feasible'}" for c in plan.candidates]
+        try:
+            self._world.check_same("\n".join(said))
+        except RankError:  # the next step at this size is planned anew, and compared again
+            del situation.choices[size]
+            raise
         reasons = [c.why_not for c in plan.candidates if c.why_not and c.scheme != situation.eager.name]
         if situation.eager.name in situation.choices[size].schemes and reasons and not situation.failed:
             self._warn(f"the step runs in eager mode, as by DistributedDataParallel: {reasons[0]}")
@@ -212,11 +217,31 @@ def _text_of_model(task: Task) -> str:
 def _text_of_layout(layout: BatchLayout) -> str:
     lines = zip(layout.names, layout.dtypes, layout.devices, layout.shapes, layout.requires_grad, strict=True)
     found = [f"batch {n}: {t} {d.type} {shape} requires_grad={flag}" for n, t, d, shape, flag in lines]
-    return "\n".join([*found, f"constants of the batch: {layout.constants}"])
+    return "\n".join([*found, f"constants of the batch: {_plain(layout.constants)}"])
+
+
+_WRITTEN = (Number, str, bytes, type(None), torch.dtype, torch.device, Enum)
+"""Types of values whose text is the same in every process."""
 
 
 def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, torch.Tensor) else value
+    """A value as one whose text is the same in every process: of an object that has no such text, its type.
+
+    >>> _plain({"betas": (0.9, torch.tensor(0.5)), "decay": print, "names": {"b", "a"}, "of": object()})
+    {'betas': [0.9, 0.5], 'decay': 'print', 'names': ["'a'", "'b'"], 'of': 'a builtins.object'}
+    """
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, _WRITTEN):
+        return value
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else repr(_plain(key)): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(repr(_plain(each)) for each in value)
+    named = getattr(value, "__qualname__", None)
+    return named if isinstance(named, str) else f"a {type(value).__module__}.{type(value).__qualname__}"
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

@@ -33,7 +33,7 @@ from graphopt.passes._strategies import BATCH, Regime, Strategies, Strategy, is_
 aten = torch.ops.aten
 
 
-class Regions:
+class DividedGraph:
     """One graph divided by regimes of its operators (by name; an operator that is not named is whole).
 
     Raises PassError for a regime that the table does not have, and where a size cannot be written.

@@ -16,7 +16,7 @@ from graphopt.passes._batch_norm_sums import BatchNormSums, trains_batch_norm
 from graphopt.passes._parts import maker
 from graphopt.passes._placement import Partial, Placement
 from graphopt.passes._places import Numbers
-from graphopt.passes._regions import Regions
+from graphopt.passes._regions import DividedGraph
 from graphopt.passes._rewriting import remove_dead
 from graphopt.passes._strategies import BATCH, Regime, Strategies, is_sums
 
@@ -91,14 +91,14 @@ class DivideRegions(Pass):
         axes = sorted({r for r in regimes.values() if r is not None and not is_sums(r)})
         try:
             table = self._with_sums(Strategies(graph, self.processors, axes, every_sum=True), regimes)
-            regions = Regions(table, regimes, self.group)
-            result = regions.run()
+            made = DividedGraph(table, regimes, self.group)
+            result = made.run()
         except PassError as error:
             return self._refused(graph, str(error))
-        changes = [Change(self.name, what, *place(node)) for what, node in regions.conversions.done]
-        divided = sum(s.regime is not None for s in regions.chosen.values())
+        changes = [Change(self.name, what, *place(node)) for what, node in made.conversions.done]
+        divided = sum(s.regime is not None for s in made.chosen.values())
         what = f"divided {divided} of {len(table.graph)} operators over {self.processors} processors"
-        changes.append(Change(self.name, f"{what}: {', '.join(regions.axes)}"))
+        changes.append(Change(self.name, f"{what}: {', '.join(made.axes)}"))
         return PassResult(result, tuple(changes))
 
     def _refused(self, graph: TrainingGraph, why: str) -> PassResult:

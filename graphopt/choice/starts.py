@@ -28,7 +28,7 @@ class Starts:
 
     def __init__(self, prices: Prices, landscape: Landscape):
         self._prices, self._landscape = prices, landscape
-        self._under_way: dict[str, UnderWay] = {}
+        self._under_way: dict[tuple[str, int, int], UnderWay] = {}  # by scheme, batch size and captured step
 
     def cost(self, scheme: Scheme, prepared: Prepared, size: int, *, built: bool) -> float:
         """Seconds that its first step at ``size`` takes more than any other, or that training loses to them. ``built``:
@@ -38,26 +38,33 @@ class Starts:
         seconds = 0.0 if built else scheme.start_seconds(prepared)
         if scheme.compiles and len(self._landscape.measured_at(scheme.name)) < 2:  # then it is compiled for free sizes
             found = self._prices.of(scheme, prepared, size)
-            seconds += self._left(scheme) * (UNKNOWN_START if found is None else found.compile_seconds)
+            seconds += self._left(scheme, prepared, size) * (UNKNOWN_START if found is None else found.compile_seconds)
         return seconds
 
-    def _left(self, scheme: Scheme) -> float:
+    def _left(self, scheme: Scheme, prepared: Prepared, size: int) -> float:
         """The share of its compilation that training pays for."""
-        under_way = self._under_way.get(scheme.name)
+        under_way = self._under_way.get(_place(scheme, prepared, size))
         if under_way is not None:
             return 1.0 if under_way.failed else RELOAD
         spare = torch.get_num_threads() < available_cores()
         return RELOAD + SLOWED[spare] if scheme.compiles_ahead else 1.0
 
     def ahead(self, scheme: Scheme, prepared: Prepared, size: int) -> UnderWay | None:
-        """Its compilation in another process, begun now if it was not; None where there is none."""
-        if scheme.compiles_ahead and scheme.name not in self._under_way:
+        """Its compilation for this size of this step in another process, begun now if it was not; None where there is
+        none."""
+        place = _place(scheme, prepared, size)
+        if scheme.compiles_ahead and place not in self._under_way:
             begun = scheme.ahead(prepared, size)
             if begun is not None:
-                self._under_way[scheme.name] = begun
-        return self._under_way.get(scheme.name)
+                self._under_way[place] = begun
+        return self._under_way.get(place)
 
     def close(self) -> None:
         """End what is under way."""
         while self._under_way:
             self._under_way.popitem()[1].close()
+
+
+def _place(scheme: Scheme, prepared: Prepared, size: int) -> tuple[str, int, int]:
+    """What a compilation is of. (A situation keeps its steps, so that their ids stay theirs.)"""
+    return scheme.name, size, id(prepared.step)

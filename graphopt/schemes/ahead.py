@@ -45,21 +45,14 @@ class Ahead:
     """
 
     def __init__(self, graph: TrainingGraph, size: int, frozen: Iterable[str]):
-        """Raises OSError where the process cannot be started."""
+        """Raises OSError where the process cannot be started, and what `TrainingGraph.save` raises."""
         folder = Path(tempfile.mkdtemp(prefix="graphopt-ahead-"))
-        graph.save(folder / "graph")
-        told = {"size": size, "frozen": list(frozen), "threads": torch.get_num_threads(), "settings": settings()}
-        (folder / "told.json").write_text(json.dumps(told))
-        root = str(Path(__file__).resolve().parents[2])  # where graphopt was imported from
-        paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "graphopt.schemes.ahead", str(folder)],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TORCHINDUCTOR_COMPILE_THREADS": "1"},
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=(folder / "errors").open("wb"),
-                start_new_session=True,  # with the C++ compilers that it starts, and without the terminal's Ctrl-C
-            )  # fmt: skip
-        except OSError:
+            graph.save(folder / "graph")
+            told = {"size": size, "frozen": list(frozen), "threads": torch.get_num_threads(), "settings": settings()}
+            (folder / "told.json").write_text(json.dumps(told))
+            self._process = _start(folder)
+        except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         self._finalizer = weakref.finalize(self, _end, self._process, folder, os.getpid())
@@ -77,6 +70,18 @@ class Ahead:
     def close(self) -> None:
         """End it. Twice is once."""
         self._finalizer()
+
+
+def _start(folder: Path) -> subprocess.Popen[bytes]:
+    root = str(Path(__file__).resolve().parents[2])  # where graphopt was imported from
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    with (folder / "errors").open("wb") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-P", "-m", "graphopt.schemes.ahead", str(folder)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TORCHINDUCTOR_COMPILE_THREADS": "1"},
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors,
+            start_new_session=True,  # with the C++ compilers that it starts, and without the terminal's Ctrl-C
+        )  # fmt: skip
 
 
 def _end(process: subprocess.Popen[bytes], folder: Path, owner: int) -> None:

@@ -32,10 +32,16 @@ class UnderWay(Protocol):
         ...
 
 
+class Stale(Exception):
+    """What a runner has just built is of a step that was captured before an optimizer changed. Never reaches a user:
+    the step is planned anew."""
+
+
 class Runner(Protocol):
     """A step that runs: takes the tensors of a batch in the layout's order, gives the detached loss.
 
-    Raises CaptureError at its first call where the step turns out to have no such form; then nothing was run.
+    Raises CaptureError at its first call where the step turns out to have no such form, and `Stale` where what it
+    builds at a call is; then nothing was run.
     """
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor: ...
@@ -47,6 +53,13 @@ class Runner(Protocol):
     def close(self) -> None:
         """Give back what it holds besides memory: processes, recordings. It is not called afterwards."""
         ...
+
+
+def fitting(built: Runner) -> Runner:
+    """A runner that was built a moment ago, to be run now. Raises Stale where it does not fit the optimizers."""
+    if not built.fresh():
+        raise Stale
+    return built
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from graphopt.graph.assemble import WholeStep, with_update
 from graphopt.graph.capture import capture_step
+from graphopt.graph.hyper_parameters import structure_key
 from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
 from graphopt.passes import GradientLiveness, LivenessResult, Pass, PassResult, Pipeline
 from graphopt.schemes.task import Task
@@ -22,7 +23,8 @@ class CapturedStep:
     ``part`` that of a batch whose gradients are only accumulated. ``before`` is the graph as captured, ``joint`` the
     same without accumulation, clipping and update, ``result`` what ``passes`` did to it. Seconds are those of capture
     and passes. ``fused``: the update is made by fused kernels that the optimizer's own options do not ask for.
-    ``variants``: other forms of the step (`Prepared.variant`).
+    ``structure``: that of the optimizers whose update it has (`structure_key`). ``variants``: other forms of the step
+    (`Prepared.variant`).
     """
 
     whole: WholeStep
@@ -33,6 +35,7 @@ class CapturedStep:
     joint: TrainingGraph
     passes: tuple[Pass, ...]
     fused: bool = False
+    structure: Hashable = field(default=None, kw_only=True, compare=False, repr=False)
     variants: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -57,6 +60,7 @@ def finish_step(task: Task, joint: TrainingGraph, passes: Sequence[Pass], *, fus
     """The step whose forward and backward are ``joint``: with the update behind it, optimised by ``passes``. With
     ``fused`` the update is made by fused kernels (which must exist: `why_not_fused`)."""
     start = perf_counter()
+    structure = structure_key(task.optimizers)
     part = part_of(task, joint, passes) if task.accumulate > 1 else None
     whole = with_update(
         joint, task.model, task.optimizers, clip=task.clip, accumulated=task.accumulate > 1, fused=fused
@@ -71,6 +75,7 @@ def finish_step(task: Task, joint: TrainingGraph, passes: Sequence[Pass], *, fus
         joint,
         tuple(passes),
         fused,
+        structure=structure,
     )
 
 

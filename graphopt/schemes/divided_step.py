@@ -66,7 +66,7 @@ class _DividedStep:
         self._processors = int(record["processors"])
         self._common = [position[i] for i in job.common]
         lies: dict[str, str] = record["inputs"]
-        self._own = [(i, position.get(i), sharded_dim(lies.get(i.name, ""))) for i in job.own]
+        self._own = [(i, position.get(i), _dim(i, lies)) for i in job.own]
         self._rows = _rows(first, position, lies)
         self._words = divided.words
         self._in_parts = [k for k, word in enumerate(divided.words) if in_parts(word)]
@@ -127,14 +127,23 @@ class _DividedStep:
         return values
 
 
+_OF_THE_BATCH = (InputKind.BATCH, InputKind.TANGENT)
+"""Kinds of inputs that may lie in pieces: a parameter may have the name of one."""
+
+
+def _dim(given: Input, lies: dict[str, str]) -> int | None:
+    """The dimension along which an input lies in pieces."""
+    return sharded_dim(lies.get(given.name, "")) if given.kind in _OF_THE_BATCH else None
+
+
 def _rows(graph: TrainingGraph, position: dict[Input, int], lies: dict[str, str]) -> tuple[int, int] | None:
     """An input of the whole step, and the dimension of it that is the batch; None where the batch is not divided."""
     total = graph.symbols.symbols.get("batch.total")
     for given, node in zip(graph.inputs, graph.placeholders, strict=True):
         if total is None or given not in position:
             continue
-        dim = sharded_dim(lies.get(given.name, ""))
-        shape = getattr(node.meta.get("val"), "shape", ())
+        dim = _dim(given, lies)
+        shape = getattr(node.meta.get("val"), "shape", ()) if given.kind in _OF_THE_BATCH else ()
         found = [dim] if dim is not None else [d for d, size in enumerate(shape) if expression(size) == total]
         if found:
             return position[given], found[0]

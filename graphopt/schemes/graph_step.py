@@ -11,7 +11,7 @@ import torch
 
 from graphopt.graph.assemble import WholeStep
 from graphopt.graph.batch import BatchLayout
-from graphopt.graph.hyper_parameters import hyper_reader, lags
+from graphopt.graph.hyper_parameters import hyper_reader, lags, structure_key
 from graphopt.graph.lowering import Lowered
 from graphopt.graph.step_module import active_autocast, autocast
 from graphopt.graph.storages import storage_root
@@ -38,6 +38,7 @@ class GraphStep:
         self._groups = [(g, g["params"], len(g["params"])) for o in self.task.optimizers for g in o.param_groups]
         self._constants = _owners(self.task, step.before)
         self._hooked = self._hooks()
+        self._fits = step.structure == structure_key(self.task.optimizers)  # later changes are seen by what follows
         self._lagging = [
             (o, p, "momentum_buffer" in o.state.get(p, ()))
             for o in self.task.optimizers for g in o.param_groups if lags(o, g) for p in g["params"]
@@ -46,7 +47,8 @@ class GraphStep:
     def fresh(self) -> bool:
         """Whether options, groups, hooks and guards of the optimizers are those of the capture."""
         return (
-            self._whole.hyper() is not None
+            self._fits
+            and self._whole.hyper() is not None
             and sum(len(o.param_groups) for o in self.task.optimizers) == len(self._groups)
             and all(g["params"] is listed and len(listed) == length for g, listed, length in self._groups)
             and all(("momentum_buffer" in o.state.get(p, ())) is there for o, p, there in self._lagging)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, cast
@@ -10,17 +11,20 @@ import torch
 
 from graphopt.cost_model import Estimate, Machine
 from graphopt.cost_model.machine import kept
-from graphopt.errors import CaptureError, CostModelError, PassError
+from graphopt.errors import AxisError, CaptureError, CostModelError, PassError
 from graphopt.graph.halves import Halves, cut_update
 from graphopt.passes import DivideRegions
 from graphopt.passes._strategies import Strategies
-from graphopt.schemes.base import Machines, Prepared, Runner
+from graphopt.schemes.base import Machines, Prepared, Runner, fitting
 from graphopt.schemes.divided_price import price
 from graphopt.schemes.divided_step import Divided, lowered
 from graphopt.schemes.graph_step import GraphStep
 from graphopt.schemes.region_prices import axes_that_matter
 from graphopt.schemes.regions import Regions, choose_regions
 from graphopt.schemes.several_processors import SeveralProcessors, rewritten, threads_of_each
+
+MOST = 8
+"""Divided graphs that are kept: those of the batch sizes that were run last. Workers keep them too."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +78,16 @@ class Hybrid(SeveralProcessors):
         return cast(Regions, prepared.variant(("regions", *self._key, size), lambda: self._chosen(prepared, size)))
 
     def divided(self, prepared: Prepared, size: int) -> Divided:
-        """See `SeveralProcessors.divided`; batch sizes with the same regions share it."""
+        """See `SeveralProcessors.divided`; batch sizes with the same regions share it while it is kept (`MOST`)."""
         regimes = self.regions(prepared, size).regimes
-        key = ("divided", self.processors, tuple(regimes.items()))
-        return cast(Divided, prepared.variant(key, lambda: self._divided(prepared, regimes)))
+        kept: OrderedDict[Hashable, Divided] = prepared.variant(("divided", self.processors), OrderedDict)
+        key = tuple(regimes.items())
+        if key not in kept:
+            kept[key] = self._divided(prepared, regimes)
+        kept.move_to_end(key)
+        while len(kept) > MOST:
+            kept.popitem(last=False)
+        return kept[key]
 
     @property
     def _key(self) -> tuple[Hashable, ...]:
@@ -107,6 +117,8 @@ class Hybrid(SeveralProcessors):
             return choose_regions(self._strategies(prepared), machine, size)
         except CostModelError as error:
             raise CaptureError(f"regions have no price: {error}") from error
+        except AxisError as error:
+            raise CaptureError(f"the step cannot be divided: {error}") from error
 
     def _divided(self, prepared: Prepared, regimes: dict[str, str | None]) -> Divided:
         halves = self._halves(prepared)
@@ -126,30 +138,46 @@ class Hybrid(SeveralProcessors):
 
 
 class _BySize:
-    """Runs each batch by the step that is divided for its size."""
+    """Runs each batch by the step that is divided for its size. The least recently run ones are given back."""
 
     def __init__(self, scheme: Hybrid, prepared: Prepared):
         self._scheme, self._prepared = scheme, prepared
         self._pool = prepared.task.pools.of(scheme.processors, scheme.threads)
-        self._steps: dict[int, GraphStep] = {}
+        self._divided: dict[int, Divided] = {}  # by batch size, of those in `_steps`
+        self._steps: OrderedDict[int, tuple[Divided, GraphStep]] = OrderedDict()  # by the identity of the first
         self._first = next(i for i, shape in enumerate(prepared.layout.shapes) if shape)
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        divided = self._scheme.divided(self._prepared, int(tensors[self._first].shape[0]))
+        """One batch. Raises Stale, before anything is run, where a step is built that does not fit the optimizers."""
+        size = int(tensors[self._first].shape[0])
+        divided = self._divided.get(size)
+        if divided is None:
+            divided = self._scheme.divided(self._prepared, size)
+            self._build(divided)
+            self._divided[size] = divided
+        self._steps.move_to_end(id(divided))
+        return self._steps[id(divided)][1](tensors)
+
+    def _build(self, divided: Divided) -> None:
         if id(divided) not in self._steps:
             pool = self._pool
-            self._steps[id(divided)] = GraphStep(self._prepared, lambda graph: lowered(divided, pool, graph))
-        return self._steps[id(divided)](tensors)
+            self._steps[id(divided)] = divided, GraphStep(self._prepared, lambda graph: lowered(divided, pool, graph))
+        fitting(self._steps[id(divided)][1])
+        if len(self._steps) > MOST:
+            _, (oldest, step) = self._steps.popitem(last=False)
+            self._divided = {size: each for size, each in self._divided.items() if each is not oldest}
+            step.close()
 
     def fresh(self) -> bool:
         """See `Runner.fresh`."""
-        return all(step.fresh() for step in self._steps.values())
+        return all(step.fresh() for _, step in self._steps.values())
 
     def close(self) -> None:
         """See `Runner.close`."""
-        for step in self._steps.values():
+        for _, step in self._steps.values():
             step.close()
         self._steps.clear()
+        self._divided.clear()
 
 
 def hybrid(processors: int, batch_norm: str) -> Hybrid:

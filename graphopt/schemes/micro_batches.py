@@ -19,7 +19,7 @@ from graphopt.graph.assemble import with_update
 from graphopt.graph.lowering import lower
 from graphopt.graph.sizes import nbytes
 from graphopt.graph.training_graph import Input, InputKind, OutputKind, Phase, TrainingGraph
-from graphopt.schemes.base import Machines, Prepared, Runner
+from graphopt.schemes.base import Machines, Prepared, Runner, fitting
 from graphopt.schemes.captured_step import CapturedStep, optimised, part_of
 from graphopt.schemes.flat import Flat
 from graphopt.schemes.graph_step import GraphStep
@@ -181,14 +181,16 @@ class PartsInTurn:
         self._step: GraphStep | None = None
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One batch. Raises CaptureError at the first one where the step has no such form."""
+        """One batch. Raises at the first one CaptureError where the step has no such form, Stale where it was made
+        before an optimizer changed."""
         if self._step is None or self._shares is None:
             shares = self._scheme.shares(self._prepared)
             if isinstance(shares, str):
                 raise CaptureError(shares)
             step = self._scheme.accumulating(self._prepared)
-            self._shares = shares
             self._step = GraphStep(replace(self._prepared, step=step), lower)
+            fitting(self._step)
+            self._shares = shares
         size = int(tensors[self._batched.index(True)].shape[0])
         sizes = part_sizes(size, self._scheme.count)
         split = [t.split(sizes) if one else [t] * len(sizes) for t, one in zip(tensors, self._batched, strict=True)]

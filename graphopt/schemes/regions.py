@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from time import perf_counter
 
 from torch import fx
 
@@ -90,7 +91,8 @@ def choose_regions(
         machine: one of the processors, with a link to the others.
         size: rows of the whole batch.
         synchronise: who updates; see `Synchronise`.
-        seconds: for the search where it is hard; see `regions_solver.solve`.
+        seconds: for both searches together (of all choices, and of those along the batch alone), where they are hard;
+            see `regions_solver.solve`.
 
     Raises:
         CostModelError: the machine has no link, or no rate for a dtype of the graph, which may not hold for this size.
@@ -98,9 +100,11 @@ def choose_regions(
     """
     table = RegionProblem(strategies, RegionPrices(strategies, machine, size, synchronise))
     start = [0] * len(table.problem.costs)
-    best = solve(table.problem, start=start, seconds=seconds)
+    begun = perf_counter()
+    rows = solve(table.rows_alone(), start=start, seconds=seconds / 2) if BATCH in strategies.axes else None
+    left = max(seconds - (perf_counter() - begun), seconds / 2)
+    best = solve(table.problem, start=start, seconds=left)
     whole = Solution(tuple(start), table.problem.cost(start), best.bound, 0)
-    rows = solve(table.rows_alone(), start=start, seconds=seconds) if BATCH in strategies.axes else None
     simple = [each for each in (whole, rows) if each is not None and each.cost <= (1 + WORTH) * best.cost]
     found = min(simple, key=lambda each: each.cost, default=best)
     chosen = {n.name: options[k] for n, options, k in zip(table.operators, table.options, found.options)}

@@ -15,7 +15,7 @@ import torch
 from graphopt.errors import CaptureError, GraphoptError
 from graphopt.graph.lowering import Lowered
 from graphopt.graph.training_graph import OutputKind, TrainingGraph
-from graphopt.schemes.base import Prepared
+from graphopt.schemes.base import Prepared, fitting
 from graphopt.schemes.captured_step import CapturedStep, capture_task, finish_step
 from graphopt.schemes.channels_last import converted, image_positions
 from graphopt.schemes.fused_optimizer import without_momentum
@@ -86,7 +86,8 @@ class LateStep:
         self._runner: GraphStep | None = None
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """One batch. Raises CaptureError, before anything is run, where the step has no such form at this size."""
+        """One batch. Raises, before anything is run, CaptureError where the step has no such form at this size, and
+        Stale where it was made before an optimizer changed."""
         size = int(tensors[self._first].shape[0])
         if size not in self._sizes:
             step = self._form.of(self._prepared)
@@ -94,6 +95,7 @@ class LateStep:
                 raise CaptureError(reason)
             if self._runner is None:
                 self._runner = GraphStep(replace(self._prepared, step=step), self._lowered)
+            fitting(self._runner)
             self._sizes.add(size)
         assert self._runner is not None
         return self._runner(tensors)

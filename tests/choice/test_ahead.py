@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from graphopt.choice.starts import RELOAD
+from graphopt.choice.landscape import Landscape
+from graphopt.choice.prices import Prices
+from graphopt.choice.starts import RELOAD, Starts
+from graphopt.errors import GraphoptError
 from graphopt.graph.batch import flatten
 from graphopt.schemes import Eager, Inductor, Prepared, Runner, Task
-from graphopt.schemes.ahead import inputs_like
+from graphopt.schemes.ahead import Ahead, inputs_like
 from graphopt.schemes.flat import capture_task
 from graphopt.step import PASSES
 from tests.choice.fakes import Clock, Fake, FakeRunner, Training
@@ -106,6 +110,21 @@ def test_one_that_fails_leaves_the_whole_cost_to_be_weighed() -> None:
     assert "60 s to start" in made.plan.candidate("compiled").lost
 
 
+def test_a_compilation_is_of_one_size_of_one_step() -> None:
+    clock = Clock()
+    compiled = Compiled("compiled", clock, lambda *_: 0.5, lambda _: 0.5, 40.0)
+    prices = Prices(lambda _: None)
+    starts = Starts(prices, Landscape(lambda *_: None))
+    one, other = prepared_step()[0], prepared_step()[0]
+    begun = [starts.ahead(compiled, *place) for place in ((one, 8), (one, 8), (one, 16), (other, 8))]
+    assert begun[0] is begun[1] and len(compiled.begun) == len(set(map(id, begun))) == 3
+    compiled.begun[0].fails, clock.now = True, 100.0  # of one size alone
+    costs = [starts.cost(compiled, *place, built=False) for place in ((one, 8), (one, 16))]
+    assert costs == pytest.approx([40.0, RELOAD * 40.0])
+    starts.close()
+    assert all(process.closed for process in compiled.begun)
+
+
 def test_steps_that_are_slower_meanwhile_are_no_drift() -> None:
     made, _ = training(steps=1000, start=100.0, slowed=2.0)
     made.run(150)
@@ -136,6 +155,27 @@ def test_inputs_look_like_those_of_a_step() -> None:
             assert (value.shape, value.stride(), value.dtype) == (like.shape, like.stride(), like.dtype)
         if given.kind.value == "batch":
             assert value.shape in [t.shape for t in batch]
+
+
+class Unsaved:
+    """A graph that cannot be written."""
+
+    def save(self, path: Path) -> None:
+        path.write_text("half of it")
+        raise GraphoptError("an operator is not known")
+
+
+@pytest.mark.parametrize("graph", ["that cannot be saved", "for which no process starts"])
+def test_what_cannot_be_begun_leaves_nothing(graph: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if graph == "that cannot be saved":
+        with pytest.raises(GraphoptError, match="not known"):
+            Ahead(Unsaved(), 8, [])  # type: ignore[arg-type]
+    else:
+        monkeypatch.setattr("sys.executable", str(tmp_path / "nothing"))
+        with pytest.raises(OSError, match="nothing"):
+            Ahead(prepared_step()[0].step.graph, 8, [])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_process_ends_with_what_began_it() -> None:

@@ -75,6 +75,38 @@ def test_local_batch_norm_is_what_ddp_computes():
     step.close()
 
 
+class Weighted(nn.Module):
+    """A loss whose rows have weights, which are called as the model's own parameter is."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x, weight, y):
+        return (weight * (F.linear(x, self.weight) - y).square().sum(1)).mean()
+
+
+@pytest.mark.parametrize("synchronise", ["owner", "scatter"])
+def test_a_parameter_with_the_name_of_a_batch_input_has_no_rows(synchronise):
+    torch.manual_seed(0)
+    model = Weighted().double()
+    other = copy.deepcopy(model)
+    batch = {"x": torch.randn(8, 4), "weight": torch.rand(8), "y": torch.randn(8, 3)}
+    batch = {name: value.double() for name, value in batch.items()}
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, other)]
+    step = graphopt.optimize(model, batch, optimizer=optimizers[0], schemes=[DataParallel(2, synchronise)])
+    for _ in range(3):
+        loss = step(**batch)
+        expected = other(**batch)
+        expected.backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        torch.testing.assert_close(loss, expected.detach())
+    assert step.plan.chosen == f"data parallel on 2, {synchronise}", step.plan.explain()
+    torch.testing.assert_close(model.weight, other.weight)
+    step.close()
+
+
 def test_processors_add_candidates_and_small_batches_drop_them():
     _, step, *_, batch = pair("perceptron", schemes="auto", processors=2)
     step(*batch(4))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -9,11 +12,11 @@ from torch.nn import functional as F
 
 import graphopt
 from graphopt.cost_model import Link
-from graphopt.errors import GraphoptError
+from graphopt.errors import AxisError, GraphoptError
 from graphopt.graph.batch import flatten
 from graphopt.graph.training_graph import TrainingGraph
 from graphopt.passes._strategies import BATCH
-from graphopt.schemes import SCHEMES, DataParallel, Hybrid, Prepared, Task
+from graphopt.schemes import DataParallel, Hybrid, Prepared, Task, regions, regions_solver
 from graphopt.schemes import hybrid as module
 from graphopt.schemes.captured_step import capture_task
 from graphopt.step import PASSES
@@ -100,6 +103,49 @@ def test_regions_are_chosen_once_and_sizes_with_the_same_regions_share_a_graph()
     assert 1 < len(graphs) < 5 and all(len(same) == 1 for same in graphs.values())
 
 
+def test_only_the_graphs_of_the_sizes_run_last_are_kept(monkeypatch):
+    scheme, step = Hybrid(2, machine=NEAR), prepared(size=8)
+    monkeypatch.setattr(module, "MOST", 1)
+    runner = scheme.build(step)
+    jobs = []
+    for size in (8, 7, 7, 8):
+        runner(batch(size))
+        ((_, kept),) = runner._steps.values()
+        jobs.append(weakref.ref(kept._whole.lowered.run._job))
+        assert list(runner._divided) == [size]
+        del kept
+    gc.collect()
+    assert [job() is not None for job in jobs] == [False, False, False, True] and jobs[1]() is jobs[2]()
+    with monkeypatch.context() as hot:
+        hot.setattr(Hybrid, "regions", lambda *_: pytest.fail("regions were looked up by a size that is known"))
+        runner(batch(8))
+    runner.close()
+    step.task.pools.close()
+
+
+def test_an_axis_that_cannot_be_divided_is_a_reason(monkeypatch):
+    def refuse(*_):
+        raise AxisError("7 heads must stay 7")
+
+    monkeypatch.setattr(module, "choose_regions", refuse)
+    assert "7 heads must stay 7" in Hybrid(2, machine=NEAR).why_not(prepared(), 6)
+
+
+def test_both_searches_share_one_budget(monkeypatch):
+    now = [0.0]
+
+    def solve(*given, seconds, **options):  # takes all that it may
+        now[0] += seconds
+        return regions_solver.solve(*given, seconds=seconds, **options)
+
+    monkeypatch.setattr(regions, "solve", solve)
+    monkeypatch.setattr(regions, "perf_counter", lambda: now[0])
+    strategies = Hybrid(2, machine=NEAR)._strategies(prepared())
+    assert BATCH in strategies.axes
+    regions.choose_regions(strategies, NEAR, 6, seconds=4.0)
+    assert now == [4.0]
+
+
 def test_its_price_has_communication_and_no_price_without_a_link():
     scheme, step = Hybrid(2, machine=NEAR), prepared()
     price = scheme.estimate(step, 6, lambda threads: NEAR)
@@ -130,7 +176,7 @@ def test_it_is_a_candidate_where_processors_are_given():
     candidate = step.plan.candidate("hybrid on 2")
     assert candidate.why_not is not None  # small: data parallel, or not calibrated
     step.close()
-    assert SCHEMES["hybrid"] == Hybrid() and isinstance(graphopt.schemes.Hybrid(3), Hybrid)
+    assert isinstance(graphopt.schemes.Hybrid(3), Hybrid)
 
 
 def test_names_tell_options_apart():

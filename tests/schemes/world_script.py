@@ -332,6 +332,22 @@ def arguments_that_mean_nothing_in_a_world_are_refused() -> None:
 
 
 @case
+def a_plan_on_which_ranks_differ_is_made_anew() -> None:
+    step, _, _ = small(schemes=["flat", "eager"])
+    step(*rows(3))
+    known = InWorld.why_not
+    if rank() == 1:
+        InWorld.why_not = lambda *_: "not on this rank"  # type: ignore[method-assign]
+    with refused(RankError, RankError, match="ranks differ"):
+        step(*rows())
+    InWorld.why_not = known  # type: ignore[method-assign]
+    step(*rows())
+    feasible = [c.scheme for c in step.plan.candidates if c.why_not is None]
+    assert feasible == ["flat on 2 ranks", "eager on 2 ranks"], feasible
+    assert_same_on_all_ranks(step)
+
+
+@case
 def a_model_in_ddp_is_left_to_it() -> None:
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Linear(4, 2))

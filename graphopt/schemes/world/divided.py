@@ -24,6 +24,7 @@ from graphopt.schemes.channels_last import ChannelsLastImages
 from graphopt.schemes.divided_step import Divided
 from graphopt.schemes.flat import Flat
 from graphopt.schemes.graph_step import GraphStep
+from graphopt.schemes.several_processors import rewritten
 from graphopt.schemes.workers.interrupts import InterruptsWait
 from graphopt.schemes.world.ranks import World
 
@@ -73,6 +74,11 @@ class InWorld(Flat):
             return str(error)
         return None
 
+    def start_seconds(self, prepared: Prepared) -> float:
+        """0: the seconds of this rank's capture are its own, and others would decide differently by theirs. What a
+        start takes is seen when the scheme first runs."""
+        return 0.0
+
     def divided(self, prepared: Prepared, graph: TrainingGraph) -> Divided:
         """A graph of the step, cut and divided, made once. Raises CaptureError where it cannot be divided."""
         key = "divided over ranks", self.ranks, self.group, self.batch_norm, id(graph)
@@ -82,10 +88,7 @@ class InWorld(Flat):
     def _divided(self, whole: TrainingGraph) -> Divided:
         halves = cut_update(whole)
         shard = ShardAxes(self.ranks, batch_norm=self.batch_norm, group=self.group)  # type: ignore[arg-type]
-        result = shard(halves.first)
-        if result.graph is halves.first:
-            raise CaptureError(f"the step cannot be divided: {'; '.join(r.why for r in result.refusals)}")
-        graph = waiting_late(BucketGradients()(result.graph).graph)
+        graph = waiting_late(BucketGradients()(rewritten(shard, halves.first)).graph)
         return Divided(halves.first, (graph,) * self.ranks, halves.second)
 
     def runner(self, prepared: Prepared) -> Runner:

@@ -57,19 +57,25 @@ class Touched:
         self._task = task
         self._tensors = [*task.parameters, *task.model.buffers()]
         self._known: tuple[int, ...] | None = None
-        self._times = 0
+        self._owed = True  # somebody wrote and ranks have not compared since
+        self._written = False  # since the last step
+        self._times = 0  # steps in a row before which somebody wrote
 
     def now(self) -> bool:
         """Whether there is anything to compare. Who writes before every step is looked at ever more rarely: at the 1st,
-        2nd, 4th, 8th ... time in a row."""
-        if self._read() == self._known:
-            self._times = 0
-            return False
-        self._times += 1
-        return self._times & (self._times - 1) == 0
+        2nd, 4th, 8th ... step in a row, and at the first step before which nobody writes."""
+        self._written = self._read() != self._known
+        self._owed |= self._written
+        times = self._times + 1
+        return self._owed and (not self._written or times & (times - 1) == 0)
+
+    def compared(self) -> None:
+        """All ranks have the same values now."""
+        self._owed = False
 
     def settle(self) -> None:
-        """What there is now is the work of a step."""
+        """What there is now is the work of a step, which was made."""
+        self._times = self._times + 1 if self._written else 0
         self._known = self._read()
 
     def _read(self) -> tuple[int, ...]:
