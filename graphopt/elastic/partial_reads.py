@@ -79,6 +79,14 @@ class ReadPart(Handle):
     def readers(self) -> frozenset[fx.Node]:
         return frozenset(self.layers)
 
+    def sizes(self, value: Value, axes: Axes) -> dict[Axis, int]:
+        if value == self.full:
+            return {}
+        raise ElasticError(
+            f"prices: {self.name} at {value} is not priced: a layer that reads a part of an axis has no size of its own "
+            f"in the graph of the full net; leave it at {self.full} (among=..., or fixed=... in the space)"
+        )
+
     def rewrite(self, draft: Draft, value: Value) -> None:
         assert isinstance(value, int)
         weight = draft.node(self.weight)

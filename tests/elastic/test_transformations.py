@@ -6,7 +6,7 @@ from torch import nn
 
 import graphopt.elastic as elastic
 from graphopt.elastic import Kind
-from graphopt.elastic.layers import draws
+from graphopt.elastic.layers import KernelMatrices, draws
 from graphopt.elastic.transformations import Identity, InTurn, Linear, NonLinear, Own, Transformation, draw
 from graphopt.errors import ElasticError
 from tests.elastic.subnets import check_extraction
@@ -168,6 +168,7 @@ class Branching(Transformation):
         ({"*": [Linear()]}, "is given to several layers; give a function"),
         ({"fc": [Wider()]}, r"gives fc.weight the shape \[12, 8\]"),
         ({"fc": [Branching()]}, "cannot be traced on fc.weight"),
+        ({"conv": [Linear(3), KernelMatrices]}, "conv has KernelMatrices and transformations"),
     ],
 )
 def test_errors(layers, message):
