@@ -107,7 +107,9 @@ class CountedGraph:
         columns = {}
         for choice in choices if self._unpriced else ():
             inactive = getattr(choice, "inactive", ())
-            if why := next((self._unpriced[i] for i in choice.items() if i in self._unpriced and i[0] not in inactive), ""):
+            if why := next(
+                (self._unpriced[i] for i in choice.items() if i in self._unpriced and i[0] not in inactive), ""
+            ):
                 raise ElasticError(why)
         for name, axes in self._changed.items():
             given = [choice[name] for choice in choices]

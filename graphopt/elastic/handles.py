@@ -90,6 +90,11 @@ class Handle(ABC):
         name of the input that `rewrite` added for them. They are kept with the space."""
         return {}
 
+    def own_cuts(self, value: Value, cuts: Mapping[str, Mapping[int, Cut]]) -> Mapping[str, Mapping[int, Cut]]:
+        """What remains of those `parameters` that are cut like a parameter of the model, where ``cuts`` are of the
+        model's."""
+        return {}
+
     def counterpart(self, others: Iterable[Handle]) -> Handle:
         """The same dimension among the handles of another graph: that of the same name.
 
@@ -140,6 +145,9 @@ class Tied(Handle):
 
     def parameters(self, value: Value) -> Mapping[str, torch.nn.Parameter]:
         return {name: p for part in self.parts for name, p in part.parameters(value).items()}
+
+    def own_cuts(self, value: Value, cuts: Mapping[str, Mapping[int, Cut]]) -> Mapping[str, Mapping[int, Cut]]:
+        return {name: found for part in self.parts for name, found in part.own_cuts(value, cuts).items()}
 
 
 def sizes_of_cuts(cuts: Mapping[str, Mapping[int, Cut]], axes: Axes) -> dict[Axis, int]:

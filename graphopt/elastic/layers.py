@@ -19,7 +19,7 @@ from graphopt.elastic.dimension import Kind, Refused, Value
 from graphopt.elastic.handles import Cut, Found, Handle, sizes_of_cuts
 from graphopt.elastic.kernel_sizes import KernelSize, is_convolution, possible_sizes, small_window, uses, window_of
 from graphopt.elastic.partial_reads import PassOutput, ReadInput, ReadPart, passed_axis
-from graphopt.elastic.transformations import Identity, Transformation, draw, inserted, kernel_matrices
+from graphopt.elastic.transformations import Identity, Transformation, draw, inserted, kernel_matrices, own_weights
 from graphopt.errors import ElasticError
 from graphopt.graph.axes import Axes, Axis
 from graphopt.graph.draft import Draft
@@ -113,6 +113,17 @@ class Layers(nn.Module):
         for i, transformation in enumerate(transformations):
             at.add_module(f"transformation{i}", transformation)
 
+    def like(self, name: str) -> list[nn.Parameter]:
+        """The weights that transformations have in place of the parameter of this name, on the same channels."""
+        found = [
+            own
+            for path, several in self.lists.items()
+            if name == (f"{path}.weight" if path else "weight")
+            for transformation in several
+            for own in own_weights(transformation).values()
+        ]
+        return list(dict.fromkeys(found))
+
     # -- in a graph -------------------------------------------------------------------------------------------------
 
     def complete(self, found: Found, axes: Axes) -> Found:
@@ -205,7 +216,7 @@ class Transformed(Handle):
 
     def rewrite(self, draft: Draft, value: Value) -> None:
         assert isinstance(value, int)
-        inserted(draft, draft.node(self.weight), self.parameter, self._label(value), self.transformations[value])
+        inserted(draft, self.weight, self.parameter, self._label(value), self.transformations[value])
 
     def sizes(self, value: Value, axes: Axes) -> dict[Axis, int]:
         """Those of the weight behind the transformation, as an extracted subnet has it."""
@@ -221,6 +232,14 @@ class Transformed(Handle):
             return {}
         assert isinstance(value, int)
         return {f"{self._label(value)}.{n}": p for n, p in self.transformations[value].named_parameters()}
+
+    def own_cuts(self, value: Value, cuts: Mapping[str, Mapping[int, Cut]]) -> Mapping[str, Mapping[int, Cut]]:
+        assert isinstance(value, int)
+        mine, full = cuts.get(self.parameter, {}), self.weight.meta["val"].shape
+        return {
+            f"{self._label(value)}.{name}": {d: cut for d, cut in mine.items() if own.shape[d] == full[d]}
+            for name, own in own_weights(self.transformations[value]).items()
+        }
 
     def _label(self, index: int) -> str:
         return f"{self.name}{index}"
@@ -242,7 +261,7 @@ class KernelByMatrix(KernelSize):
 
     def rewrite(self, draft: Draft, value: Value) -> None:
         assert isinstance(value, int)
-        inserted(draft, draft.node(self.weight), self.parameter, f"{self.name}{value}", self.by_size[value])
+        inserted(draft, self.weight, self.parameter, f"{self.name}{value}", self.by_size[value])
 
     def parameters(self, value: Value) -> Mapping[str, nn.Parameter]:
         if value == self.full:

@@ -89,6 +89,6 @@ def test_a_part_of_an_input_is_not_priced():
     space = elastic.space(net, torch.randn(3, 4), layers={"2": ReadInput(0.5)})
     prices = Prices(space, MACHINE)
     budget = float(prices.of([space.full], "flops")[0])
-    with pytest.raises(ElasticError, match="2.read at 4 is not priced"):
+    with pytest.raises(ElasticError, match=r"2\.read at 4 is not priced"):
         prices.of([space.smallest], "flops")
     assert space.select({"flops": budget}, prices=prices, among=["width"]).choice == space.full
