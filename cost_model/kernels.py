@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from graphopt.cost_model.convolution_backends import uses_onednn
+from graphopt.cost_model.kernel_sizes import at_least
 from graphopt.graph.op_rules import bytes_moved, flops, nodes_read, rule
 from graphopt.graph.op_rules.arguments import operand, operand_names, operand_nodes, shape
 from graphopt.graph.sizes import Expr, expression, nbytes, numel, product
@@ -239,10 +240,14 @@ def _result(node: fx.Node) -> tuple[Expr, ...]:
     return tuple(map(expression, tensors(node.meta["val"])[0].shape))
 
 
-def _is_narrow(kind: Family, width: Expr, window: Expr) -> bool:
-    """Whether an image is too narrow for the vectorised kernels of a depthwise convolution."""
-    least = {Family.DEPTHWISE: window // 2, Family.DEPTHWISE_WEIGHT: window}.get(kind)
-    return least is not None and isinstance(width, int) and bool(width < least)
+def _is_narrow(kind: Family, width: Expr, window: Expr) -> Expr:
+    """1 where an image is too narrow for the vectorised kernels of a depthwise convolution, else 0: narrower than the
+    window, forward than half of it. An expression where the size of the kernel is free."""
+    least = {Family.DEPTHWISE: 2, Family.DEPTHWISE_WEIGHT: 1}.get(kind)
+    if least is None or not isinstance(width, int):
+        return 0
+    enough = least * (width + 1)
+    return int(window >= enough) if isinstance(window, int) else at_least(window, enough)
 
 
 def _convolution(node: fx.Node, kind: Family, threads: int | None) -> Iterator[Kernel]:
@@ -268,10 +273,15 @@ def _convolution(node: fx.Node, kind: Family, threads: int | None) -> Iterator[K
             image[0] * channels * product(a + b for a, b in zip(image[2:-1], outer[2:-1])),
         )
         for found in chosen:
-            if threads is not None and _is_narrow(found, image[-1], weight[-1]):
-                yield Kernel(node, Family.DEPTHWISE_NARROW, each, moved, product(outer), 1, depth, 1)
-            else:
-                yield Kernel(node, found, each, moved, rows, 1, depth, often)
+            narrow = _is_narrow(found, image[-1], weight[-1]) if threads is not None else 0
+            if narrow != 1:
+                off = 1 - narrow
+                yield Kernel(node, found, each * off, moved * off, rows, 1, depth, often * off)
+            if narrow != 0:
+                yield Kernel(
+                    node, Family.DEPTHWISE_NARROW, each * narrow, moved * narrow, product(outer), 1, depth, narrow,
+                    items=int(narrow == 1),
+                )  # fmt: skip
     elif threads is None:
         places = product([small[0], *small[2:]])
         for found in chosen:

@@ -53,9 +53,13 @@ class CountedGraph:
         self, graph: TrainingGraph, origin: Supergraph, dimensions: Sequence[Dimension], mode: Mode, threads: int | None
     ):
         self.graph, self.axes, self.handles = graph, origin.axes, origin.handles
-        self._sizes = {
-            (d.name, v): _sizes_at(self.handles[d.name], v, self.axes) for d in dimensions for v in d.choices
-        }
+        self._sizes: dict[tuple[str, Value], dict[Axis, int]] = {}
+        self._unpriced: dict[tuple[str, Value], str] = {}  # why
+        for name, value in ((d.name, v) for d in dimensions for v in d.choices):
+            try:
+                self._sizes[name, value] = self.handles[name].sizes(value, self.axes)
+            except ElasticError as error:  # it is raised where such a value is asked for
+                self._unpriced[name, value] = str(error)
         self._symbols: dict[Axis, sympy.Symbol] = {}
         self._changed: dict[str, list[Axis]] = {}
         for (name, _), sizes in self._sizes.items():
@@ -79,7 +83,9 @@ class CountedGraph:
     def prices(
         self, choices: Sequence[Mapping[str, Any]], sizes: Mapping[str, int], *, machine: Machine | None, peak: bool
     ) -> ManyPrices:
-        """FLOPs, peak memory and seconds of the graph for each choice. ``sizes``: of the batch."""
+        """FLOPs, peak memory and seconds of the graph for each choice. ``sizes``: of the batch.
+
+        Raises ElasticError for a choice with a value whose cost sizes of axes do not tell (`Handle.sizes`)."""
         values = self._values(choices, sizes)
         return price_many(self.work, values, [self.absent(c) for c in choices], machine=machine, peak=peak)
 
@@ -99,6 +105,12 @@ class CountedGraph:
     def _values(self, choices: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> dict[sympy.Symbol, np.ndarray]:
         count = len(choices)
         columns = {}
+        for choice in choices if self._unpriced else ():
+            inactive = getattr(choice, "inactive", ())
+            if why := next(
+                (self._unpriced[i] for i in choice.items() if i in self._unpriced and i[0] not in inactive), ""
+            ):
+                raise ElasticError(why)
         for name, axes in self._changed.items():
             given = [choice[name] for choice in choices]
             for axis in axes:
@@ -144,19 +156,6 @@ def _counterpart(depth: Depth, others: Sequence[Handle]) -> Depth:
 
 def _depths(handle: Handle) -> list[Any]:
     return list(handle.parts) if isinstance(handle, Tied) else [handle]
-
-
-def _sizes_at(handle: Handle, value: Value, axes: Axes) -> dict[Axis, int]:
-    """The size of each axis that a dimension has at ``value``: those that it says, and those of the weights that it
-    cuts (kernels, whose places mean something and are no axes to shrink)."""
-    found = {axis: len(indices) for axis, indices in handle.axes(value).items()}
-    carriers = axes.carriers()
-    for name, dims in handle.cuts(value).items():
-        for dim, cut in dims.items():
-            axis = axes.of(carriers[name])[dim].axis
-            if axis is not None:
-                found[axis] = len(cut) if isinstance(cut, torch.Tensor) else cut[1] - cut[0]
-    return found
 
 
 # -- layers that are left out -----------------------------------------------------------------------------------------

@@ -31,9 +31,12 @@ from graphopt.elastic.module_code import Body, Expression, Names, methods, neste
 from graphopt.elastic.subnet import Subnet
 from graphopt.elastic.transformations import PREPARES
 from graphopt.errors import BatchError, CaptureError, ElasticError
-from graphopt.graph.batch import BatchLayout
+from graphopt.graph.batch import BatchLayout, normalise
 from graphopt.graph.forward import capture_forward
 from graphopt.graph.lowering import binding
+from graphopt.graph.sizes import expression
+from graphopt.graph.storages import is_view
+from graphopt.graph.storages import tensors as tensors_of
 from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
 
 if TYPE_CHECKING:
@@ -49,6 +52,9 @@ def extract(space: Space, choice: Choice) -> nn.Module:
     Parameters and buffers are copies of the slices, under the model's names; those of layers that are left out, or that
     the forward pass does not read, are not there. A transformed weight is stored as it is after the transformation.
     ``module.code`` is its Python source, `save` writes source and weights.
+
+    Of the two modes that which the model is in is as it is, with single modules in another mode (frozen batch norms);
+    the other one is what ``model.train()`` or ``model.eval()`` makes.
 
     Arguments that were no tensors when the space was made (flags, None) are as they were then, and no arguments any
     more. Tensors made in forward stay on the device of the capture.
@@ -97,6 +103,15 @@ def save(module: nn.Module, folder: str | Path, name: str = "subnet") -> None:
     (folder / f"{name}.py").write_text(code)
 
 
+def tensor_arguments(batch: Any) -> tuple[Any, ...] | dict[str, Any]:
+    """The arguments that an extracted module takes, of a batch for the model: those with tensors."""
+    batch = normalise(batch)
+    held = lambda value: any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value))
+    if isinstance(batch, dict):
+        return {name: value for name, value in batch.items() if held(value)}
+    return tuple(value for value in batch if held(value))
+
+
 # -- both modes ----------------------------------------------------------------------------------------------------
 
 
@@ -119,7 +134,8 @@ def _subnets(space: Space, choice: Choice) -> dict[bool, Subnet]:
 def _mode(model: nn.Module, training: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.train(training)
+        if model.training is not training:  # else single modules have modes of their own: frozen batch norms
+            model.train(training)
         yield
     finally:
         for module, mode in modes:
@@ -294,12 +310,13 @@ def _code(space: Space, choice: Choice, states: Mapping[bool, _State], tree: _Tr
     """The source of a Python file with the class and a function that loads it."""
     first = next(iter(states.values()))
     signature, batch = _signature(space.model, first.layout)
+    alone = _check_of_one(space, states, batch)
     bodies: dict[bool, tuple[Body, str]] = {}
     checks: dict[bool, list[str]] = {}
     imports: set[str] = set()
     for training, state in states.items():
         body = Body(state.graph, _names(state, tree, training, batch), training=training)
-        body.lines[:0] = checks[training] = _checks(space, state, batch, training)
+        body.lines[:0] = checks[training] = [*alone, *_checks(space, state, batch, training)]
         imports |= body.imports
         bodies[training] = body, _returned(state, body, imports)
     in_eval = None
@@ -388,6 +405,27 @@ def _checks(space: Space, state: _State, batch: list[str], training: bool) -> li
     ]
 
 
+def _check_of_one(space: Space, states: Mapping[bool, _State], batch: list[str]) -> list[str]:
+    """Lines that refuse a batch of 1 in the modes in which the model would run other code for it; the same in both, so
+    that both can still be one function."""
+    layout = next(iter(states.values())).layout
+    refused = [
+        training
+        for training, state in states.items()
+        if True in layout.batched
+        and "batch" in state.graph.symbols.symbols
+        and not state.graph.symbols.admits({"batch": 1})
+        and not _same_code(space, layout, 1, training)
+    ]
+    if not refused:
+        return []
+    mode = "" if len(refused) == len(states) else " and self.training" if refused[0] else " and not self.training"
+    return [
+        f"if {batch[layout.batched.index(True)]}.size(0) == 1{mode}:",
+        '    raise ValueError("for a batch of 1 the model runs other code")',
+    ]
+
+
 _PROBED = 130
 """Up to which batch size it is asked whether a guard excludes one."""
 
@@ -402,8 +440,38 @@ def _same_code(space: Space, layout: BatchLayout, size: int, training: bool) -> 
             except (BatchError, CaptureError):
                 here.derived["same code", size] = False
             else:
-                here.derived["same code", size] = here.hash() == there.hash()
+                same = here.hash() == there.hash() if size > 1 else _operators(here) == _operators(there)
+                here.derived["same code", size] = same
         return bool(here.derived["same code", size])
+
+
+def _operators(graph: TrainingGraph) -> list[Any]:
+    """What a graph computes for a batch of 1: operators but views and copies, with their numbers and shapes, and the
+    shapes of results. (Which views and copies there are depends on strides, which a dimension of 1 leaves open.)"""
+    batch = graph.symbols.symbols.get("batch")
+
+    def number(value: Any) -> Any:
+        found = expression(value)
+        found = found if isinstance(found, int) or batch is None else found.subs(batch, 1)
+        return int(found) if isinstance(found, int) or found.is_number else "free"
+
+    def argument(value: Any) -> Any:
+        value = value.meta["val"] if isinstance(value, fx.Node) else value
+        if isinstance(value, (bool, float, str)) or not isinstance(value, (int, torch.SymInt)):
+            return "tensor" if isinstance(value, (torch.Tensor, tuple, list)) else repr(value)
+        return number(value)
+
+    found: list[Any] = []
+    for node in graph.nodes:
+        moves = is_view(node) or node.target in _COPIES
+        if node.op == "call_function" and not moves and not isinstance(node.meta["val"], torch.SymInt):
+            arguments = [argument(a) for a in pytree.tree_leaves((node.args, node.kwargs))]
+            found.append((node.target, arguments, [[number(s) for s in t.shape] for t in tensors_of(node.meta["val"])]))
+    results = [r.meta["val"].shape for r in graph.results if r is not None]
+    return [*found, [[number(s) for s in shape] for shape in results]]
+
+
+_COPIES = {torch.ops.aten.clone.default, torch.ops.aten.contiguous.default, torch.ops.aten._unsafe_view.default}
 
 
 def _signature(model: nn.Module, layout: BatchLayout) -> tuple[str, list[str]]:

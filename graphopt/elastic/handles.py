@@ -21,7 +21,7 @@ from torch import fx
 
 from graphopt.elastic.dimension import Kind, Refused, Value
 from graphopt.errors import ElasticError
-from graphopt.graph.axes import Axis
+from graphopt.graph.axes import Axes, Axis
 
 if TYPE_CHECKING:
     from graphopt.graph.draft import Draft
@@ -71,6 +71,14 @@ class Handle(ABC):
         """What remains of parameters and buffers beside what `axes` says: by name and dimension."""
         return {}
 
+    def sizes(self, value: Value, axes: Axes) -> dict[Axis, int]:
+        """The size of each axis at ``value``, for prices: of those that shrink, and of the weights that are cut
+        (kernels, whose places mean something and are no axes to shrink).
+
+        Raises ElasticError where sizes of axes do not tell what a subnet at ``value`` costs.
+        """
+        return {axis: len(kept) for axis, kept in self.axes(value).items()} | sizes_of_cuts(self.cuts(value), axes)
+
     def rewrite(self, draft: Draft, value: Value) -> None:  # noqa: B027  (axes have nothing to rewrite)
         """Apply ``value`` to a draft of the graph: operators, their arguments, and the metadata of what changes, that
         of the inputs in `cuts` among it. Axes have their new sizes already, unless this handle is one that comes
@@ -80,6 +88,11 @@ class Handle(ABC):
     def parameters(self, value: Value) -> Mapping[str, torch.nn.Parameter]:
         """Parameters of its own that a subnet at ``value`` has beside those of the model (a transformation), by the
         name of the input that `rewrite` added for them. They are kept with the space."""
+        return {}
+
+    def own_cuts(self, value: Value, cuts: Mapping[str, Mapping[int, Cut]]) -> Mapping[str, Mapping[int, Cut]]:
+        """What remains of those `parameters` that are cut like a parameter of the model, where ``cuts`` are of the
+        model's."""
         return {}
 
     def counterpart(self, others: Iterable[Handle]) -> Handle:
@@ -123,12 +136,30 @@ class Tied(Handle):
     def cuts(self, value: Value) -> Mapping[str, Mapping[int, Cut]]:
         return merged(part.cuts(value) for part in self.parts)
 
+    def sizes(self, value: Value, axes: Axes) -> dict[Axis, int]:
+        return {axis: size for part in self.parts for axis, size in part.sizes(value, axes).items()}
+
     def rewrite(self, draft: Draft, value: Value) -> None:
         for part in self.parts:
             part.rewrite(draft, value)
 
     def parameters(self, value: Value) -> Mapping[str, torch.nn.Parameter]:
         return {name: p for part in self.parts for name, p in part.parameters(value).items()}
+
+    def own_cuts(self, value: Value, cuts: Mapping[str, Mapping[int, Cut]]) -> Mapping[str, Mapping[int, Cut]]:
+        return {name: found for part in self.parts for name, found in part.own_cuts(value, cuts).items()}
+
+
+def sizes_of_cuts(cuts: Mapping[str, Mapping[int, Cut]], axes: Axes) -> dict[Axis, int]:
+    """The sizes that cuts of parameters leave of the axes that they carry."""
+    found = {}
+    carriers = axes.carriers() if cuts else {}
+    for name, dims in cuts.items():
+        for dim, cut in dims.items():
+            axis = axes.of(carriers[name])[dim].axis
+            if axis is not None:
+                found[axis] = len(cut) if isinstance(cut, torch.Tensor) else cut[1] - cut[0]
+    return found
 
 
 def merged(cuts: Iterable[Mapping[str, Mapping[int, Cut]]]) -> dict[str, dict[int, Cut]]:

@@ -32,7 +32,8 @@ def sort_by_importance(
     batches: Iterable[Any] = (),
     loss: Callable[..., Any] | str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Sort the indices of each dimension by importance, the best first, in all tensors that carry it.
+    """Sort the indices of each dimension by importance, the best first, in all tensors that carry it, a layer's own
+    weights for transformations (`Own`) among them.
 
     Do it before an optimizer has state: moments are not permuted. Axes whose indices tensors of the model's own code
     carry (constants of the graph) stay as they are.
@@ -52,6 +53,7 @@ def sort_by_importance(
     """
     scores = _scores(space, by, batches, loss)
     supergraph = space.primary
+    tensors = {**dict(space.model.named_parameters()), **dict(space.model.named_buffers())}  # as they are now
     constants = set(supergraph.graph.constants)
     orders: dict[Axis, torch.Tensor] = {}
     found: dict[str, torch.Tensor] = {}
@@ -63,8 +65,10 @@ def sort_by_importance(
                 found.setdefault(dimension.name, order)
     with torch.no_grad():
         for name, cuts in cuts_of(supergraph.axes, orders).items():
-            tensor = supergraph.tensors[name]
-            tensor.copy_(Slice.of(tensor.dim(), cuts).take(tensor))
+            tensor = tensors[name]
+            for part in (tensor, *space.layers.like(name)):
+                same = {d: cut for d, cut in cuts.items() if part.shape[d] == tensor.shape[d]}
+                part.copy_(Slice.of(part.dim(), same).take(part))
     return found
 
 

@@ -10,14 +10,16 @@ are chosen), are traced by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
 from graphopt.elastic.axis_sizes import correspond
+from graphopt.elastic.kept import Kept
 from graphopt.elastic.subnet import Subnet
 from graphopt.elastic.supergraph import Supergraph
+from graphopt.elastic.transformations import is_transformed
 from graphopt.errors import AxisError
 from graphopt.graph.axes import Axis, Dim, Kind
 from graphopt.graph.differentiate import with_backward
@@ -44,19 +46,21 @@ class Joints:
 
     def __init__(self, supergraph: Supergraph):
         self.supergraph = supergraph
-        self._asked: set[Hashable] = set()
-        self._patterns: dict[Hashable, _Pattern | None] = {}
+        self._asked: Kept[bool] = Kept()
+        self._patterns: Kept[_Pattern | None] = Kept()
 
     def of(self, subnet: Subnet) -> TrainingGraph:
         """The joint graph of one of them."""
+        if is_transformed(subnet):  # by functions of the weight at this very size
+            return with_backward(subnet.graph)
         key = subnet.pattern.key()
         if key not in self._patterns and key in self._asked:
             try:
                 self._patterns[key] = _Pattern(self.supergraph, self.supergraph.subnet(subnet.pattern))
             except AxisError:  # the operators of the backward depend on sizes: each subnet is traced
                 self._patterns[key] = None
-        self._asked.add(key)
-        pattern = self._patterns.get(key)
+        self._asked[key] = True
+        pattern = self._patterns[key] if key in self._patterns else None  # noqa: SIM401  (it has no get)
         resized = pattern.resized(subnet.chosen) if pattern is not None else None
         return resized if resized is not None else with_backward(subnet.graph)
 

@@ -57,14 +57,14 @@ class KernelSize(Handle):
 
     def cuts(self, value: Value) -> Mapping[str, Mapping[int, Cut]]:
         assert isinstance(value, int)
-        window = _window(self.weight)
+        window = window_of(self.weight)
         pairs = enumerate(zip(window, small_window(window, value)))
         return {self.parameter: {d + 2: ((k - s) // 2, (k + s) // 2) for d, (k, s) in pairs if k != s}}
 
     def rewrite(self, draft: Draft, value: Value) -> None:
         assert isinstance(value, int)
         weight = draft.node(self.weight)
-        window = _window(weight)
+        window = window_of(weight)
         crop_padding(weight, window, small_window(window, value))
         old = weight.meta["val"]
         shape = (*old.shape[:2], *small_window(window, value))
@@ -80,7 +80,7 @@ def find(axes: Axes, resizer: Resizer) -> Found:
     refused: list[Refused] = []
     for name, weight in axes.graph.input_nodes(InputKind.PARAMETER).items():
         layers = [n for n in uses(weight) if is_convolution(n)]
-        if not layers or max(window := _window(weight)) == 1:
+        if not layers or max(window := window_of(weight)) == 1:
             continue
         module = layers[0].meta.get("module", "") or name.rpartition(".")[0]
         possible, why = possible_sizes(weight)
@@ -94,7 +94,7 @@ def find(axes: Axes, resizer: Resizer) -> Found:
 
 def possible_sizes(weight: fx.Node) -> tuple[list[int], str]:
     """The sizes that the kernels of a convolution's weight can have, ascending; why, if it is one only."""
-    window, readers = _window(weight), uses(weight)
+    window, readers = window_of(weight), uses(weight)
     whole = max(window)
     possible, reason = [], f"a kernel of {whole} has no smaller centre"
     for size in range(1, whole):
@@ -147,7 +147,8 @@ def crop_padding(weight: fx.Node, before: Sequence[int], after: Sequence[int]) -
 # -- what a convolution allows -------------------------------------------------------------------------------------
 
 
-def _window(weight: fx.Node) -> tuple[int, ...]:
+def window_of(weight: fx.Node) -> tuple[int, ...]:
+    """The kernel of a weight, ``(1,)`` where it has none."""
     return tuple(int(expression(s)) for s in weight.meta["val"].shape[2:]) or (1,)
 
 

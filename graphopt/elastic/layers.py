@@ -15,13 +15,13 @@ from torch import fx, nn
 
 from graphopt.elastic.axis_sizes import AxisSize
 from graphopt.elastic.choice import Choice
-from graphopt.elastic.dimension import Kind, Value
-from graphopt.elastic.handles import Cut, Found, Handle
-from graphopt.elastic.kernel_sizes import KernelSize, is_convolution, possible_sizes, uses
+from graphopt.elastic.dimension import Kind, Refused, Value
+from graphopt.elastic.handles import Cut, Found, Handle, sizes_of_cuts
+from graphopt.elastic.kernel_sizes import KernelSize, is_convolution, possible_sizes, small_window, uses, window_of
 from graphopt.elastic.partial_reads import PassOutput, ReadInput, ReadPart, passed_axis
-from graphopt.elastic.transformations import Identity, Transformation, draw, inserted, kernel_matrices
+from graphopt.elastic.transformations import Identity, Transformation, draw, inserted, kernel_matrices, own_weights
 from graphopt.errors import ElasticError
-from graphopt.graph.axes import Axes
+from graphopt.graph.axes import Axes, Axis
 from graphopt.graph.draft import Draft
 from graphopt.graph.training_graph import InputKind
 
@@ -69,6 +69,11 @@ class Layers(nn.Module):
                 for option in several:
                     self._take(path, option, alone=len(meant) == 1)
         for path, transformations in self.lists.items():
+            if (f"{path}.weight" if path else "weight") in self.matrices:
+                raise ElasticError(
+                    f"layers: {path} has KernelMatrices and transformations, which would go through each other; for "
+                    "matrices among transformations give Linear(3) and the like"
+                )
             self._fit(path, transformations, modules[path].weight)
 
     def _take(self, path: str, option: Any, *, alone: bool) -> None:
@@ -108,18 +113,31 @@ class Layers(nn.Module):
         for i, transformation in enumerate(transformations):
             at.add_module(f"transformation{i}", transformation)
 
+    def like(self, name: str) -> list[nn.Parameter]:
+        """The weights that transformations have in place of the parameter of this name, on the same channels."""
+        found = [
+            own
+            for path, several in self.lists.items()
+            if name == (f"{path}.weight" if path else "weight")
+            for transformation in several
+            for own in own_weights(transformation).values()
+        ]
+        return list(dict.fromkeys(found))
+
     # -- in a graph -------------------------------------------------------------------------------------------------
 
     def complete(self, found: Found, axes: Axes) -> Found:
         """What was found in a graph of the model, with the choices of layers among it."""
         weights = axes.graph.input_nodes(InputKind.PARAMETER)
-        handles = list(found.handles)
+        handles, refused = list(found.handles), list(found.refused)
         for path, transformations in self.lists.items():
             name = f"{path}.weight" if path else "weight"
             weight = self._weight(weights, name)
             _check_kernels(weight, name, transformations)
-            if any(t.kernel for t in transformations):  # they choose the kernel
-                handles = [h for h in handles if not (isinstance(h, KernelSize) and h.parameter == name)]
+            for kernel in [h for h in handles if isinstance(h, KernelSize) and h.parameter == name]:
+                handles.remove(kernel)  # transformations are made for kernels of one size
+                why = "the transformations of its layer choose the kernel"
+                refused.append(Refused(kernel.name, kernel.kind, str(kernel.full), why, kernel.where))
             made = Transformed(weight, name, path, transformations)
             for i in range(len(transformations)):
                 made.rewrite(axes.graph.draft(), i)  # the user's own code: what does not work is an error at once
@@ -130,7 +148,7 @@ class Layers(nn.Module):
         for name, parts in self.reads.items():
             self._weight(weights, name)
             handles.append(ReadPart(axes, name, parts))
-        return Found(tuple(handles), found.refused)
+        return Found(tuple(handles), tuple(refused))
 
     def _with_matrices(self, handle: KernelSize, axes: Axes) -> Handle:
         path = handle.parameter.rpartition(".")[0]
@@ -198,13 +216,30 @@ class Transformed(Handle):
 
     def rewrite(self, draft: Draft, value: Value) -> None:
         assert isinstance(value, int)
-        inserted(draft, draft.node(self.weight), self.parameter, self._label(value), self.transformations[value])
+        inserted(draft, self.weight, self.parameter, self._label(value), self.transformations[value])
+
+    def sizes(self, value: Value, axes: Axes) -> dict[Axis, int]:
+        """Those of the weight behind the transformation, as an extracted subnet has it."""
+        assert isinstance(value, int)
+        kernel = self.transformations[value].kernel if value != self.full else None
+        window = window_of(self.weight)
+        small = small_window(window, kernel or max(window))
+        changed = {d + 2: (0, s) for d, (k, s) in enumerate(zip(window, small)) if k != s}
+        return sizes_of_cuts({self.parameter: changed} if changed else {}, axes)
 
     def parameters(self, value: Value) -> Mapping[str, nn.Parameter]:
         if value == self.full:
             return {}
         assert isinstance(value, int)
         return {f"{self._label(value)}.{n}": p for n, p in self.transformations[value].named_parameters()}
+
+    def own_cuts(self, value: Value, cuts: Mapping[str, Mapping[int, Cut]]) -> Mapping[str, Mapping[int, Cut]]:
+        assert isinstance(value, int)
+        mine, full = cuts.get(self.parameter, {}), self.weight.meta["val"].shape
+        return {
+            f"{self._label(value)}.{name}": {d: cut for d, cut in mine.items() if own.shape[d] == full[d]}
+            for name, own in own_weights(self.transformations[value]).items()
+        }
 
     def _label(self, index: int) -> str:
         return f"{self.name}{index}"
@@ -220,9 +255,13 @@ class KernelByMatrix(KernelSize):
     def cuts(self, value: Value) -> Mapping[str, Mapping[int, Cut]]:
         return {}  # all of the shared kernel is given to the matrices
 
+    def sizes(self, value: Value, axes: Axes) -> dict[Axis, int]:
+        """Those of the weight behind the matrix, as an extracted subnet has it."""
+        return sizes_of_cuts(super().cuts(value), axes)
+
     def rewrite(self, draft: Draft, value: Value) -> None:
         assert isinstance(value, int)
-        inserted(draft, draft.node(self.weight), self.parameter, f"{self.name}{value}", self.by_size[value])
+        inserted(draft, self.weight, self.parameter, f"{self.name}{value}", self.by_size[value])
 
     def parameters(self, value: Value) -> Mapping[str, nn.Parameter]:
         if value == self.full:

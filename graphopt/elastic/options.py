@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from graphopt.elastic.dimension import Dimension, Kind, Value
 from graphopt.elastic.handles import Handle, Tied
 from graphopt.errors import ElasticError
 
 Sizes: TypeAlias = Sequence[int | float]
+D = TypeVar("D", Handle, Dimension)
 
 
 def matches(pattern: Any, name: str, kind: Kind, where: Sequence[str]) -> bool:
@@ -21,12 +22,21 @@ def matches(pattern: Any, name: str, kind: Kind, where: Sequence[str]) -> bool:
     return fnmatchcase(name, pattern) or (bool(where) and all(fnmatchcase(path, pattern) for path in where))
 
 
+def meant(pattern: Any, several: Iterable[D]) -> list[D]:
+    """The dimensions (or handles) that a pattern means: a `Kind` means all of that kind, a string the one of
+    this very name, else those that it `matches`. So a name does not mean what is inside of a module of that name too.
+    """
+    given = list(several)
+    alone = [d for d in given if d.name == pattern] if not isinstance(pattern, Kind) else []
+    return alone or [d for d in given if matches(pattern, d.name, d.kind, d.where)]
+
+
 def chosen(argument: str, pattern: Any, handles: Iterable[Handle]) -> list[Handle]:
     """The handles that a pattern means. Raises ElasticError for a pattern that means none."""
     if not isinstance(pattern, str):
         raise ElasticError(f"{argument}: expected a Kind or a pattern on names, got {pattern!r}")
     given = list(handles)
-    found = [h for h in given if matches(pattern, h.name, h.kind, h.where)]
+    found = meant(pattern, given)
     if not found:
         names = ", ".join(h.name for h in given[:20]) + (" ..." if len(given) > 20 else "")
         raise ElasticError(f"{argument}: no dimension matches {pattern!r}; there are {names}")

@@ -70,36 +70,56 @@ class ReadPart(Handle):
         self.unit = _rigid(columns)
 
     def choices(self, wanted: Sequence[int | float] | None) -> tuple[Value, ...]:
-        many = self.full // self.unit
-        shares = [part.ratio for part in self.parts] if wanted is None else wanted
-        return tuple(
-            self.unit * size for size in sizes_of(many, [float(s) if s <= 1 else s / self.unit for s in shares])
-        )
+        given = [float(part.ratio) for part in self.parts] if wanted is None else wanted
+        for one in given:
+            share = isinstance(one, float) and 0 < one <= 1
+            if not share and not (type(one) is int and self.unit <= one <= self.full and one % self.unit == 0):
+                raise ElasticError(
+                    f"choices: {self.name} can have multiples of {self.unit} up to {self.full} (int) or shares of them "
+                    f"(float, at most 1.0), got {one!r}"
+                )
+        sizes = sizes_of(self.full // self.unit, [s if isinstance(s, float) else s // self.unit for s in given])
+        return tuple(self.unit * size for size in sizes)
 
     def readers(self) -> frozenset[fx.Node]:
         return frozenset(self.layers)
 
+    def sizes(self, value: Value, axes: Axes) -> dict[Axis, int]:
+        if value == self.full:
+            return {}
+        raise ElasticError(
+            f"prices: {self.name} at {value} is not priced: a layer that reads a part of an axis has no size of its "
+            f"own in the graph of the full net; leave it at {self.full} (among=..., or fixed=... in the space)"
+        )
+
     def rewrite(self, draft: Draft, value: Value) -> None:
         assert isinstance(value, int)
-        weight = draft.node(self.weight)
-        if not weight.users:
-            return  # the layer was left out
+        layers = [copy for copy in map(draft.node, self.layers) if copy.users]  # others were left out
+        if not layers:
+            return
+        weight = _transformed(draft, self.weight, self.parameter)
         many = int(weight.meta["val"].shape[self.dim]) // self.unit
         count = max(1, round(value / self.full * many)) * self.unit
         if count == many * self.unit:
             return
-        layers = [draft.node(layer) for layer in self.layers]
-        first = next(n for n in draft.graph.nodes if n.op == "call_function")
+        users = list(weight.users)
+        first = next(n for n in draft.graph.nodes if n in weight.users)
         view = draft.add(SLICE, weight, self.dim, 0, count, like=layers[0], before=first)
         part = draft.add(torch.ops.aten.clone.default, view, like=layers[0], before=first)  # dense, as by itself
         view.meta[PREPARES] = part.meta[PREPARES] = self.parameter
-        for user in [u for u in weight.users if u is not view]:
+        for user in users:
             user.replace_input_with(weight, part)
         refresh(list(part.users))
         for layer in layers:
             source = operand(layer, "input")
             given = draft.add(SLICE, source, _channels(layer), 0, count, like=layer)
             layer.replace_input_with(source, given)
+
+
+def _transformed(draft: Draft, weight: fx.Node, parameter: str) -> fx.Node:
+    """What layers read as this weight in a draft: the end of its transformation, if there is one."""
+    made = [n for n in draft.graph.nodes if n.meta.get(PREPARES) == parameter]
+    return made[-1] if made else draft.node(weight)
 
 
 def _rigid(dim: Dim) -> int:

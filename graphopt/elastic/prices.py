@@ -79,7 +79,7 @@ class Prices:
         self.space, self.mode, self.training = space, mode, training
         self.batch_size = batch_size if batch_size is not None else flatten(space.batch)[2]
         self._machine = machine
-        self._forward: CountedGraph | None = None
+        self._forward: dict[int | None, CountedGraph] = {}  # by threads
         self._step: CountedGraph | None = None
         self._update: tuple[float, float] | None = None
 
@@ -125,13 +125,15 @@ class Prices:
         return {"batch": self.batch_size}
 
     def _forward_graph(self) -> CountedGraph:
-        if self._forward is None:
+        """The forward graph for the threads of the machine; without one for those of torch here, which `machine` would
+        have too: what was asked first must not matter."""
+        threads = self._machine.threads if self._machine is not None else torch.get_num_threads()
+        if threads not in self._forward:
             with evaluating(self.space.model):
                 subnet = self.space.subnet(self.space.full)
-            threads = self._machine.threads if self._machine is not None else 1
             origin = subnet.origin
-            self._forward = CountedGraph(origin.graph, origin, self.space.dimensions, self.mode, threads)
-        return self._forward
+            self._forward[threads] = CountedGraph(origin.graph, origin, self.space.dimensions, self.mode, threads)
+        return self._forward[threads]
 
     # -- training steps -------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from random import Random
 
 from graphopt.elastic.choice import Choice
 from graphopt.elastic.dimension import Dimension, Kind, Value
-from graphopt.elastic.options import matches
+from graphopt.elastic.options import meant
 from graphopt.elastic.space import Space
 from graphopt.errors import ElasticError
 
@@ -88,7 +88,7 @@ def matching(dimensions: Sequence[Dimension], patterns: Iterable[Pattern]) -> tu
     """
     found: set[str] = set()
     for pattern in patterns:
-        mine = {d.name for d in dimensions if d.name == pattern or matches(pattern, d.name, d.kind, d.where)}
+        mine = {d.name for d in meant(pattern, dimensions)}
         if not mine:
             names = ", ".join(f"{d.name} ({d.kind})" for d in dimensions)
             raise ElasticError(f"dimensions: {pattern!r} is the name, a pattern or the kind of none; there are {names}")

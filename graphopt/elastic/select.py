@@ -15,13 +15,14 @@ from rich.table import Table
 from graphopt.cost_model.machine import Machine
 from graphopt.cost_model.measured import Measurement, measure
 from graphopt.elastic.choice import Choice
+from graphopt.elastic.extract import tensor_arguments
 from graphopt.elastic.modes import evaluating
 from graphopt.elastic.pareto import EXACT, search
 from graphopt.elastic.prices import METRICS, Prices
 from graphopt.elastic.region import Region
 from graphopt.elastic.space import Space
 from graphopt.errors import ElasticError
-from graphopt.graph.batch import call_model, normalise
+from graphopt.graph.batch import call_model
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def _measured(
 ) -> tuple[list[Candidate], list[Candidate]]:
     """The best ``count`` candidates with their measured forward pass, those that keep its bound; and the front."""
     tried = sorted(within, key=lambda one: -one.quality)[:count]
-    inputs: Any = normalise(space.batch)
+    inputs = tensor_arguments(space.batch)
     with evaluating(space.model), torch.no_grad():
         nets = {one.choice: space.extract(one.choice).eval() for one in tried}
         found = measure({choice: partial(call_model, net, inputs) for choice, net in nets.items()})

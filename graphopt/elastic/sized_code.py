@@ -16,10 +16,12 @@ from torch import fx
 
 from graphopt.elastic.axis_sizes import correspond
 from graphopt.elastic.choice import Choice
+from graphopt.elastic.kept import Kept
 from graphopt.elastic.slices import Slice
 from graphopt.elastic.space import Space
 from graphopt.elastic.subnet import Subnet, for_autograd
 from graphopt.elastic.supergraph import Supergraph
+from graphopt.elastic.transformations import is_transformed
 from graphopt.graph.axes import Axis, Dim
 from graphopt.graph.batch import flatten, one_batch
 from graphopt.graph.draft import Draft
@@ -57,7 +59,7 @@ class Runs:
             self._supergraph = self.space.subnet(self.space.full, batch=batch).origin
         supergraph, tensors = self._supergraph, flatten(batch)[0]
         pattern, sizes = _parted(supergraph, choice)
-        codes: dict[Hashable, SizedCode | None] = supergraph.derived.setdefault("sized codes", {})
+        codes: Kept[SizedCode | None] = supergraph.derived.setdefault("sized codes", Kept())
         key = pattern.key()
         if key not in codes:
             codes[key] = SizedCode.of(supergraph.subnet(pattern))
@@ -134,7 +136,10 @@ class SizedCode:
 
     @staticmethod
     def of(base: Subnet) -> SizedCode | None:
-        """The code of a pattern; None where axes of its graph cannot be told, or transformations have parameters."""
+        """The code of a pattern; None where axes of its graph cannot be told, or a weight is transformed: what a
+        transformation computes may depend on the shape of the weight, which is the full one here."""
+        if is_transformed(base):
+            return None
         axes = base.graph.axes
         twins = correspond(axes, base.origin.axes)
         carried = {
@@ -144,7 +149,7 @@ class SizedCode:
             for dim in axes.of(node)
             for axis in dim.axes()
         }
-        return SizedCode(base, twins) if carried <= twins.keys() and not base.own else None
+        return SizedCode(base, twins) if carried <= twins.keys() else None
 
     # -- making it --------------------------------------------------------------------------------------------------
 

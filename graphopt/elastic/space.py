@@ -216,9 +216,7 @@ class Space:
         raise ElasticError(f"where: none of {_TRIES} random choices is wanted")
 
     def _meant(self, pattern: str) -> list[Dimension]:
-        if pattern in self._by_name:
-            return [self._by_name[pattern]]
-        found = [d for d in self.dimensions if options.matches(pattern, d.name, d.kind, d.where)]
+        found = options.meant(pattern, self.dimensions)
         if not found:
             raise ElasticError(f"choice: no dimension matches {pattern!r}; there are {', '.join(self._by_name)}")
         return found

@@ -6,8 +6,7 @@ each state that it meets.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from graphopt.elastic.axis_sizes import AxisSize, correspond
 from graphopt.elastic.choice import Choice
 from graphopt.elastic.dimension import Value
 from graphopt.elastic.handles import Cut, Found, Handle, Tied, merged
+from graphopt.elastic.kept import Kept
 from graphopt.elastic.layers import Layers
 from graphopt.elastic.slices import Slice
 from graphopt.elastic.subnet import Subnet
@@ -34,9 +34,6 @@ FINDERS: tuple[Callable[[Axes, Resizer], Found], ...] = (
     kernel_sizes.find,
 )
 """Each kind of dimension finds its handles in a graph."""
-
-_KEPT = 256
-"""How many subnets a supergraph keeps; the one that was used longest ago goes first."""
 
 
 class Supergraph:
@@ -57,7 +54,7 @@ class Supergraph:
         self.missing: dict[str, str] = {}
         self.tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self.derived: dict[str, Any] = {}  # what other modules compute of it once
-        self._subnets: OrderedDict[Hashable, Subnet] = OrderedDict()
+        self._subnets: Kept[Subnet] = Kept()
 
     # -- handles ----------------------------------------------------------------------------------------------------
 
@@ -120,14 +117,9 @@ class Supergraph:
         Otherwise they come from the sizes of axes, where that is safe. Raises AxisError where shapes do not fit.
         """
         key = choice.key()
-        found = self._subnets.get(key)
-        if found is None or checked:
-            found = self._subnets[key] = self._make(choice, checked)
-            while len(self._subnets) > _KEPT:
-                self._subnets.popitem(last=False)
-        else:
-            self._subnets.move_to_end(key)
-        return found
+        if key not in self._subnets or checked:
+            self._subnets[key] = self._make(choice, checked)
+        return self._subnets[key]
 
     def _make(self, choice: Choice, checked: bool) -> Subnet:
         applied = self.changed({n: v for n, v in choice.items() if n not in choice.inactive})
@@ -142,9 +134,12 @@ class Supergraph:
             if not handle.first:
                 handle.rewrite(draft, value)
         cuts = merged([cuts_of(self.axes, chosen), *(handle.cuts(value) for handle, value in applied)])
+        slices = self.slices(cuts)
+        for handle, value in applied:
+            slices.update({n: Slice.of(own[n].dim(), dims) for n, dims in handle.own_cuts(value, cuts).items() if dims})
         sized = {n: self.handles[n].full for n in choice if n in self.handles and self.handles[n].axes(choice[n])}
         pattern = Choice({**choice, **sized}, choice.inactive)
-        return Subnet(draft.finish(), self.slices(cuts), own, self, chosen, pattern)
+        return Subnet(draft.finish(), slices, own, self, chosen, pattern)
 
     def elastic_axes(self) -> list[Axis]:
         """The axes that choices change."""

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +26,9 @@ from graphopt.errors import ElasticError
 from graphopt.graph.draft import Draft
 from graphopt.graph.torch_internals import FakeTensorMode, fake_mode_of
 from graphopt.graph.training_graph import Input, InputKind, Phase
+
+if TYPE_CHECKING:
+    from graphopt.elastic.subnet import Subnet
 
 PREPARES = "prepares"
 """In the metadata of a node that computes the subnet's weight from the shared one: the name of that weight."""
@@ -117,7 +121,8 @@ class NonLinear(Transformation):
 
 
 class Own(Transformation):
-    """A weight of its own in place of the shared one, from which it starts; narrower subnets have its first part."""
+    """A weight of its own in place of the shared one, from which it starts; narrower subnets have the same part of it
+    as of the shared one."""
 
     weight: nn.Parameter
 
@@ -202,29 +207,44 @@ def _flat(weight: Tensor) -> Tensor:
 # -- in a graph ----------------------------------------------------------------------------------------------------
 
 
-def inserted(draft: Draft, weight: fx.Node, name: str, label: str, transformation: Transformation) -> None:
+def own_weights(transformation: Transformation) -> dict[str, nn.Parameter]:
+    """The weights of `Own` in a transformation, which have the channels of the shared one, by name."""
+    paths = ((path, m) for path, m in transformation.named_modules() if isinstance(m, Own))
+    return {f"{path}.weight" if path else "weight": own.weight for path, own in paths}
+
+
+def inserted(draft: Draft, origin: fx.Node, name: str, label: str, transformation: Transformation) -> None:
     """Transform a weight in a draft before anything reads it.
 
     Args:
         draft: of the subnet, with its widths.
-        weight: the placeholder of the weight in the draft.
+        origin: the placeholder of the weight in the graph that the draft was made of.
         name: of the weight.
         label: of the transformation; its parameters become inputs of the graph, ``label.parameter``.
 
     Where kernels become smaller the padding of their convolutions follows. Raises ElasticError for a transformation
     that changes a shape or cannot be traced, and for a convolution without the padding that a smaller kernel needs.
     """
+    weight, shared = draft.node(origin), origin.meta["val"]
     if not weight.users:
         return  # the layer was left out
     before, readers = weight.meta["val"], list(weight.users)
     mode = fake_mode_of(before)
     assert mode is not None
     parameters = dict(transformation.named_parameters())
-    inputs = [_input(draft, mode, f"{label}.{key}", parameter) for key, parameter in parameters.items()]
+    own, full = own_weights(transformation), shared.shape
+    inputs = []
+    for key, parameter in parameters.items():
+        shape = tuple(parameter.shape)
+        if key in own:  # as wide as the weight is in the subnet
+            shape = tuple(before.shape[d] if size == full[d] else size for d, size in enumerate(shape))
+        inputs.append(_input(draft, mode, f"{label}.{key}", parameter, shape))
 
     def run(tensor: Tensor, *given: Tensor) -> Tensor:
         made = torch.func.functional_call(transformation, dict(zip(parameters, given, strict=True)), (tensor,))
-        return made if is_dense(made) else made.clone()  # in a memory order that a weight by itself has
+        if is_dense(made) and not any(made is t for t in (tensor, *given)):  # there must be an operator to mark
+            return made
+        return made.clone()  # in a memory order that a weight by itself has
 
     try:
         with mode, torch.no_grad():
@@ -253,6 +273,11 @@ def inserted(draft: Draft, weight: fx.Node, name: str, label: str, transformatio
     draft.signature = replace(draft.signature, tree={**draft.signature.tree, "requires_grad": sorted(required)})
 
 
+def is_transformed(subnet: Subnet) -> bool:
+    """Whether weights of a subnet go through transformations, or are read in part."""
+    return bool(subnet.own) or any(PREPARES in node.meta for node in subnet.graph.nodes)
+
+
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements of a tensor lie side by side in memory, in any order of its dimensions."""
     size = 1
@@ -263,9 +288,9 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def _input(draft: Draft, mode: FakeTensorMode, name: str, parameter: nn.Parameter) -> fx.Node:
+def _input(draft: Draft, mode: FakeTensorMode, name: str, parameter: nn.Parameter, shape: tuple[int, ...]) -> fx.Node:
     with mode:
-        value = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        value = torch.empty(shape, dtype=parameter.dtype, device=parameter.device)
     return draft.add_input(Input(InputKind.PARAMETER, name), value)
 
 

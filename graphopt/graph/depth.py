@@ -137,15 +137,20 @@ def leave_out_of(draft: Draft, runs: Iterable[Run]) -> None:
 
 
 def _keep_statistics(draft: Draft, gone: set[fx.Node]) -> None:
-    """Buffers that only layers which are gone give a new value have no new value any more: neither the statistics of a
-    norm nor the counter beside them."""
+    """Buffers that layers which are gone give a new value have no new value any more: statistics, whatever computes
+    them, the counter beside them, and what else a module writes all of whose other operators are gone."""
     for node in gone:
         for user in node.users if node.target is _BATCH_NORM else ():
             if user.target is getitem and user.args[1] in _STATISTICS:
                 draft.node(user).replace_all_uses_with(draft.node(node.args[user.args[1]]))  # type: ignore[index, arg-type]
     copies = {draft.node(node) for node in gone}
+    inside = _computed_from(draft, copies)
+    left, right = _paths(gone), _paths(_live(draft) - copies)
+    silent = left - right  # modules of which nothing else is left
     old = [
-        o.kind is OutputKind.BUFFER and r is not None and (r.op == "placeholder" or _reads(r, copies))
+        o.kind is OutputKind.BUFFER
+        and r is not None
+        and (r.op == "placeholder" or r in inside or o.name.rpartition(".")[0] in silent)
         for o, r in zip(draft.signature.outputs, draft.results, strict=True)
     ]
     modules = {o.name.rpartition(".")[0] for o, same in zip(draft.signature.outputs, old, strict=True) if same}
@@ -210,11 +215,38 @@ _STATISTICS = (3, 4)
 """Positions of the running statistics among a batch norm's operands, and of their new values among its results."""
 
 
-def _reads(node: fx.Node | None, gone: set[fx.Node]) -> bool:
-    """Whether a new buffer's value comes from a node that is left out."""
-    while node is not None and node.target is getitem:
-        node = node.args[0]  # type: ignore[assignment]
-    return node in gone
+def _computed_from(draft: Draft, gone: set[fx.Node]) -> set[fx.Node]:
+    """The nodes of a draft that are gone, or read a value of one; sizes are none (inputs tell them too)."""
+    found: set[fx.Node] = set()
+    for node in draft.graph.nodes:
+        if isinstance(node.meta.get("val"), torch.SymInt):
+            continue
+        own = node in gone and node.target is not getitem  # a run may read a result of what stays
+        if own or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _live(draft: Draft) -> set[fx.Node]:
+    """The operators of a draft that results other than new values of buffers are computed from."""
+    pairs = zip(draft.signature.outputs, draft.results, strict=True)
+    waiting = [r for o, r in pairs if r is not None and o.kind is not OutputKind.BUFFER]
+    found = set(waiting)
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                waiting.append(source)
+    return found
+
+
+def _paths(nodes: Iterable[fx.Node]) -> set[str]:
+    """The paths of the modules of operators, and of the modules around those."""
+    found: set[str] = set()
+    for path in {n.meta.get("module", "") for n in nodes if n.op == "call_function"}:
+        parts = path.split(".")
+        found.update(".".join(parts[: i + 1]) for i in range(len(parts)) if path)
+    return found
 
 
 # -- sums of a tensor with what was computed from it ----------------------------------------------------------------

@@ -290,3 +290,40 @@ def test_code_that_depends_on_the_batch_size_is_checked(asks):
             module(more)
     else:
         assert torch.equal(module(more), space.run(space.smallest, more))
+
+
+def test_batch_norms_that_are_frozen_stay_so():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
+    net.train()[1].eval()
+    x = torch.randn(6, 4)
+    space = elastic.space(net, x)
+    small = space.extract({"0.hidden": 4}).train()
+    for a, b in zip(call(small, (x,)), call(space.run, (x,), {"0.hidden": 4}), strict=True):
+        assert torch.equal(a, b)
+    assert int(net[1].num_batches_tracked) == 0 and not small.state_dict()["1.running_mean"].any()
+
+
+class Alone(nn.Module):
+    """Another function of a batch of 1, if ``other``; reshaped through axes of a batch of 1 in any case."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.other, self.up, self.norm, self.down = other, nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        y = self.norm(self.up(x).relu())
+        y = self.down(y.transpose(1, 2).reshape(-1, 3).view(x.size(0), 8, 3).transpose(1, 2))
+        return y.exp() if self.other and x.size(0) == 1 else y
+
+
+@pytest.mark.parametrize("other", [True, False])
+def test_a_batch_of_one(other):
+    torch.manual_seed(0)
+    space = elastic.space(Alone(other).eval(), torch.randn(2, 3, 4))
+    small, x = space.extract(space.smallest).eval(), torch.randn(1, 3, 4)
+    if other:
+        with pytest.raises(ValueError, match="for a batch of 1 the model runs other code"):
+            small(x)
+    else:
+        assert torch.equal(small(x), space.run(space.smallest, x))

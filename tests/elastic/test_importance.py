@@ -61,6 +61,20 @@ def test_gradients_know_what_is_not_used():
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_buffers_that_were_converted_are_sorted():
+    """`double` puts other tensors in the place of buffers."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    nn.init.normal_(net[1].running_mean)
+    found = space(net.eval(), torch.randn(3, 4))
+    net.double()
+    x = torch.randn(3, 4).double()
+    right, mean = net(x), net[1].running_mean.clone()
+    sort_by_importance(found)
+    assert not torch.equal(net[1].running_mean, mean)
+    assert torch.allclose(net(x), right, 1e-9, 1e-9)
+
+
 def test_errors():
     found = space(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.randn(3, 4))
     with pytest.raises(ElasticError, match="expected 'norm'"):

@@ -85,6 +85,15 @@ def test_convolutions_and_flattened_images():
     assert (module.conv.weight.shape[1], module.up.weight.shape[0], module.fc.weight.shape[1]) == (2, 3, 98)
 
 
+def test_sizes_that_the_user_gives():
+    x = torch.randn(2, 3, 5, 5)
+    made = lambda *sizes: elastic.space(Images(), x, layers={"fc": ReadInput(0.5)}, choices={"fc.read": sizes})
+    assert made(49, 0.5).dimension("fc.read").choices == (49, 98, 196)
+    for wrong in (50, 0, 245, True, 1.5):
+        with pytest.raises(ElasticError, match=r"fc\.read can have multiples of 49 up to 196"):
+            made(wrong)
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()

@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 
 import graphopt
+import graphopt.elastic as elastic
 from graphopt.cost_model import Machine, estimate
 from graphopt.cost_model.analytical import FACTORS
 from graphopt.cost_model.memory import Memory
@@ -98,6 +100,17 @@ def test_other_batch_sizes_and_machines(priced):
     assert prices.of([], "flops").shape == (0,)
 
 
+def test_prices_do_not_depend_on_what_was_asked_first():
+    """Of convolutions of 1 x 1 other kernels run with one thread, on small batches."""
+    space = elastic.space(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)), torch.randn(4, 3, 6, 6))
+    two = simple(fingerprint={"threads": 2 * torch.get_num_threads()})
+    first, second = Prices(space, two), Prices(space)
+    second.of([space.full], "flops")
+    second._machine = two  # as the first question for seconds finds the machine
+    for metric in ("latency_seconds", "peak_bytes"):
+        assert first.of([space.smallest], metric)[0] == second.of([space.smallest], metric)[0]
+
+
 # -- fronts -----------------------------------------------------------------------------------------------------------
 
 
@@ -177,6 +190,24 @@ def test_the_best_are_measured():
     fast = MACHINE.scaled(dict.fromkeys(FACTORS, 1e-6), 0.1)  # a machine that this one is not
     with pytest.raises(ElasticError, match="none of the 1 that were measured"):
         select(space, {"latency_seconds": 1e-5}, prices=Prices(space, fast), measured=1)
+
+
+class WithFlags(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x, gate=None, scale=1.0):
+        y = self.down(self.up(x).relu()) * scale
+        return y if gate is None else y * gate
+
+
+@pytest.mark.parametrize("batch", [(torch.randn(3, 4), None, 2.0), {"x": torch.randn(3, 4), "scale": 2.0}])
+def test_arguments_that_are_no_tensors_are_in_what_is_measured(batch):
+    space = elastic.space(WithFlags(), batch)
+    prices = Prices(space, MACHINE)
+    budget = float(prices.of([space.full], "flops")[0])
+    assert select(space, {"flops": budget}, prices=prices, measured=1).best.measured.seconds > 0
 
 
 def test_a_budget_that_nothing_meets_names_the_nearest():

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphopt
-from graphopt.elastic import Choice, Kind, space
+from graphopt.elastic import Choice, Kind, options, space
+from graphopt.elastic.region import Region
 from graphopt.errors import ElasticError
 
 
@@ -211,3 +212,20 @@ def test_what_varies_in_one_mode_only_is_refused():
 
     with pytest.raises(ElasticError, match="nothing in it is elastic"):
         space(Odd(), torch.randn(3, 4))
+
+
+def test_the_name_of_a_dimension_means_it_alone():
+    """The name that the user gave to one is the path of a module around another one too."""
+    net = nn.Sequential(
+        nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU()),
+        nn.Sequential(nn.Linear(8, 8), nn.ReLU()),
+        nn.Linear(8, 2),
+    )  # fmt: skip
+    x = torch.randn(3, 4)
+    first, *others = space(net, x).dimensions
+    path = others[0].where[0]
+    found = space(net, x, names={first.name: path})
+    assert Region.of(found).only([path]).open == (path,)
+    assert [d.name for d in found.dimensions if found.choice({path: 0.5})[d.name] != d.full] == [path]
+    handles = list(found.primary.found.handles)
+    assert options.chosen("fixed", first.name, handles) == [h for h in handles if h.name == first.name]

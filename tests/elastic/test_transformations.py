@@ -6,7 +6,10 @@ from torch import nn
 
 import graphopt.elastic as elastic
 from graphopt.elastic import Kind
-from graphopt.elastic.layers import draws
+from graphopt.elastic.importance import sort_by_importance
+from graphopt.elastic.layers import KernelMatrices, draws
+from graphopt.elastic.partial_reads import ReadInput
+from graphopt.elastic.sized_code import run
 from graphopt.elastic.transformations import Identity, InTurn, Linear, NonLinear, Own, Transformation, draw
 from graphopt.errors import ElasticError
 from tests.elastic.subnets import check_extraction
@@ -148,6 +151,78 @@ def test_draws_of_a_space(space):
         draws(plain, 2)
 
 
+class Fused(nn.Module):
+    """A fused layer, and a layer behind a concatenation: their narrow weights are no first rows and columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.left, self.right = nn.Linear(6, 24), nn.Linear(8, 4), nn.Linear(8, 8)
+        self.last = nn.Linear(12, 3)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        y = q * k.sigmoid() + v
+        return self.last(torch.cat([self.left(y).relu(), self.right(y).relu()], -1))
+
+
+def fused_space():
+    torch.manual_seed(0)
+    return elastic.space(Fused(), torch.randn(5, 6), layers={"qkv": Own, "last": Own})
+
+
+def test_a_weight_of_its_own_has_the_part_that_the_shared_one_has():
+    """It starts as the shared weight: a subnet with it is the subnet without."""
+    space, x = fused_space(), torch.randn(5, 6)
+    for share in (0.25, 0.5, 1.0):
+        widths = {d.name: share for d in space.dimensions if d.kind is Kind.WIDTH}
+        without = space.choice(widths)
+        with_own = space.choice({**widths, "qkv.transformation": 0, "last.transformation": 0})
+        assert torch.equal(space.run(with_own, x), space.run(without, x))
+        check_extraction(space, with_own, (x,), training=True, transformed={"qkv.weight", "last.weight"})
+
+
+def test_a_weight_of_its_own_is_sorted_too():
+    space, x = fused_space(), torch.randn(5, 6)
+    own = space.choice({"qkv.transformation": 0, "last.transformation": 0})
+    with torch.no_grad():
+        for parameter in space.layers.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    before = space.run(own, x)
+    weight = space.model.qkv.weight.clone()
+    sort_by_importance(space)
+    assert not torch.equal(space.model.qkv.weight, weight)
+    torch.testing.assert_close(space.run(own, x), before)
+
+
+def test_a_part_is_read_of_a_transformed_weight():
+    torch.manual_seed(0)
+    for made in (Own, Linear, Squared):
+        space = elastic.space(Net(), X, layers={"head": [made, ReadInput(0.5)]})
+        net, transformation = space.model, space.layers.lists["head"][0]
+        choice = space.choice({"head.read": 3, "head.transformation": 0})
+        y = net.fc(net.norm(net.conv(net.stem(X)).relu().mean((2, 3)))).relu()
+        right = nn.functional.linear(y[:, :3], transformation(net.head.weight)[:, :3], net.head.bias)
+        torch.testing.assert_close(space.run(choice, X), right)
+        small = check_extraction(space, choice, (X,), training=True, transformed={"head.weight"})
+        assert small.head.weight.shape == (2, 3)
+
+
+class Normed(Transformation):
+    """A user's own, without parameters, that uses how wide the weight is."""
+
+    def forward(self, weight):
+        return weight * weight.shape[0] / weight.norm()
+
+
+def test_a_step_computes_what_the_space_runs():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(5, 4)
+    space = elastic.space(net, x, layers={"0": Normed()})
+    for width in (2, 4, 6):
+        choice = space.choice({"0.hidden": width, "0.transformation": 0})
+        assert torch.equal(run(space, choice, x), space.run(choice, x))
+
+
 class Wider(Transformation):
     def forward(self, weight):
         return torch.cat([weight, weight])
@@ -168,6 +243,7 @@ class Branching(Transformation):
         ({"*": [Linear()]}, "is given to several layers; give a function"),
         ({"fc": [Wider()]}, r"gives fc.weight the shape \[12, 8\]"),
         ({"fc": [Branching()]}, "cannot be traced on fc.weight"),
+        ({"conv": [Linear(3), KernelMatrices]}, "conv has KernelMatrices and transformations"),
     ],
 )
 def test_errors(layers, message):

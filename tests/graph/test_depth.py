@@ -121,6 +121,32 @@ def test_stages_of_a_resnet_begin_behind_a_change_of_width() -> None:
     assert "layers.0.norm1.running_mean" in updated
 
 
+class Counting(nn.Module):
+    """A layer that keeps a running mean of what is inside of it, one of its input, and how often it ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 12), nn.Linear(12, 12)
+        for name, shape in (("mean", (12,)), ("before", (12,)), ("calls", ())):
+            self.register_buffer(name, torch.zeros(shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x).relu()
+        self.mean.mul_(0.9).add_(0.1 * h.detach().mean((0, 1)))
+        self.before.mul_(0.9).add_(0.1 * x.detach().mean((0, 1)))
+        self.calls += 1
+        return x + self.down(h)
+
+
+def test_what_a_layer_keeps_goes_with_it() -> None:
+    model = Layers(nn.Linear(4, 12), [Counting() for _ in range(3)], nn.Linear(12, 3))
+    graph, staged = found(model, *TOKENS)
+    smaller = leave_out(graph, [staged[0].runs[1]])
+    kept = {o.name for o in smaller.outputs if o.kind is OutputKind.BUFFER}
+    assert kept == {f"layers.{i}.{name}" for i in (0, 2) for name in ("mean", "before", "calls")}
+    assert not [n for n in smaller.nodes if n.meta.get("module", "").startswith("layers.1")]
+
+
 def test_a_joint_graph_has_the_same_runs() -> None:
     model = Layers(nn.Linear(4, 12), [PreNorm(), PreNorm()], nn.Linear(12, 3))
     forward, joint = capture_forward(model, TOKENS), capture(model, TOKENS)
