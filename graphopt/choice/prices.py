@@ -71,6 +71,8 @@ class Prices:
 def _estimate(
     scheme: Scheme, prepared: Prepared, size: int, machines: Callable[[int], Machine | None]
 ) -> Estimate | None:
+    if scheme.needs_graph and prepared.step is None:
+        return None  # not captured yet
     try:
         return scheme.estimate(prepared, size, machines)
     except CostModelError as error:  # a dtype without a rate, a size outside of the guards

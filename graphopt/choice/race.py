@@ -20,6 +20,10 @@ ROUNDS = 8
 MARGIN = 0.02
 """Candidates whose medians differ by less than this share are equal; then the first one runs."""
 
+ROW_SECONDS, ROW_STEPS = 0.01, 20
+"""Steps shorter than half of this run in rows of so many seconds, or so many steps, and the median of all but the first
+is one sample: alone, a short step pays for the caches and the threads that the candidate before it left."""
+
 PRECISION = 0.01
 """Half-width of an interval, relative to its median, at which a candidate's time is known."""
 
@@ -72,7 +76,7 @@ class Race:
             it ends. None: no bound.
 
     Attributes:
-        samples: seconds of each candidate's timed steps.
+        samples: seconds of each candidate's timed steps, of short ones a median for each row (`ROW_SECONDS`).
         warm_up: seconds of its first step, which builds and compiles and is not timed.
         lost: why a candidate runs no more.
     """
@@ -84,6 +88,8 @@ class Race:
         self.samples: dict[str, list[float]] = {name: [] for name in names}
         self.warm_up: dict[str, float] = {}
         self.lost: dict[str, str] = {}
+        self._steps: dict[str, list[float]] = {name: [] for name in names}
+        self._row: list[float] = []
         self._rounds, self._allowance = rounds, allowance
         self._round = 0
         self._warming = deque(names)
@@ -119,9 +125,9 @@ class Race:
         if self.best is None:
             return 0.0
         least, extra = self.seconds(self.best), 0.0
-        for name, samples in self.samples.items():
-            extra += sum(max(0.0, s - least) for s in samples)
-            if samples:
+        for name, steps in self._steps.items():
+            extra += sum(max(0.0, s - least) for s in steps)
+            if self.samples[name]:
                 extra += max(0.0, min(self.warm_up[name], OUTLIER * self.seconds(name)) - least)
         return extra
 
@@ -141,15 +147,25 @@ class Race:
         if self._warming:
             self.warm_up[self._warming.popleft()] = seconds
         else:
-            self.samples[name].append(max(seconds, 1e-9))  # a step shorter than the clock can see
-            self._queue.popleft()
-            self._compare()
+            self._steps[name].append(seconds)
+            self._row.append(max(seconds, 1e-9))  # a step shorter than the clock can see
+            if self._row_is_full():
+                self.samples[name].append(median(self._row[1:] or self._row))
+                self._row.clear()
+                self._queue.popleft()
+                self._compare()
         self._go_on()
+
+    def _row_is_full(self) -> bool:
+        row = self._row
+        return len(self.running) == 1 or row[0] >= ROW_SECONDS / 2 or sum(row) >= ROW_SECONDS or len(row) >= ROW_STEPS
 
     def fail(self, name: str, why: str) -> None:
         """A candidate cannot run."""
         self.lost[name] = why
-        self.samples[name] = []
+        self.samples[name], self._steps[name] = [], []
+        if self._row and self.turn == name:
+            self._row.clear()
         self._leave(name)
         if len(self.running) < 2:
             self._ended = True

@@ -9,15 +9,19 @@ import pytest
 import torch
 
 from graphopt.choice.first_capture import capture_seconds
+from graphopt.cost_model import Machine
 from graphopt.schemes import Flat, Task
 from graphopt.situation import Settings
 from graphopt.step import PASSES
 from graphopt.training_step import TrainingStep
 from tests.choice.fakes import Forgetful
+from tests.cost_model.machines import simple
 from tests.training import counted_captures, cross_entropy, mlp
 
 
-def run(seconds: float, calls: int, **settings: Any) -> tuple[TrainingStep, list[int]]:
+def run(
+    seconds: float, calls: int, machine: Machine | None = None, **settings: Any
+) -> tuple[TrainingStep, list[int]]:
     """So many steps, of which each takes so many seconds; and the batch sizes at which they were captured."""
     torch.manual_seed(0)
     model = mlp()
@@ -25,7 +29,7 @@ def run(seconds: float, calls: int, **settings: Any) -> tuple[TrainingStep, list
     ticks = count()
     step = TrainingStep(
         task, ((1, 1), (1,)), Settings(**settings), PASSES, clock=lambda: seconds * next(ticks),
-        machines=lambda _: None, records=Forgetful(),
+        machines=lambda _: machine, records=Forgetful(),
     )  # fmt: skip
     with counted_captures() as captures:
         for _ in range(calls):
@@ -40,6 +44,11 @@ def test_few_short_steps_run_in_eager_and_the_plan_says_why() -> None:
     assert "not tried: " in plan.candidate("flat").lost and "1 are expected" in plan.candidate("flat").lost
     assert plan.candidate("flat").break_even == pytest.approx(capture_seconds(step.task.model) / (0.2 * 0.002))
     assert "note: steps=5: eager runs first, a capture has to pay back" in plan.explain()
+
+
+def test_what_is_not_captured_has_no_price_yet_on_a_calibrated_machine() -> None:
+    step, captures = run(0.002, 5, simple(), steps=5)
+    assert captures == [] and step.plan.chosen == "eager" and step.plan.candidate("flat").estimate is None
 
 
 def test_few_long_steps_pay_for_a_capture_once_eager_was_measured() -> None:

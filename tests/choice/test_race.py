@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graphopt.choice.race import MARGIN, ROUNDS, Race, interval, measurement, typical
+from graphopt.choice.race import MARGIN, ROUNDS, ROW_STEPS, Race, interval, measurement, typical
 
 
 def race(takes: dict[str, Callable[[int], float] | float], **options: object) -> tuple[Race, list[str]]:
@@ -49,6 +49,37 @@ def test_equal_candidates_end_as_soon_as_their_times_are_known_and_the_first_win
 @pytest.mark.parametrize("share, winner", [(MARGIN - 0.005, "a"), (MARGIN + 0.005, "b")])
 def test_ties_go_to_the_first(share, winner):
     assert race({"a": 1.0 + share, "b": 1.0})[0].chosen() == winner
+
+
+def test_short_steps_run_in_rows_of_which_the_first_is_not_counted():
+    """Each row of "b" begins with what another candidate left behind; in a row it is the faster one."""
+    previous = [""]
+
+    def after(name: str, cold: float, warm: float) -> Callable[[int], float]:
+        def take(_: int) -> float:
+            previous[0], before = name, previous[0]
+            return warm if before == name else cold
+
+        return take
+
+    made, ran = race({"a": after("a", 1e-3, 1e-3), "b": after("b", 4e-3, 5e-4)})
+    assert made.chosen() == "b" and set(made.samples["b"]) == {5e-4} and set(made.samples["a"]) == {1e-3}
+    rows = ["".join(group) for _, group in itertools.groupby(ran[2:])]
+    assert rows[:2] == ["a" * 10, "b" * 13], "until ten milliseconds have gone"
+    assert made.extra_seconds > 10 * 5e-4, "all steps of a row count"
+    made, ran = race({"a": 1e-5, "b": 2e-5})
+    assert len(ran) == 2 + 2 * ROW_STEPS
+
+
+def test_a_row_that_fails_in_the_middle_leaves_nothing_behind():
+    made = Race(["a", "b", "c"], rounds=1)
+    for _ in range(3 + 5):
+        made.record(1e-3)
+    assert made.turn == "a"
+    made.fail("a", "no kernel")
+    while not made.over:
+        made.record(2e-3)
+    assert made.samples == {"a": [], "b": [2e-3], "c": [2e-3]}
 
 
 def test_rounds_are_rotated():
