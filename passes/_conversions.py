@@ -16,7 +16,7 @@ collective a value is laid out as rows of the axis, each with all that belongs t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import add, mul
 
@@ -149,25 +149,32 @@ class Conversions(KnownShapes):
         """The processor's part of something whole, before a reader."""
         assert isinstance(wanted.placement, Sharded)
         dim, count, whole = wanted.placement.dim, self.count(wanted), self.whole_count(wanted)
-        offset: Expr = 0
+        sizes = list(map(expression, value.meta["val"].shape))
         found = []
-        for outer, inner in wanted.pieces:
-            piece, length = value, outer * whole * inner
-            if len(wanted.pieces) > 1:
-                piece = self.slice(value, dim, offset, offset + length, length, reader)
+        for piece, outer, inner in self._pieces(value, wanted, dim, whole, reader):
+            begin = self.begin(wanted, inner)
+            end = self.numbers.call(add, begin, self.numbers.number(count * inner))
             if outer == 1:
-                begin = self.begin(wanted, inner)
-                end = self.numbers.call(add, begin, self.numbers.number(count * inner))
                 found.append(self.slice(piece, dim, begin, end, count * inner, reader))
             else:
-                sizes = list(map(expression, value.meta["val"].shape))
                 apart = self.shaped(piece, [*sizes[:dim], outer, whole * inner, *sizes[dim + 1 :]], reader)
-                begin = self.begin(wanted, inner)
-                end = self.numbers.call(add, begin, self.numbers.number(count * inner))
                 mine = self.slice(apart, dim + 1, begin, end, count * inner, reader)
                 found.append(self.shaped(mine, [*sizes[:dim], outer * count * inner, *sizes[dim + 1 :]], reader))
+        return self._joined(found, dim, reader)
+
+    def _pieces(
+        self, value: fx.Node, lies: Lies, dim: int, each: Expr, before: fx.Node
+    ) -> Iterator[tuple[fx.Node, Expr, Expr]]:
+        """The pieces of ``value`` along ``dim``, where a piece is ``outer x inner`` times ``each`` long, with these."""
+        offset: Expr = 0
+        for outer, inner in lies.pieces:
+            length = outer * inner * each
+            one = len(lies.pieces) == 1
+            yield value if one else self.slice(value, dim, offset, offset + length, length, before), outer, inner
             offset = offset + length
-        return found[0] if len(found) == 1 else self.cat(found, dim, reader)
+
+    def _joined(self, pieces: list[fx.Node], dim: int, before: fx.Node) -> fx.Node:
+        return pieces[0] if len(pieces) == 1 else self.cat(pieces, dim, before)
 
     # -- collectives on parts ---------------------------------------------------------------------------------------
 
@@ -202,36 +209,25 @@ class Conversions(KnownShapes):
         assert isinstance(lies.placement, Sharded)
         dim, sizes = lies.placement.dim, list(map(expression, value.meta["val"].shape))
         lead, trail = product(sizes[:dim]), product(sizes[dim + 1 :])
-        offset: Expr = 0
         found = []
-        for outer, inner in lies.pieces:
-            piece, length = value, outer * count * inner
-            if len(lies.pieces) > 1:
-                piece = self.slice(value, dim, offset, offset + length, length, before)
+        for piece, outer, inner in self._pieces(value, lies, dim, count, before):
             if lead != 1 or outer != 1:
                 apart = self.shaped(piece, [lead, outer, count, inner * trail], before)
                 piece = self.permuted(apart, [2, 0, 1, 3], before)
             found.append(self.shaped(piece, [count, lead * outer * inner * trail], before))
-            offset = offset + length
-        rows = found[0] if len(found) == 1 else self.cat(found, 1, before)
-        return self.contiguous(rows, before)
+        return self.contiguous(self._joined(found, 1, before), before)
 
     def _of_rows(self, rows: fx.Node, like: fx.Node, lies: Lies, count: Expr, before: fx.Node) -> fx.Node:
         """The reverse of `_rows`: a value shaped like ``like`` but with ``count`` indices of the axis."""
         assert isinstance(lies.placement, Sharded)
         dim, sizes = lies.placement.dim, list(map(expression, like.meta["val"].shape))
         lead, trail = product(sizes[:dim]), product(sizes[dim + 1 :])
-        offset: Expr = 0
         found = []
-        for outer, inner in lies.pieces:
-            piece, width = rows, lead * outer * inner * trail
-            if len(lies.pieces) > 1:
-                piece = self.slice(rows, 1, offset, offset + width, width, before)
+        for piece, outer, inner in self._pieces(rows, lies, 1, lead * trail, before):
             if lead != 1 or outer != 1:
                 apart = self.shaped(piece, [count, lead, outer, inner * trail], before)
                 piece = self.permuted(apart, [1, 2, 0, 3], before)
             found.append(self.shaped(piece, [*sizes[:dim], outer * count * inner, *sizes[dim + 1 :]], before))
-            offset = offset + width
         return self.contiguous(found[0], before) if len(found) == 1 else self.cat(found, dim, before)
 
     # -- parts of unequal size --------------------------------------------------------------------------------------

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from graphopt.graph.in_place import overwritten
-from graphopt.graph.lowering import Lowered, lower
+from graphopt.graph.lowering import Lowered
 from graphopt.graph.sizes import expression
-from graphopt.graph.training_graph import Input, InputKind, Output, OutputKind, TrainingGraph
+from graphopt.graph.training_graph import Input, InputKind, Output, TrainingGraph
+from graphopt.schemes.commit import Commit
 from graphopt.schemes.pieces import PARTIAL, owner_of, place_value, rows_of_parts, sharded_dim, whole_of
 from graphopt.schemes.workers import Job, Pool
 
@@ -58,10 +58,9 @@ class _DividedStep:
     """
 
     def __init__(self, divided: Divided, job: Job, inputs: Sequence[Input]):
-        first, update = divided.graphs[0], divided.update
+        first = divided.graphs[0]
         position = {given: i for i, given in enumerate(inputs)}
         self._job = job
-        self._update = lower(update) if update is not None else None
         record = first.signature.tree["placements"]
         self._processors = int(record["processors"])
         self._common = [position[i] for i in job.common]
@@ -71,20 +70,9 @@ class _DividedStep:
         self._words = divided.words
         self._in_parts = [k for k, word in enumerate(divided.words) if in_parts(word)]
         self._owned = [k for k in divided.gathered if k not in self._in_parts]
-        targets = overwritten(first)
-        at = {node: i for i, node in enumerate(first.placeholders)}
-        own = {i: position[given] for i, given in enumerate(first.inputs) if given in position}
-        self._written = [(k, own[at[node]]) for k, node in enumerate(targets) if node is not None]
-        saved = {o.name: k for k, o in enumerate(job.outputs) if o.kind is OutputKind.SAVED}
-        self._arguments = [
-            (True, saved[i.name]) if i.kind is InputKind.SAVED else (False, position[i])
-            for i in (update.inputs if update is not None else ())
-        ]
-        kept = {k for k, _ in self._written} | set(saved.values())
-        self._returned = [k for k in range(len(job.outputs)) if k not in kept]
-        updated = self._update.outputs if self._update is not None else ()
-        self.outputs: tuple[Output, ...] = (*(job.outputs[k] for k in self._returned), *updated)
-        self.code = self._update.code if self._update is not None else job.code
+        self._commit = Commit(first, job.outputs, divided.update, position)
+        self.outputs: tuple[Output, ...] = self._commit.outputs
+        self.code = self._commit.code or job.code
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         given: list[Any] = []
@@ -99,15 +87,9 @@ class _DividedStep:
                 whole[k] = made[id(results[k])]
             for k in self._owned:
                 (whole[k],) = self._job.gathered(k)
-            with torch.no_grad():
-                for k, position in self._written:
-                    inputs[position].copy_(whole[k])
-                for k in self._returned:
-                    if k in self._owned:  # the next step overwrites what it lies in
-                        whole[k] = whole[k].clone()
-                arguments = (whole[k] if kept else inputs[k] for kept, k in self._arguments)
-                updated = self._update.run(*arguments) if self._update is not None else ()
-            given.extend((*(whole[k] for k in self._returned), *updated))
+                if k in self._commit.returned:  # the next step overwrites what it lies in
+                    whole[k] = whole[k].clone()
+            given.extend(self._commit(whole, inputs))
 
         rows = inputs[self._rows[0]].shape[self._rows[1]] if self._rows is not None else 0
         places = rows_of_parts(rows, self._processors)

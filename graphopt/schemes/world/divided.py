@@ -13,14 +13,14 @@ from torch import fx
 from graphopt.cost_model import Estimate
 from graphopt.errors import CaptureError
 from graphopt.graph.halves import cut_update
-from graphopt.graph.in_place import overwritten
 from graphopt.graph.lowering import Lowered, lower
 from graphopt.graph.op_rules import is_random
-from graphopt.graph.training_graph import Input, InputKind, OutputKind, TrainingGraph
+from graphopt.graph.training_graph import Input, TrainingGraph
 from graphopt.passes import BucketGradients, ShardAxes
 from graphopt.schemes.base import Machines, Prepared, Runner
 from graphopt.schemes.captured_step import CapturedStep
 from graphopt.schemes.channels_last import ChannelsLastImages
+from graphopt.schemes.commit import Commit
 from graphopt.schemes.divided_step import Divided
 from graphopt.schemes.flat import Flat
 from graphopt.schemes.graph_step import GraphStep
@@ -137,25 +137,16 @@ class _RankStep:
         first, update = divided.graphs[0], divided.update
         assert update is not None
         self._world, self._symbols = world, first.symbols
-        self._first, self._update = lower(first, in_place=False), lower(update)
+        self._first = lower(first, in_place=False)
         position = {given: i for i, given in enumerate(inputs)}
         self._inputs = [(i, position.get(i)) for i in first.inputs]
         self._random = any(n.op == "call_function" and is_random(n) for n in first.nodes)
         given = (n.meta["val"] for n in first.placeholders)
         self._devices = list({value.device for value in given if isinstance(value, torch.Tensor)})
         self._own = [k for k, word in enumerate(divided.words) if word == OWN]
-        at = {node: i for i, node in enumerate(first.placeholders)}
-        targets = [None if node is None else position[first.inputs[at[node]]] for node in overwritten(first)]
-        self._written = [(k, target) for k, target in enumerate(targets) if target is not None]
-        outputs = self._first.outputs
-        saved = {o.name: k for k, o in enumerate(outputs) if o.kind is OutputKind.SAVED}
-        self._arguments = [
-            (True, saved[i.name]) if i.kind is InputKind.SAVED else (False, position[i]) for i in update.inputs
-        ]
-        kept = {k for k, _ in self._written} | set(saved.values())
-        self._returned = [k for k in range(len(outputs)) if k not in kept]
-        self.outputs = (*(outputs[k] for k in self._returned), *self._update.outputs)
-        self.code = self._first.code + self._update.code
+        self._commit = Commit(first, self._first.outputs, update, position)
+        self.outputs = self._commit.outputs
+        self.code = self._first.code + self._commit.code
         self._admitted: set[int] = set()
 
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
@@ -174,8 +165,5 @@ class _RankStep:
         if self._own:
             for k, value in zip(self._own, self._world.of_first([results[k] for k in self._own]), strict=True):
                 results[k] = value
-        with InterruptsWait(), torch.no_grad():
-            for k, target in self._written:
-                inputs[target].copy_(results[k])
-            updated = self._update.run(*(results[k] if saved else inputs[k] for saved, k in self._arguments))
-        return (*(results[k] for k in self._returned), *updated)
+        with InterruptsWait():
+            return self._commit(results, inputs)
