@@ -279,8 +279,8 @@ def _convolution(node: fx.Node, kind: Family, threads: int | None) -> Iterator[K
                 yield Kernel(node, found, each * off, moved * off, rows, 1, depth, often * off)
             if narrow != 0:
                 yield Kernel(
-                    node, Family.DEPTHWISE_NARROW, each * narrow, moved * narrow, product(outer), 1, depth, narrow,
-                    items=int(narrow == 1),
+                    node, Family.DEPTHWISE_NARROW, each * narrow, moved * narrow, product(outer[2:]), 1, depth,
+                    image[0] * channels * narrow, items=int(narrow == 1),
                 )  # fmt: skip
     elif threads is None:
         places = product([small[0], *small[2:]])

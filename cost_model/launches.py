@@ -24,12 +24,14 @@ _HOLD = 0.1
 """Weight of the times of chains: a launch that is off by its own size counts as a phase that is off by a tenth."""
 
 
-def time_of(call: Callable[[], Any], budget: float = 0.015) -> float:
-    """Seconds of a call: the lower quartile of what fits into ``budget`` seconds, at least three, after one."""
+def time_of(call: Callable[[], Any], budget: float = 0.015, before: Callable[[], Any] = lambda: None) -> float:
+    """Seconds of a call: the lower quartile of what fits into ``budget`` seconds, at least three, after one.
+    ``before`` runs before each."""
     call()
     taken: list[float] = []
     end = perf_counter() + budget
     while len(taken) < 3 or (perf_counter() < end and len(taken) < 200):
+        before()
         start = perf_counter()
         call()
         taken.append(perf_counter() - start)

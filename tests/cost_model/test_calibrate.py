@@ -115,12 +115,13 @@ def quick(monkeypatch, tmp_path):
     some = [probe for probe in operator_probes.operator_probes() if probe.function is torch.ops.aten.tanh.default]
     monkeypatch.setattr(calibration, "operator_probes", lambda: iter(some))
     monkeypatch.setattr(calibration_steps, "CASES", calibration_steps.CASES[:1])
+    monkeypatch.setattr(calibration, "SECONDS", 3.0)
     monkeypatch.setattr(calibration, "_seconds_of", lambda call: 0.001)  # tests run beside each other
     return tmp_path
 
 
 def test_a_calibration_gives_a_machine_that_holds_here(quick):
-    machine = calibration.calibrate(progress=False, seconds=5.0)
+    machine = calibration.calibrate(progress=False)
     assert machine.fingerprint == dict(fingerprint()) and machine.stale() == "" and set(machine.launch) == set(LAUNCHES)
     assert all(s > 0 for s in machine.launch.values()) and machine.touch >= 0 and machine.memory_bytes > 2**28
     assert 1e8 < machine.curves[Family.GEMM].rates["fp32"] < 1e13
@@ -132,7 +133,7 @@ def test_a_calibration_on_a_busy_machine_says_so(quick, monkeypatch):
     taken = itertools.cycle([0.001, 0.002])
     monkeypatch.setattr(calibration, "_seconds_of", lambda call: next(taken))
     with pytest.warns(GraphoptWarning, match="the machine was busy.*Calibrate again"):
-        calibration.calibrate(progress=False, seconds=3.0)
+        calibration.calibrate(progress=False)
 
 
 def test_the_command_measures_keeps_and_checks(quick):
