@@ -2,10 +2,11 @@
 
     python -m benchmarks.selection [--only PATTERN ...] [--batches N ...] [--seconds N] [--samples N] [--compilers]
 
-For each model and batch size: the regret of the choice (the chosen candidate and the best one re-measured in fresh
-interleaved runs; 0 where their intervals meet), the step beside eager as written, eager with a fused optimizer and,
-with ``--compilers``, ``torch.compile`` with defaults, and the total time of 100, 1,000 and 10,000 steps, capture and
-measuring included, against the best candidate held fixed. For each model: a run whose batch size doubles from 4 to 256
+For each model and batch size: the regret of the choice for a long training (the chosen candidate and the best one
+re-measured in fresh interleaved runs; 0 where their intervals meet), the step beside eager as written, eager with a
+fused optimizer and, with ``--compilers``, ``torch.compile`` with defaults. For trainings of 100, 1,000 and 10,000
+steps, each announced (``steps=``) and with nothing measured before: the total time, capture and measuring included,
+against the best candidate held fixed. For each model: a run whose batch size doubles from 4 to 256
 and back, with equal samples at each size, against each of the same held fixed.
 
 A calibration of this machine is used if there is one; what was measured by earlier runs is not. Nothing else should
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from functools import partial
@@ -53,8 +55,12 @@ SCHEDULE = (4, 8, 16, 32, 64, 128, 256)
 LONGEST = 1.0
 """Seconds of a step; larger batches of a model are left out."""
 
+LEAST_SECONDS = 3.0
+"""Of a training before it is taken to go on as it does."""
+
 EAGER, FUSED, COMPILE = "eager", "eager, fused optimizer", "torch.compile"
 HORIZONS = (100, 1_000, 10_000)
+"""Steps of the trainings whose total time counts; the choice for the longest one is compared with the best."""
 
 Step = Callable[..., Any]
 
@@ -110,22 +116,44 @@ def baselines(case: zoo.Case, compilers: bool) -> dict[str, Step]:
     return found
 
 
-def ours(case: zoo.Case, schemes: Any = "auto") -> Any:
+def ours(case: zoo.Case, schemes: Any = "auto", steps: int | None = None) -> Any:
     """The optimised step of a fresh model."""
     model, optimizer = _made(case)
-    return graphopt.optimize(model, case.batch(2), loss=case.loss, optimizer=optimizer, schemes=schemes)
+    return graphopt.optimize(model, case.batch(2), loss=case.loss, optimizer=optimizer, schemes=schemes, steps=steps)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A training that was announced to have ``horizon`` steps, up to where a scheme is chosen: in ``steps`` steps and
+    ``seconds``, capture included."""
+
+    step: Any
+    horizon: int
+    steps: int
+    seconds: float
+
+
+def decide(case: zoo.Case, size: int, horizon: int) -> Decision:
+    """Train until a scheme is chosen and some seconds have gone (few steps begin with eager, and may capture later), or
+    all steps are done."""
+    torch.manual_seed(1)
+    batch = _given(case.batch(size))
+    start, taken = perf_counter(), 0
+    with _own_cache():
+        step = ours(case, steps=horizon)
+        going = lambda: perf_counter() - start < LEAST_SECONDS or not step.situation.choices[size].decided
+        while taken == 0 or (taken < horizon and going()):
+            step(*batch)
+            taken += 1
+    return Decision(step, horizon, taken, perf_counter() - start)
 
 
 def row(case: zoo.Case, size: int, written: Mapping[str, Step], seconds: float) -> Row:
-    """Decide at one batch size in a fresh training, then measure every candidate in turn."""
-    torch.manual_seed(1)
+    """Decide at one batch size for each horizon, then measure every candidate in turn."""
     batch = case.batch(size)
-    step, probed = ours(case), 0
-    start = perf_counter()
-    while probed == 0 or not step.situation.choices[size].decided:
-        step(*_given(batch))
-        probed += 1
-    until_decided = perf_counter() - start
+    shorter = [decide(case, size, horizon) for horizon in HORIZONS[:-1]]
+    found = decide(case, size, HORIZONS[-1])
+    step = found.step
     plan, situation = step.plan, step.situation
     tensors = list(batch.values()) if isinstance(batch, dict) else list(batch)
     runners = {
@@ -145,14 +173,26 @@ def row(case: zoo.Case, size: int, written: Mapping[str, Step], seconds: float) 
         {"ours": partial(step, *_given(batch)), **{name: partial(s, *_given(batch)) for name, s in written.items()}},
         seconds=seconds, rounds=(7, 30), warmup=2, precision=0.02,
     )  # fmt: skip
+    seconds_of = {name: again.get(name, one).seconds for name, one in every.items()}
     result = Row(
-        case.name, size, plan.chosen, best, len(runners), probed, until_decided, again[plan.chosen].seconds,
+        case.name,
+        size,
+        plan.chosen,
+        best,
+        len(runners),
+        found.steps,
+        found.seconds,
+        again[plan.chosen].seconds,
         regret=_regret(again[plan.chosen], again[best]),
         speedup={name: beside[name].seconds / beside["ours"].seconds for name in written},
-        totals={n: _totals(n, plan, every, again, starts, probed, until_decided) for n in HORIZONS},
-        all_seconds={name: found.seconds for name, found in every.items()},
-    )  # fmt: skip
-    step.close()
+        totals={
+            one.horizon: (_total(one, seconds_of), _best_total(one.horizon, plan, seconds_of, starts))
+            for one in (*shorter, found)
+        },
+        all_seconds={name: one.seconds for name, one in every.items()},
+    )
+    for one in (*shorter, found):
+        one.step.close()
     return result
 
 
@@ -161,16 +201,20 @@ def _regret(chosen: Measurement, best: Measurement) -> float:
     return 0.0 if chosen.low <= best.high else chosen.seconds / best.seconds - 1
 
 
-def _totals(
-    steps: int, plan: Any, every: Mapping[str, Measurement], again: Mapping[str, Measurement],
-    starts: Mapping[str, float], probed: int, until_decided: float,
-) -> tuple[float, float]:  # fmt: skip
-    """Seconds of so many steps with all that goes before: ours, and the best candidate held fixed."""
-    each = {name: again.get(name, found).seconds for name, found in every.items()}
-    mine = until_decided + max(steps - probed, 0) * each[plan.chosen]
+def _total(decision: Decision, seconds_of: Mapping[str, float]) -> float:
+    """Seconds of a whole training, its decision included."""
+    chosen = decision.step.plan.candidate(decision.step.plan.chosen)
+    each = seconds_of.get(chosen.scheme) or chosen.measurement.seconds
+    return decision.seconds + (decision.horizon - decision.steps) * each
+
+
+def _best_total(steps: int, plan: Any, seconds_of: Mapping[str, float], starts: Mapping[str, float]) -> float:
+    """Seconds of so many steps of the best candidate held fixed, its start and capture included."""
     capture = plan.facts.capture_seconds if plan.facts else 0.0
-    fixed = (starts[n] + (capture if n != EAGER else 0.0) + (steps - 1) * s for n, s in each.items())
-    return mine, min(fixed)
+    return min(
+        starts[name] + (0.0 if name.startswith(EAGER) else capture) + (steps - 1) * each
+        for name, each in seconds_of.items()
+    )
 
 
 def schedule(case: zoo.Case, samples: int, compilers: bool, candidates: Sequence[str]) -> Schedule:
@@ -250,13 +294,20 @@ def _rows(case: zoo.Case, asked: Asked) -> Iterator[Row]:
         yield row(case, size, written, asked.seconds)
 
 
-def _own_cache() -> tempfile.TemporaryDirectory[str]:
+@contextmanager
+def _own_cache() -> Iterator[None]:
     """A cache folder with the calibrations of this machine, and nothing measured."""
-    folder = tempfile.TemporaryDirectory(prefix="graphopt-selection-")
-    for path in cache_dir().glob("machine-*.json"):
-        shutil.copy(path, folder.name)
-    os.environ["GRAPHOPT_CACHE_DIR"] = folder.name
-    return folder
+    before = os.environ.get("GRAPHOPT_CACHE_DIR")
+    with tempfile.TemporaryDirectory(prefix="graphopt-selection-") as folder:
+        for path in cache_dir().glob("machine-*.json"):
+            shutil.copy(path, folder)
+        os.environ["GRAPHOPT_CACHE_DIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["GRAPHOPT_CACHE_DIR"]
+            if before is not None:
+                os.environ["GRAPHOPT_CACHE_DIR"] = before
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
