@@ -86,7 +86,7 @@ class Space:
 
     ``model``: the owner of the shared weights. ``dimensions``: in the order of the graph. ``refusals``: groups that
     keep their size, with the reason. ``full``, ``smallest``: the choices at the ends. ``notes``: what was left undone,
-    in sentences (a mode that could not be captured).
+    in sentences (a mode that could not be captured, an output that subnets do not have).
 
     Pickled it is the model, the batch and the options: it is captured anew where it is unpickled, which gives the same
     dimensions.
@@ -121,6 +121,7 @@ class Space:
         self._set({named[h]: (h, Dimension(named[h], h.kind, values[h], h.where)) for h in handles})
         refused += self._in_the_other_mode()
         refused += self._that_fit()
+        self.notes += self._of_outputs()
         self.refusals: tuple[Refused, ...] = tuple(refused)
         if not self.dimensions:
             reasons = "; ".join(f"{r.name}: {r.why}" for r in self.refusals[:5]) or "no parameter has a free axis"
@@ -343,6 +344,19 @@ class Space:
             for _, found in states:
                 refused += self._drop(misfits(found, self.dimensions))
         return refused
+
+    def _of_outputs(self) -> list[str]:
+        """What there is to say about outputs: those that subnets do not have, and those that vary with them."""
+        captured, axes = self.primary.captured, self.primary.axes
+        varying = set(self.primary.elastic_axes())
+        return [
+            f"the output {name} is a {kind}, which no graph holds: subnets give None in its place"
+            for name, kind in captured.left_out.items()
+        ] + [
+            f"the output {name}, which the model itself works on further, has the sizes that it has in the subnet"
+            for name, node in axes.hidden_states.items()
+            if not varying.isdisjoint(axis for dim in axes.of(node) for axis in dim.axes())
+        ]
 
     def __str__(self) -> str:
         from graphopt.elastic.report import table
