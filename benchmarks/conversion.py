@@ -26,6 +26,7 @@ import torch
 
 import graphopt
 from benchmarks import strangers, zoo
+from benchmarks.zoo._torchvision import define_missing_operators
 from graphopt.elastic import Kind, Space
 from graphopt.elastic import space as make_space
 from graphopt.elastic.importance import sort_by_importance
@@ -38,6 +39,8 @@ from graphopt.graph.training_graph import InputKind
 SIZE = 4
 SAMPLES = 2
 OK, WRONG, RIGID, NOT_CAPTURED = "ok", "WRONG", "nothing elastic", "not captured"
+
+define_missing_operators()  # before anything imports torchvision
 
 _LISTED = [c for c in zoo.CASES if c.family != "torch"]
 CASES: dict[str, zoo.Case] = {c.name: c for c in (*_LISTED, *strangers.CASES)}
@@ -63,8 +66,9 @@ class Converted:
     seconds: float = 0.0
 
 
-def convert(name: str, limit: int = 900) -> Converted:
-    """Make a space of one architecture and check it, in at most ``limit`` seconds."""
+def convert(name: str, *, checked: bool = True, limit: int = 900) -> Converted:
+    """Make a space of one architecture and check it, in at most ``limit`` seconds. Not ``checked``: it is only described,
+    as it is, without another type of numbers or weights."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, _too_long)
@@ -73,7 +77,7 @@ def convert(name: str, limit: int = 900) -> Converted:
     case = CASES[name]
     row = Converted(case.name, case.family, note=case.note)
     try:
-        _convert(case, row)
+        _convert(case, row, checked)
     except graphopt.ElasticError as error:
         row.result, row.note = RIGID, str(error)
     except graphopt.CaptureError as error:
@@ -90,7 +94,7 @@ def _too_long(signum: int, frame: Any) -> None:
     raise TimeoutError("it took too long")
 
 
-def _convert(case: zoo.Case, row: Converted) -> None:
+def _convert(case: zoo.Case, row: Converted, checked: bool) -> None:
     from tests.axes_oracles import cast, wide
 
     torch.manual_seed(0)
@@ -100,6 +104,9 @@ def _convert(case: zoo.Case, row: Converted) -> None:
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         row.note = ""
     row.parameters = sum(p.numel() for p in model.parameters())
+    if not checked:
+        describe(make_space(model, inputs), row)
+        return
     try:
         made = make_space(wide(model), cast(inputs))
     except graphopt.CaptureError:  # an operator has no float64 kernel

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping
 from random import Random
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphopt.elastic import options
@@ -17,8 +18,9 @@ from graphopt.elastic.options import Sizes
 from graphopt.elastic.subnet import Subnet
 from graphopt.elastic.supergraph import Supergraph
 from graphopt.errors import BatchError, CaptureError, ElasticError
-from graphopt.graph.batch import flatten, one_batch
+from graphopt.graph.batch import call_model, flatten, normalise, one_batch
 from graphopt.graph.forward import capture_forward_call
+from graphopt.graph.step_module import UnsettledBuffer
 from graphopt.graph.tracing import FreeSizes, check_arguments
 from graphopt.graph.training_graph import TrainingGraph
 from graphopt.schemes import ModelWatch
@@ -301,8 +303,14 @@ class Space:
 
     def _captured(self, batch: Any, loss: Any) -> Supergraph:
         _, layout, _ = flatten(batch)
+        try:
+            captured = capture_forward_call(self.model, batch, loss=loss, free=self.free)
+        except UnsettledBuffer:
+            if loss is not None:
+                raise
+            _run_once(self.model, batch)
+            captured = capture_forward_call(self.model, batch, free=self.free)
         watch = ModelWatch(self.model)
-        captured = capture_forward_call(self.model, batch, loss=loss, free=self.free)
         made = Supergraph(captured, self.model, self.layers)
         self._states.setdefault((layout, loss), []).append((watch, made))
         return made
@@ -366,6 +374,16 @@ class Space:
     def __repr__(self) -> str:
         many = {kind: sum(d.kind is kind for d in self.dimensions) for kind in Kind}
         return f"Space({', '.join(f'{n} {kind}' for kind, n in many.items() if n)}; {len(self.refusals)} refused)"
+
+
+def _run_once(model: nn.Module, batch: Any) -> None:
+    """The first forward pass of a model, which makes buffers in the shape of the batch; all else stays as it was."""
+    before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad(), torch.random.fork_rng():
+        call_model(model, normalise(batch))
+        for name, buffer in model.named_buffers():
+            if name in before and buffer.shape == before[name].shape and buffer.dtype == before[name].dtype:
+                buffer.copy_(before[name])
 
 
 _TRIES = 1000

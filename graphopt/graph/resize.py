@@ -19,7 +19,8 @@ from torch import fx
 
 from graphopt.errors import AxisError
 from graphopt.graph.axes import Axes, Axis, Dim
-from graphopt.graph.draft import Draft, infer_or_copy
+from graphopt.graph.draft import Draft
+from graphopt.graph.inferred import Inferred
 from graphopt.graph.literals import Literal, Role, literals
 from graphopt.graph.op_rules.arguments import operand, set_operand
 from graphopt.graph.sizes import Expr, expression
@@ -204,6 +205,7 @@ class Resizer:
             self._scalars.setdefault(scalar.node, []).append(scalar)
         self._forms: dict[fx.Node, _Form] = {}
         self._fakes: dict[Any, torch.Tensor] = {}
+        self.inferred = Inferred()
         self._mode = fake_mode_of([node.meta.get("val") for node in self.graph.placeholders])
 
     def refusal(self, axis: Axis) -> str:
@@ -352,7 +354,7 @@ class _Resizing:
         if not found and self.changed.isdisjoint(copy.all_input_nodes):
             return
         try:
-            infer_or_copy(self.draft, copy)
+            self.resizer.inferred.infer(self.draft, copy)
         except Exception as error:
             self._refuse(node, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
         self.changed.add(copy)

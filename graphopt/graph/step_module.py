@@ -133,13 +133,17 @@ class StepModule(nn.Module):
         return tuple(outputs)
 
 
+class UnsettledBuffer(CaptureError):
+    """A buffer has another shape or type behind a forward pass than before: what the first one makes, perhaps."""
+
+
 def _follow(name: str, buffer: torch.Tensor, new: torch.Tensor) -> None:
     """A model that puts a new tensor in place of a buffer (``self.count = self.count + 1``) gives it a new value."""
     if new is buffer:
         return
     if new.shape != buffer.shape or new.dtype != buffer.dtype:
         was, now = (f"{t.dtype} {list(t.shape)}" for t in (buffer, new))
-        raise CaptureError(f"the model replaces its buffer {name!r} ({was}) by a tensor of another kind ({now})")
+        raise UnsettledBuffer(f"the model replaces its buffer {name!r} ({was}) by a tensor of another kind ({now})")
     buffer.copy_(new)
 
 
