@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from graphopt.errors import PassError
+from graphopt.graph.ancestry import ancestors
 from graphopt.graph.draft import Draft
 from graphopt.graph.mask_ops import pack_mask, unpack_mask
 from graphopt.graph.op_rules import is_pure, masked_form, operand, operand_names, operand_nodes, reads, set_operand
@@ -131,7 +132,7 @@ class _Work:
                     known.add(node)
                     independent.add(node)
         for leaf in [n for n in independent if not is_view(n) and isinstance(n.meta.get("val"), torch.Tensor)]:
-            cone = _cone(leaf, independent)
+            cone = ancestors([leaf], independent.__contains__)
             if any(user in independent for user in leaf.users) or leaf.meta["phase"] != Phase.BACKWARD:
                 continue
             freed = [s for s in kept_for_backward(self.draft.graph) if _backward_readers(s) <= cone]
@@ -312,17 +313,6 @@ def _replaceable(reader: fx.Node, name: str, value: fx.Node) -> str:
 
 def _backward_readers(storage: Storage) -> set[fx.Node]:
     return {u for v in storage.values for u in v.users if u.meta.get("phase") == Phase.BACKWARD}
-
-
-def _cone(leaf: fx.Node, within: set[fx.Node]) -> set[fx.Node]:
-    """``leaf`` and those of its ancestors that lie ``within``."""
-    cone, stack = {leaf}, [leaf]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source in within and source not in cone:
-                cone.add(source)
-                stack.append(source)
-    return cone
 
 
 def _same_shape(reader: fx.Node, value: fx.Node) -> fx.Node | None:

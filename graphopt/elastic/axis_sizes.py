@@ -75,11 +75,11 @@ class AxisSize(Handle):
 
 
 def find(axes: Axes, resizer: Resizer) -> Found:
-    """The axes of parameters that can have other sizes; those that cannot, with the reason."""
+    """The axes of parameters that are read and can have other sizes; those that cannot, with the reason."""
     handles: list[Handle] = []
     refused: list[Refused] = []
     carriers = axes.carriers()
-    parameters = axes.graph.input_nodes(InputKind.PARAMETER)
+    parameters = {n for n, node in axes.graph.input_nodes(InputKind.PARAMETER).items() if node.users}
     grouped, headed = queries(axes), _with_heads(axes)
     used: set[str] = set()
     for axis in axes.groups():

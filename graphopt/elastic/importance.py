@@ -36,7 +36,7 @@ def sort_by_importance(
     weights for transformations (`Own`) among them.
 
     Do it before an optimizer has state: moments are not permuted. Axes whose indices tensors of the model's own code
-    carry (constants of the graph) stay as they are.
+    carry (constants of the graph), or hidden states that the model returns, stay as they are.
 
     Args:
         space: its model's parameters and buffers are permuted in place.
@@ -55,11 +55,12 @@ def sort_by_importance(
     supergraph = space.primary
     tensors = {**dict(space.model.named_parameters()), **dict(space.model.named_buffers())}  # as they are now
     constants = set(supergraph.graph.constants)
+    outward = {axis for n in supergraph.axes.hidden_states.values() for dim in supergraph.axes.of(n) for axis in dim.axes()}
     orders: dict[Axis, torch.Tensor] = {}
     found: dict[str, torch.Tensor] = {}
     for dimension in space.dimensions:
         for axis in supergraph.handles[dimension.name].axes(dimension.full):
-            if not any(place.name in constants for place in axis.places):
+            if axis not in outward and not any(place.name in constants for place in axis.places):
                 order = torch.argsort(_of_axis(supergraph.axes, axis, scores), descending=True, stable=True)
                 orders[axis] = order
                 found.setdefault(dimension.name, order)

@@ -7,26 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from random import Random
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx, nn
 
 from graphopt.elastic.axis_sizes import AxisSize
-from graphopt.elastic.choice import Choice
 from graphopt.elastic.dimension import Kind, Refused, Value
 from graphopt.elastic.handles import Cut, Found, Handle, sizes_of_cuts
 from graphopt.elastic.kernel_sizes import KernelSize, is_convolution, possible_sizes, small_window, uses, window_of
 from graphopt.elastic.partial_reads import PassOutput, ReadInput, ReadPart, passed_axis
-from graphopt.elastic.transformations import Identity, Transformation, draw, inserted, kernel_matrices, own_weights
+from graphopt.elastic.transformations import Identity, Transformation, inserted, kernel_matrices, own_weights
 from graphopt.errors import ElasticError
 from graphopt.graph.axes import Axes, Axis
 from graphopt.graph.draft import Draft
 from graphopt.graph.training_graph import InputKind
-
-if TYPE_CHECKING:
-    from graphopt.elastic.space import Space
 
 
 class KernelMatrices:
@@ -270,17 +265,4 @@ class KernelByMatrix(KernelSize):
         return {f"{self.name}{value}.{n}": p for n, p in self.by_size[value].named_parameters()}
 
 
-def draws(space: Space, m: int, *, seed: int | None = None, base: Mapping[str, Any] | None = None) -> list[Choice]:
-    """m subnets that differ in their transformations: m are drawn per layer, the i-th of all layers form subnet i.
-
-    ``base``: values of the other dimensions, full by default. Raises ElasticError where no layer has transformations.
-    """
-    layers = {d.name: d.choices for d in space.dimensions if d.kind is Kind.TRANSFORMATION}
-    if not layers:
-        raise ElasticError("draws: no layer of this space has transformations; give space(..., layers={...})")
-    generator = torch.Generator().manual_seed(Random(seed).getrandbits(60))
-    drawn = draw({name: len(choices) for name, choices in layers.items()}, m, generator)
-    return [space.choice({**(base or {}), **{n: layers[n][i] for n, i in one.items()}}) for one in drawn]
-
-
-__all__ = ["KernelByMatrix", "KernelMatrices", "Layers", "Option", "Transformed", "draws"]
+__all__ = ["KernelByMatrix", "KernelMatrices", "Layers", "Option", "Transformed"]

@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from random import Random
+from typing import Any
+
+import torch
 
 from graphopt.elastic.choice import Choice
 from graphopt.elastic.dimension import Dimension, Kind, Value
 from graphopt.elastic.options import meant
 from graphopt.elastic.space import Space
+from graphopt.elastic.transformations import draw
 from graphopt.errors import ElasticError
 
 Pattern = str
@@ -75,6 +79,19 @@ class Region:
             return tuple(sorted(random.sample(range(self._depths[name]), value)))
         return value
 
+    def per_layer(self, count: int, random: Random) -> list[dict[str, Value]]:
+        """Which transformation each layer goes through in so many subnets: of each layer as many are drawn, none again
+        before all were there, and the i-th draws of all layers are subnet i.
+
+        Raises ElasticError where no layer has transformations.
+        """
+        layers = [d.name for d in self.space.dimensions if d.kind is Kind.TRANSFORMATION]
+        if not layers:
+            raise ElasticError("no layer of this space has transformations; give space(..., layers={...})")
+        generator = torch.Generator().manual_seed(random.getrandbits(60))
+        drawn = draw({name: len(self.choices[name]) for name in layers}, count, generator)
+        return [{name: self.choices[name][index] for name, index in one.items()} for one in drawn]
+
     @cached_property
     def _depths(self) -> dict[str, int]:
         """How many runs each dimension of depth has."""
@@ -94,3 +111,12 @@ def matching(dimensions: Sequence[Dimension], patterns: Iterable[Pattern]) -> tu
             raise ElasticError(f"dimensions: {pattern!r} is the name, a pattern or the kind of none; there are {names}")
         found |= mine
     return tuple(d.name for d in dimensions if d.name in found)
+
+
+def draws(space: Space, m: int, *, seed: int | None = None, base: Mapping[str, Any] | None = None) -> list[Choice]:
+    """m subnets that differ in their transformations: m are drawn per layer, the i-th of all layers form subnet i.
+
+    ``base``: values of the other dimensions, full by default. Raises ElasticError where no layer has transformations.
+    """
+    drawn = Region.of(space).per_layer(m, Random(seed))
+    return [space.choice({**(base or {}), **values}) for values in drawn]

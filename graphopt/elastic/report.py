@@ -69,15 +69,16 @@ def governed(space: Space, name: str) -> tuple[int, int]:
 
 
 def rigid(space: Space) -> float:
-    """The share of the parameters' elements that no dimension but depth changes the number of."""
+    """The share of the parameters' elements that no dimension but depth changes the number of. Parameters that nothing
+    reads count for nothing: no subnet has them."""
     supergraph = space.primary
     axes = {axis for d in space.dimensions for axis in supergraph.handles[d.name].axes(d.smallest)}
     cut = {n for d in space.dimensions for n in supergraph.handles[d.name].cuts(d.smallest)}
     total = untouched = 0
     for name, node in supergraph.graph.input_nodes(InputKind.PARAMETER).items():
-        size = prod(node.meta["val"].shape)
+        size = prod(node.meta["val"].shape) if node.users else 0
         total += size
-        untouched += 0 if name in cut else size - _reached(supergraph.axes.of(node), axes)
+        untouched += 0 if name in cut or not size else size - _reached(supergraph.axes.of(node), axes)
     return untouched / total if total else 1.0
 
 

@@ -18,12 +18,9 @@ from math import isfinite
 from random import Random as Dice
 from typing import Any
 
-import torch
-
 from graphopt.elastic.choice import Choice
 from graphopt.elastic.dimension import Kind
 from graphopt.elastic.region import Pattern, Region, matching
-from graphopt.elastic.transformations import draw
 from graphopt.errors import ElasticError
 
 _TRIES = 20
@@ -370,18 +367,12 @@ class PerLayer(Strategy):
 
     def draw(self, region: Region, count: int, turn: Turn) -> list[Choice]:
         """See `Strategy.draw`. Raises ElasticError where no layer of the space has transformations."""
-        layers = matching(region.space.dimensions, [Kind.TRANSFORMATION])
-        rest = [d.name for d in region.space.dimensions if d.name not in layers and d.name in region.open]
+        rest = [d.name for d in region.space.dimensions if d.kind is not Kind.TRANSFORMATION and d.name in region.open]
         bases = self.others.draw(region.only(rest), count, turn) if rest else []
         bases = bases or [region.full]
-        counts = {name: len(region.choices[name]) for name in layers}
-        drawn = draw(counts, count, torch.Generator().manual_seed(turn.dice.getrandbits(60)))
-        made = ({**bases[i % len(bases)], **_picked(region, one)} for i, one in enumerate(drawn))
+        drawn = enumerate(region.per_layer(count, turn.dice))
+        made = ({**bases[i % len(bases)], **values} for i, values in drawn)
         return distinct(region.choice(values) for values in made)
-
-
-def _picked(region: Region, indices: Mapping[str, int]) -> dict[str, Any]:
-    return {name: region.choices[name][index] for name, index in indices.items()}
 
 
 def _check_weights(where: str, weights: Sequence[float]) -> None:

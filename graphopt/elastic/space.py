@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable, Mapping
 from random import Random
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphopt.elastic import options
@@ -17,8 +18,9 @@ from graphopt.elastic.options import Sizes
 from graphopt.elastic.subnet import Subnet
 from graphopt.elastic.supergraph import Supergraph
 from graphopt.errors import BatchError, CaptureError, ElasticError
-from graphopt.graph.batch import flatten, one_batch
+from graphopt.graph.batch import call_model, flatten, normalise, one_batch
 from graphopt.graph.forward import capture_forward_call
+from graphopt.graph.step_module import UnsettledBuffer
 from graphopt.graph.tracing import FreeSizes, check_arguments
 from graphopt.graph.training_graph import TrainingGraph
 from graphopt.schemes import ModelWatch
@@ -86,7 +88,7 @@ class Space:
 
     ``model``: the owner of the shared weights. ``dimensions``: in the order of the graph. ``refusals``: groups that
     keep their size, with the reason. ``full``, ``smallest``: the choices at the ends. ``notes``: what was left undone,
-    in sentences (a mode that could not be captured).
+    in sentences (a mode that could not be captured, an output that subnets do not have).
 
     Pickled it is the model, the batch and the options: it is captured anew where it is unpickled, which gives the same
     dimensions.
@@ -121,6 +123,7 @@ class Space:
         self._set({named[h]: (h, Dimension(named[h], h.kind, values[h], h.where)) for h in handles})
         refused += self._in_the_other_mode()
         refused += self._that_fit()
+        self.notes += self._of_outputs()
         self.refusals: tuple[Refused, ...] = tuple(refused)
         if not self.dimensions:
             reasons = "; ".join(f"{r.name}: {r.why}" for r in self.refusals[:5]) or "no parameter has a free axis"
@@ -300,8 +303,14 @@ class Space:
 
     def _captured(self, batch: Any, loss: Any) -> Supergraph:
         _, layout, _ = flatten(batch)
+        try:
+            captured = capture_forward_call(self.model, batch, loss=loss, free=self.free)
+        except UnsettledBuffer:
+            if loss is not None:
+                raise
+            _run_once(self.model, batch)
+            captured = capture_forward_call(self.model, batch, free=self.free)
         watch = ModelWatch(self.model)
-        captured = capture_forward_call(self.model, batch, loss=loss, free=self.free)
         made = Supergraph(captured, self.model, self.layers)
         self._states.setdefault((layout, loss), []).append((watch, made))
         return made
@@ -344,6 +353,19 @@ class Space:
                 refused += self._drop(misfits(found, self.dimensions))
         return refused
 
+    def _of_outputs(self) -> list[str]:
+        """What there is to say about outputs: those that subnets do not have, and those that vary with them."""
+        captured, axes = self.primary.captured, self.primary.axes
+        varying = set(self.primary.elastic_axes())
+        return [
+            f"the output {name} is a {kind}, which no graph holds: subnets give None in its place"
+            for name, kind in captured.left_out.items()
+        ] + [
+            f"the output {name}, which the model itself works on further, has the sizes that it has in the subnet"
+            for name, node in axes.hidden_states.items()
+            if not varying.isdisjoint(axis for dim in axes.of(node) for axis in dim.axes())
+        ]
+
     def __str__(self) -> str:
         from graphopt.elastic.report import table
 
@@ -352,6 +374,16 @@ class Space:
     def __repr__(self) -> str:
         many = {kind: sum(d.kind is kind for d in self.dimensions) for kind in Kind}
         return f"Space({', '.join(f'{n} {kind}' for kind, n in many.items() if n)}; {len(self.refusals)} refused)"
+
+
+def _run_once(model: nn.Module, batch: Any) -> None:
+    """The first forward pass of a model, which makes buffers in the shape of the batch; all else stays as it was."""
+    before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad(), torch.random.fork_rng():
+        call_model(model, normalise(batch))
+        for name, buffer in model.named_buffers():
+            if name in before and buffer.shape == before[name].shape and buffer.dtype == before[name].dtype:
+                buffer.copy_(before[name])
 
 
 _TRIES = 1000

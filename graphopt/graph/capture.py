@@ -8,8 +8,8 @@ for bit), and describes every input and output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -25,12 +25,16 @@ from graphopt.graph.training_graph import TrainingGraph
 
 @dataclass(frozen=True)
 class Captured:
-    """A captured graph with what it takes to call it: the layout of its batch and the nesting of its outputs."""
+    """A captured graph with what it takes to call it: the layout of its batch and the nesting of its outputs.
+
+    ``left_out``: outputs that are no tensors and no plain data, for which None stands: by name, of which type.
+    """
 
     graph: TrainingGraph
     layout: BatchLayout
     output_spec: Any = None
     output_constants: tuple[tuple[int, Any], ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def capture(

@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from graphopt.errors import AxisError
+from graphopt.graph.ancestry import ancestors
 from graphopt.graph.axes import Axes
 from graphopt.graph.draft import Draft
 from graphopt.graph.op_rules import is_pure, rule
@@ -230,14 +231,7 @@ def _computed_from(draft: Draft, gone: set[fx.Node]) -> set[fx.Node]:
 def _live(draft: Draft) -> set[fx.Node]:
     """The operators of a draft that results other than new values of buffers are computed from."""
     pairs = zip(draft.signature.outputs, draft.results, strict=True)
-    waiting = [r for o, r in pairs if r is not None and o.kind is not OutputKind.BUFFER]
-    found = set(waiting)
-    while waiting:
-        for source in waiting.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                waiting.append(source)
-    return found
+    return ancestors(r for o, r in pairs if r is not None and o.kind is not OutputKind.BUFFER)
 
 
 def _paths(nodes: Iterable[fx.Node]) -> set[str]:
@@ -270,14 +264,8 @@ class _Search:
         self.parameters = {node: name for name, node in graph.input_nodes(InputKind.PARAMETER).items()}
         self.order = {node: i for i, node in enumerate(graph.graph.nodes)}
         results = zip(graph.outputs, graph.results, strict=True)
-        waiting = [n for o, n in results if n is not None and o.kind in (OutputKind.LOSS, OutputKind.OUTPUT)]
-        self.results = set(waiting)
-        self.live: set[fx.Node] = set(waiting)
-        while waiting:
-            for source in waiting.pop().all_input_nodes:
-                if source not in self.live:
-                    self.live.add(source)
-                    waiting.append(source)
+        self.results = {n for o, n in results if n is not None and o.kind in (OutputKind.LOSS, OutputKind.OUTPUT)}
+        self.live = ancestors(self.results)
         self.adds = {node for node, *_ in axes.sums() if node in self.live}
 
     def users(self, node: fx.Node) -> list[fx.Node]:
@@ -321,12 +309,7 @@ class _Search:
     def between(self, entry: fx.Node, last: fx.Node) -> set[fx.Node]:
         """The nodes on the ways from ``entry`` to ``last``, with ``last``."""
         limit = self.order[entry]
-        above, waiting = {last}, [last]
-        while waiting:
-            for source in waiting.pop().all_input_nodes:
-                if source not in above and self.order[source] > limit and source.op == "call_function":
-                    above.add(source)
-                    waiting.append(source)
+        above = ancestors([last], lambda n: self.order[n] > limit and n.op == "call_function")
         below = {entry}
         for node in sorted(above, key=self.order.__getitem__):
             if any(source in below for source in node.all_input_nodes):

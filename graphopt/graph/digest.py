@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from graphopt.graph.ancestry import ancestors
 from graphopt.graph.op_rules import is_random
 from graphopt.graph.text import shape_text
 from graphopt.graph.training_graph import TrainingGraph
@@ -22,7 +23,7 @@ def digest(graph: TrainingGraph) -> str:
     def of(value: Any) -> str:
         return digests[value] if isinstance(value, fx.Node) else repr(value)
 
-    live = _live(graph)
+    live = ancestors(r for r in graph.results if r is not None)
     for input_, node in zip(graph.inputs, graph.placeholders, strict=True):
         digests[node] = _sha(str(input_), shape_text(node.meta.get("val"), graph.symbols))
     for node in graph.nodes:
@@ -38,18 +39,6 @@ def digest(graph: TrainingGraph) -> str:
     pairs = zip(graph.outputs, graph.results, strict=True)
     outputs = sorted(f"{o} {digests[r] if r is not None else None}" for o, r in pairs)
     return _sha(str(sum(n.op == "call_function" for n in live)), *outputs)
-
-
-def _live(graph: TrainingGraph) -> set[fx.Node]:
-    """Nodes that an output depends on."""
-    live: set[fx.Node] = set()
-    stack = [r for r in graph.results if r is not None]
-    while stack:
-        node = stack.pop()
-        if node not in live:
-            live.add(node)
-            stack.extend(node.all_input_nodes)
-    return live
 
 
 def _structure(value: Any) -> str:

@@ -34,6 +34,8 @@ def capture_forward(
             model's outputs are the graph's.
         free: further sizes to keep free, as in `graphopt.capture`.
 
+    Outputs that are neither tensors nor plain data (a cache of keys and values) are not in the graph.
+
     Returns:
         A functional graph of parameters, buffers and the batch, with the loss or the outputs and the new values of
         buffers. ``aten.detach`` stands where gradients stop, casts where autocast made them. ``signature.tree`` has
@@ -64,7 +66,7 @@ def capture_forward_call(
     check_arguments(model, loss)
     traced = trace(
         export_forward, model, batch, loss=loss, trainable=trainable_parameters(model, "wanted"), batch_gradients=None,
-        free=free,
+        free=free, opaque=True,
     )  # fmt: skip
     module = traced.module
     with autocast(module.autocast, enabled=False):
@@ -72,4 +74,4 @@ def capture_forward_call(
     graph = training_graph(traced.exported, module, module.names, traced.sizes, requires_grad=module.required)
     tree = {**graph.signature.tree, "no_grad": detached, "own_backward": list(traced.exported.own_backward)}
     whole = TrainingGraph(graph.graph, replace(graph.signature, tree=tree), graph.constants)
-    return Captured(whole, traced.layout, module.output_spec, tuple(module.output_constants))
+    return Captured(whole, traced.layout, module.output_spec, tuple(module.output_constants), module.left_out)

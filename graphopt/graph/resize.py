@@ -19,7 +19,8 @@ from torch import fx
 
 from graphopt.errors import AxisError
 from graphopt.graph.axes import Axes, Axis, Dim
-from graphopt.graph.draft import Draft, infer_or_copy
+from graphopt.graph.draft import Draft
+from graphopt.graph.inferred import Inferred
 from graphopt.graph.literals import Literal, Role, literals
 from graphopt.graph.op_rules.arguments import operand, set_operand
 from graphopt.graph.sizes import Expr, expression
@@ -188,6 +189,7 @@ class Resizer:
         self.axes, self.graph = axes, axes.graph
         self._literals: dict[fx.Node, list[Literal]] = {}
         self._refused: dict[Axis, Literal] = {}
+        self.computed: set[Literal] = set()  # by arithmetic on sizes, some of which may change where it does not
         explained = {(scalar.node, scalar.argument) for scalar in scalars}
         for literal in literals(self.graph, axes):
             if (literal.node, literal.argument) in explained or not literal.axes:
@@ -196,11 +198,14 @@ class Resizer:
             if literal.refusal:
                 for axis in literal.axes:
                     self._refused.setdefault(axis, literal)
+            elif _is_computed(literal):
+                self.computed.add(literal)
         self._scalars: dict[fx.Node, list[Scalar]] = {}
         for scalar in scalars:
             self._scalars.setdefault(scalar.node, []).append(scalar)
         self._forms: dict[fx.Node, _Form] = {}
         self._fakes: dict[Any, torch.Tensor] = {}
+        self.inferred = Inferred()
         self._mode = fake_mode_of([node.meta.get("val") for node in self.graph.placeholders])
 
     def refusal(self, axis: Axis) -> str:
@@ -243,6 +248,13 @@ class Resizer:
         if found is None:
             found = self._forms[node] = _Form.of(node, self.axes.of(node), self.graph.symbols.evaluate)
         return found
+
+
+def _is_computed(literal: Literal) -> bool:
+    """Whether an argument is computed from sizes (``x.size(0) // 4``), rather than a number or a size as it is."""
+    given: Any = operand(literal.node, literal.argument)
+    given = given if literal.index is None else given[literal.index]
+    return isinstance(given, fx.Node) and given.target is not torch.ops.aten.sym_size.int
 
 
 @dataclass(frozen=True)
@@ -290,7 +302,8 @@ class _Resizing:
         alive = set(self.draft.graph.nodes)
         self.found: dict[fx.Node, list[Literal]] = {}
         for node, several in self.resizer._literals.items():
-            touched = [literal for literal in several if not literal.axes.isdisjoint(self.sizes)]
+            computed = self.resizer.computed
+            touched = [x for x in several if x in computed or not x.axes.isdisjoint(self.sizes)]
             if touched and self.draft.node(node) in alive:
                 for literal in touched:
                     if literal.refusal and not (literal.role is Role.VALUE and node.name in self.stay):
@@ -341,7 +354,7 @@ class _Resizing:
         if not found and self.changed.isdisjoint(copy.all_input_nodes):
             return
         try:
-            infer_or_copy(self.draft, copy)
+            self.resizer.inferred.infer(self.draft, copy)
         except Exception as error:
             self._refuse(node, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
         self.changed.add(copy)
@@ -389,9 +402,10 @@ class _Resizing:
 
     def _rewrite(self, copy: fx.Node, literal: Literal) -> None:
         new = literal.at(self.sizes)
-        if new == literal.value:
-            return
         given: Any = operand(copy, literal.argument)
+        now = given if literal.index is None else given[literal.index]
+        if new == (expression(now.meta["val"]) if isinstance(now, fx.Node) else literal.value):
+            return
         if literal.index is None:
             set_operand(copy, literal.argument, self._number(new, given, copy))
             return

@@ -25,7 +25,8 @@ class StepModule(nn.Module):
 
     Tied weights are one parameter here, so that their gradients are added in autograd's own order. With a loss the
     result is ``(loss,)`` or, when gradients are accumulated over ``accumulate`` batches, ``(loss / accumulate, loss)``.
-    Without one it is the flat tuple of the model's output tensors; ``output_spec`` then tells their nesting.
+    Without one it is the flat tuple of the model's output tensors; ``output_spec`` then tells their nesting. Leaves that
+    are neither tensors nor plain data (caches) are refused or, with ``opaque``, None; ``left_out`` then says which.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class StepModule(nn.Module):
         trainable: Collection[str],
         provenance: Provenance,
         accumulate: int = 1,
+        opaque: bool = False,
     ):
         super().__init__()
         self.layout, self.accumulate, self.provenance = layout, accumulate, provenance
@@ -48,6 +50,7 @@ class StepModule(nn.Module):
         self.output_spec: Any = None
         self.output_constants: list[tuple[int, Any]] = []
         self.output_names: list[str] = []
+        self.opaque, self.left_out = opaque, dict[str, str]()
         self.needs_gradient = bool(trainable)
         self._differentiable = False
         self.counted: dict[str, None] = {}  # Python numbers that the model changed when it was called
@@ -108,11 +111,15 @@ class StepModule(nn.Module):
         """Output tensors, none an alias of an input, a parameter or another output (those are cloned)."""
         _know_dataclasses(result)
         with_paths, self.output_spec = pytree.tree_flatten_with_path(result)
-        self.output_constants, self.output_names, outputs = [], [], []
+        self.output_constants, self.output_names, self.left_out, outputs = [], [], {}, []
         known = [*inputs, *state.values()]
         for position, (path, leaf) in enumerate(with_paths):
             if not isinstance(leaf, torch.Tensor):
                 if not isinstance(leaf, (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)):
+                    if self.opaque and len(with_paths) > 1:
+                        self.left_out[leaf_name(path)] = type(leaf).__name__
+                        self.output_constants.append((position, None))
+                        continue
                     raise CaptureError(
                         f"the model's output holds a {type(leaf).__name__}, which is no nesting of tensors that "
                         "torch.utils._pytree knows (for caches of transformers: use_cache=False)"
@@ -126,13 +133,17 @@ class StepModule(nn.Module):
         return tuple(outputs)
 
 
+class UnsettledBuffer(CaptureError):
+    """A buffer has another shape or type behind a forward pass than before: what the first one makes, perhaps."""
+
+
 def _follow(name: str, buffer: torch.Tensor, new: torch.Tensor) -> None:
     """A model that puts a new tensor in place of a buffer (``self.count = self.count + 1``) gives it a new value."""
     if new is buffer:
         return
     if new.shape != buffer.shape or new.dtype != buffer.dtype:
         was, now = (f"{t.dtype} {list(t.shape)}" for t in (buffer, new))
-        raise CaptureError(f"the model replaces its buffer {name!r} ({was}) by a tensor of another kind ({now})")
+        raise UnsettledBuffer(f"the model replaces its buffer {name!r} ({was}) by a tensor of another kind ({now})")
     buffer.copy_(new)
 
 

@@ -40,6 +40,7 @@ def trace(
     batch_gradients: bool | None,
     accumulate: int = 1,
     free: FreeSizes | None = None,
+    opaque: bool = False,
 ) -> Traced:
     """Trace forward and loss of ``model`` by ``export`` (`export_joint` or `export_forward`).
 
@@ -52,6 +53,7 @@ def trace(
         batch_gradients: whether floating-point tensors of the batch require grad; None: those that do.
         accumulate: what the loss is divided by.
         free: further sizes to keep free.
+        opaque: whether outputs that are neither tensors nor plain data are None instead of an error.
 
     Raises:
         BatchError: the batch is empty, the model rejects it, or ``free`` names what it does not have.
@@ -67,7 +69,7 @@ def trace(
     failure: GraphoptError | None = None
     for attempt in _attempts(sizes, bool(batch_gradients)):
         provenance = Provenance(model)
-        module = StepModule(model, layout, loss, trainable, provenance, accumulate)
+        module = StepModule(model, layout, loss, trainable, provenance, accumulate, opaque)
         given = tensors if attempt.batch_gradients else [t.detach() for t in tensors]
         try:
             without = autocast(module.autocast, enabled=False)  # which forward enters by itself
@@ -190,7 +192,7 @@ def _explained(
 
 def _model_rejects(model: nn.Module, tensors: Sequence[torch.Tensor], layout: BatchLayout, loss: Any) -> bool:
     """Whether forward and loss fail by themselves: on fake tensors, and then really, since fake tensors refuse more."""
-    module = StepModule(model, layout, loss, (), Provenance(model))
+    module = StepModule(model, layout, loss, (), Provenance(model), opaque=True)
     with unchanged(model, loss):
         return fails_on_fakes(module, tensors) and _fails(module, tensors)
 

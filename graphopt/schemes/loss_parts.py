@@ -14,6 +14,7 @@ from operator import getitem
 import torch
 from torch import fx
 
+from graphopt.graph.ancestry import ancestors
 from graphopt.graph.axes import Axis, Dim, Form
 from graphopt.graph.batch import BatchLayout
 from graphopt.graph.literals.roles import Role, role_of
@@ -111,7 +112,7 @@ class _Walk:
         for node in graph.nodes:
             if node.op == "call_function" and is_random(node):
                 raise _Refused(f"{_place(node)} draws random numbers, others for parts than for the whole")
-        needed = _ancestors(loss)
+        needed = ancestors([loss])
         for given, node in zip(graph.inputs, graph.placeholders, strict=True):
             batched = given.kind is InputKind.BATCH and self.layout.batched[self.layout.names.index(given.name)]
             self.states[node] = _State.SAMPLES if batched else _State.FREE
@@ -238,7 +239,7 @@ class _Walk:
         if operand(node, "weight") is not None:
             raise _Refused(f"{_place(node)} has class weights")
         target = operand(node, "target")
-        needed = _ancestors(target)
+        needed = ancestors([target])
         inputs = [
             (given, n) for given, n in zip(self.graph.inputs, self.graph.placeholders, strict=True) if n in needed
         ]
@@ -256,16 +257,6 @@ class _Walk:
         targets = lower(TrainingGraph(part, signature, self.graph.constants), in_place=False)
         positions = tuple(self.layout.names.index(given.name) for given, _ in inputs)
         return replace(found, targets=targets, inputs=positions, ignore_index=operand(node, "ignore_index"))
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found, left = {node}, [node]
-    while left:
-        for source in left.pop().all_input_nodes:
-            if source not in found:
-                found.add(source)
-                left.append(source)
-    return found
 
 
 def _is_size(node: fx.Node) -> bool:

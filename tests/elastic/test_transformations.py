@@ -7,8 +7,9 @@ from torch import nn
 import graphopt.elastic as elastic
 from graphopt.elastic import Kind
 from graphopt.elastic.importance import sort_by_importance
-from graphopt.elastic.layers import KernelMatrices, draws
+from graphopt.elastic.layers import KernelMatrices
 from graphopt.elastic.partial_reads import ReadInput
+from graphopt.elastic.region import draws
 from graphopt.elastic.sized_code import run
 from graphopt.elastic.transformations import Identity, InTurn, Linear, NonLinear, Own, Transformation, draw
 from graphopt.errors import ElasticError

@@ -128,6 +128,12 @@ class Axes:
         return tuple(self._found.adds)
 
     @property
+    def hidden_states(self) -> dict[str, fx.Node]:
+        """Outputs that the model itself works on further, by name: their dimensions are not frozen, see
+        `graphopt.graph.axes.hidden_states`."""
+        return self._found.hidden
+
+    @property
     def unknown(self) -> tuple[Unknown, ...]:
         """Operators without an axis rule. The axes they touch are frozen."""
         nodes: dict[str, list[str]] = {}

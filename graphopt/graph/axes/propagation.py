@@ -12,6 +12,7 @@ from torch import fx
 
 from graphopt.errors import AxisError
 from graphopt.graph.axes.factors import ONE, Factor, Factors, find
+from graphopt.graph.axes.hidden_states import hidden_states
 from graphopt.graph.op_rules.axis_rules import default_rule
 from graphopt.graph.op_rules.queries import rule
 from graphopt.graph.sizes import Expr, expression
@@ -51,7 +52,8 @@ _PRIMES = tuple(10**n + k for n, k in ((6, 3), (9, 7), (12, 39), (15, 37), (18, 
 class Propagation(Factors):
     """The analysis at work: what axis rules see. See `Factors` for merging and refining.
 
-    ``unknown_nodes`` are the nodes whose operators have no rule, ``adds`` the forward sums of two activations.
+    ``unknown_nodes`` are the nodes whose operators have no rule, ``adds`` the forward sums of two activations, ``hidden``
+    the outputs that are hidden states (`hidden_states`).
     """
 
     one = ONE
@@ -64,6 +66,7 @@ class Propagation(Factors):
         self.unknown_nodes: list[fx.Node] = []
         self.statistics_of: list[tuple[Factor, str]] = []
         self.adds: list[tuple[fx.Node, fx.Node, fx.Node]] = []
+        self.hidden: dict[str, fx.Node] = {}
         self.expressions: dict[int, Expr] = {}
         self._evaluated: dict[sympy.Expr, int] = {}
         symbols = list(graph.symbols.symbols.values())
@@ -330,7 +333,8 @@ class Propagation(Factors):
             self.dims[node] = tuple(dims)
 
     def _results(self) -> None:
-        """Gradients and new values are like what they are of; what the user sees keeps its order."""
+        """Gradients and new values are like what they are of; what the user sees keeps its order, but hidden states."""
+        self.hidden = hidden_states(self.graph, self.activations)
         inputs = {(i.kind, i.name, i.field): n for i, n in zip(self.graph.inputs, self.graph.placeholders, strict=True)}
         outputs = {}
         for given, node in zip(self.graph.outputs, self.graph.results, strict=True):
@@ -339,7 +343,7 @@ class Propagation(Factors):
             self.at = node
             if given.kind is OutputKind.OUTPUT:
                 outputs[given.name] = node
-                for d, f in enumerate(self.of(node)):
+                for d, f in enumerate(() if given.name in self.hidden else self.of(node)):
                     if not find(f).tags & Tag.BATCH:
                         self.tag(f, Tag.OUTPUT)
                         self.freeze(f, f"dimension {d} of the output {given.name}")

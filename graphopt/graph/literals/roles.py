@@ -67,7 +67,9 @@ _BY_NAME: dict[str, Role] = {
     **dict.fromkeys(
         """
         reduction mode ignore_index padding_idx num_layers chunks sections interpolation_mode correction ord p
-        shifts offset diagonal seed edge_order n
+        shifts offset diagonal seed edge_order n padding_mode divisor_override num_samples decimals normalization
+        last_dim_size expand1 expand2 expand3 sumdim unroll_dim minlength path blank input_lengths target_lengths steps
+        window_length row col compute_mode
         """.split(),  # noqa: SIM905
         R.CONSTANT,
     ),
@@ -89,6 +91,8 @@ _BY_OPERATOR: dict[str, Role] = {
     "histc.bins": R.CONSTANT,
     "randint.low": R.VALUE,
     "randint.high": R.VALUE,
+    "randint_like.low": R.VALUE,
+    "randint_like.high": R.VALUE,
     "randperm.n": R.CONSTANT,
     "embedding_dense_backward.num_weights": R.CONSTANT,
     "stft.n_fft": R.CONSTANT,
@@ -99,6 +103,7 @@ _BY_OPERATOR: dict[str, Role] = {
     "unfold.size": R.WINDOW,
     "unfold.step": R.WINDOW,
     "tile.dims": R.COPIES,
+    "reshape.shape": R.RESULT,
     "unflatten.sizes": R.TOLD,
     "repeat_interleave.output_size": R.LENGTH,
     "as_strided.size": R.UNKNOWN,

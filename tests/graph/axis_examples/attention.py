@@ -86,6 +86,11 @@ def recurrent() -> Iterator[Call]:
             source = floats(2, 4, 3) if batch_first else floats(4, 2, 3)
             given = state if name == "lstm" else state[0]
             yield call(f"{name}.input", source, given, params, biases, layers, 0.0, False, both, batch_first)
+    for name, gates in (("lstm_cell", 4), ("gru_cell", 3), ("rnn_tanh_cell", 1), ("rnn_relu_cell", 1)):
+        for biases in (2, 0):
+            params = [floats(gates * 5, 3), floats(gates * 5, 5), *(floats(gates * 5) for _ in range(biases))]
+            state = [floats(2, 5), floats(2, 5)] if gates == 4 else floats(2, 5)
+            yield call(name, floats(2, 3), state, *params)
     weights = [torch.randn(20, 3), torch.randn(20, 5), torch.randn(20), torch.randn(20)]
     states = [torch.randn(2, 5), torch.randn(2, 5)]
     yield call(

@@ -70,6 +70,7 @@ def pooling() -> Iterator[Call]:
     yield call("_upsample_bilinear2d_aa", image, [3, 2], False)
     yield call("_upsample_bicubic2d_aa", image, [3, 2], False)
     yield call("grid_sampler_2d", image, positive(2, 5, 7, 2), 0, 0, False)
+    yield call("grid_sampler", image, positive(2, 5, 7, 2), 0, 0, False)
     yield call("grid_sampler_3d", floats(2, 3, 4, 4, 4), positive(2, 5, 4, 3, 3), 0, 0, False)
     yield call("im2col", image, [2, 2], [1, 1], [0, 0], [1, 1])
     yield call("im2col", image[0], [2, 2], [1, 1], [0, 0], [2, 2])

@@ -66,6 +66,8 @@ def losses() -> Iterator[Call]:
         yield call("_safe_softmax", floats(3, 4, 5), dim)
         yield call("softmax.int", floats(3, 4, 5), dim)
         yield call("log_softmax.int", floats(3, 4, 5), dim)
+        yield call("special_softmax", floats(3, 4, 5), dim)
+        yield call("special_log_softmax", floats(3, 4, 5), dim=dim)
     for how in (0, 1, 2):
         targets = torch.tensor([0, 4, -100])
         image, places = floats(3, 5, 2, 4), below(5, 3, 2, 4)

@@ -17,6 +17,10 @@ def products() -> Iterator[Call]:
     yield call("mv", m, v)
     yield call("dot", v, floats(4))
     yield call("outer", v, floats(3))
+    yield call("ger", v, floats(3))
+    yield call("vdot", v, floats(4))
+    yield call("cdist", floats(3, 4), floats(5, 4))
+    yield call("cdist", floats(2, 3, 4), floats(1, 5, 4))
     for added in (floats(5), floats(3, 5), floats(3, 1), floats(1)):
         yield call("addmm", added, m, floats(4, 5))
     yield call("baddbmm", floats(2, 3, 5), floats(2, 3, 4), floats(2, 4, 5))
@@ -27,6 +31,7 @@ def products() -> Iterator[Call]:
                         ((2, 3, 4), (4,)), ((4,), (2, 4, 5)), ((6, 1, 3, 4), (2, 4, 5)),
                         ((3, 4), (2, 4, 5))]:  # fmt: skip
         yield call("matmul", floats(*left), floats(*right))
+        yield call("linalg_matmul", floats(*left), floats(*right))
     for shape in ((4,), (3, 4), (2, 3, 4)):
         yield call("linear", floats(*shape), floats(5, 4), floats(5))
         yield call("linear", floats(*shape), floats(5, 4))

@@ -41,7 +41,7 @@ def views() -> Iterator[Call]:
     yield call("t", x[0, 0])
     for name in ("transpose.int", "swapaxes", "swapdims"):
         yield call(name, x, 0, -1)
-    for name in ("mT", "adjoint", "numpy_T"):
+    for name in ("mT", "mH", "adjoint", "numpy_T"):
         yield call(name, x[0] if name == "numpy_T" else x)
     for name in ("movedim", "moveaxis"):
         yield call(f"{name}.int", x, 0, -1)
@@ -77,6 +77,8 @@ def views() -> Iterator[Call]:
     for name in ("chunk", "unsafe_chunk"):
         yield call(name, x, 3, 2)
     yield call("split_with_sizes", x, [2, 5, 3], 2)
+    yield call("unsafe_split_with_sizes", x, [2, 5, 3], 2)
+    yield call("ravel", x)
     yield call("split_with_sizes", x, [2, 0, 8], 2)
     yield call("split.sizes", x, [1, 3], 0)
     yield call("tensor_split.sections", x, 3, -1)
@@ -97,8 +99,12 @@ def views() -> Iterator[Call]:
         parts = [floats(2, 4), floats(2, 4)] if dim else [floats(1, 4), floats(3, 4), floats(2, 4)]
         yield call("cat", parts, dim)
         yield call("concat", parts, dim)
+        yield call("concatenate", parts, dim)
         yield call("stack", parts[:1] * 2, dim)
     yield call("cat", [floats(0), floats(2, 4)], 1)
+    for name, first, second in (("hstack", (2, 3), (2, 4)), ("vstack", (3, 2), (4, 2)), ("row_stack", (3, 2), (4, 2)),
+                                ("dstack", (2, 3, 1), (2, 3, 4)), ("hstack", (3,), (4,))):  # fmt: skip
+        yield call(name, [floats(*first), floats(*second)])
     yield call("stack", [floats(3, 4), floats(3, 4), floats(3, 4)], 1)
     yield call("constant_pad_nd", x, [1, 2])
     yield call("constant_pad_nd", x, [0, 0, -1, 2, 1, 0], 3.0)

@@ -146,6 +146,19 @@ def _layer(
     return hidden
 
 
+def recurrent_cell(see: Propagation, node: fx.Node) -> Any:
+    """One step of a layer: ``input [n, I]``, states ``[n, H]``, weights ``[gates x H, I]`` and ``[gates x H, H]``."""
+    source, states = see.of(node.args[0]), operand(node, "hx")
+    several = isinstance(states, (list, tuple))
+    names = [n for n in ("w_ih", "w_hh", "b_ih", "b_hh") if isinstance(operand(node, n), fx.Node)]
+    weights = [see.of(operand(node, name)) for name in names]
+    dims = see.of(states[0] if several else states)
+    hidden = _layer(see, node, source[-1], weights, dims[-1].size)
+    for state in states if several else [states]:
+        see.broadcast((*source[:-1], hidden), see.of(state))
+    return see.repeated(node, (*source[:-1], hidden))
+
+
 def recurrent(see: Propagation, node: fx.Node) -> Any:
     """``lstm``, ``gru``, ``rnn_tanh``: all layers and directions, as `torch.nn.LSTM` orders their weights."""
     source = see.of(node.args[0])

@@ -96,3 +96,11 @@ def grouped_mm_backward(see: Propagation, node: fx.Node) -> Any:
     """Gradients of rows and weight."""
     see.broadcast(see.of(operand(node, "grad_output")), grouped_mm(see, node))
     return [see.of(node.args[0]), see.of(node.args[1])]
+
+
+def distances(see: Propagation, node: fx.Node) -> Any:
+    """``cdist``: between all rows of two matrices."""
+    a, b = see.of(node.args[0]), see.of(node.args[1])
+    see.unify(a[-1], b[-1])
+    see.statistics(a[-1], "distances", node)
+    return (*see.broadcast(a[:-2], b[:-2]), a[-2], b[-2])

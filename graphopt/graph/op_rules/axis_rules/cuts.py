@@ -98,7 +98,18 @@ def cat(see: Propagation, node: fx.Node) -> Any:
     """Dimensions one behind the other along ``dim``; all others are the same."""
     sources = [see.of(n) for n in node.args[0]]  # type: ignore[union-attr]
     sources = [s for s in sources if len(s) != 1 or s[0].size] or sources[:1]  # an empty vector counts for nothing
-    at = operand(node, "dim") % len(sources[0])
+    return _joined(see, sources, operand(node, "dim") % len(sources[0]))
+
+
+def stacked(see: Propagation, node: fx.Node) -> Any:
+    """``vstack``, ``hstack``, ``dstack``: `cat` along the first, second or third dimension, which all have."""
+    sources = [see.of(n) for n in node.args[0]]  # type: ignore[union-attr]
+    rank = min(map(len, sources))
+    at, least = {"h": (min(1, rank - 1), 1), "v": (0, 2), "r": (0, 2), "d": (2, 3)}[str(node.target._opname)[0]]  # type: ignore[union-attr]
+    return _joined(see, sources, at) if rank >= least else see.unknown(node)
+
+
+def _joined(see: Propagation, sources: list[tuple[Factor, ...]], at: int) -> tuple[Factor, ...]:
     whole = see.concat([s[at] for s in sources])
     dims = sources[0]
     for other in sources[1:]:

@@ -32,6 +32,8 @@ ENTRIES = (
 
     entry("lstm gru rnn_tanh rnn_relu", "recurrent", axes=att.recurrent, flops=cost.recurrent(1, "params"),
           draws=lambda a: a.train and a.dropout != 0),
+    entry("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", "recurrent", axes=att.recurrent_cell,
+          flops=cost.recurrent(1, "w_ih", "w_hh")),
     entry("mkldnn_rnn_layer", "recurrent", axes=att.recurrent_layer, flops=cost.recurrent(1, "weight0", "weight1"),
           reduces=red.recurrent_layer),
     entry("mkldnn_rnn_layer_backward", "recurrent", axes=att.recurrent_layer_backward,

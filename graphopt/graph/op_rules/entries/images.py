@@ -46,7 +46,7 @@ ENTRIES = (
           "_upsample_nearest_exact3d_backward upsample_linear1d_backward upsample_bilinear2d_backward "
           "upsample_trilinear3d_backward upsample_bicubic2d_backward _upsample_bilinear2d_aa_backward "
           "_upsample_bicubic2d_aa_backward", "resampling", axes=img.windows_backward, linear="grad_output"),
-    entry("grid_sampler_2d grid_sampler_3d", "resampling", axes=img.grid_sample, linear="input"),
+    entry("grid_sampler grid_sampler_2d grid_sampler_3d", "resampling", axes=img.grid_sample, linear="input"),
     entry("grid_sampler_2d_backward grid_sampler_3d_backward", "resampling", axes=img.grid_sample_backward,
           linear="grad_output", reads={"input": MASK_1}),
 

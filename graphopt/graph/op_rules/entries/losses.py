@@ -7,7 +7,8 @@ from graphopt.graph.op_rules.op_rule import entry, never
 
 # fmt: off
 ENTRIES = (
-    entry("_softmax _log_softmax _safe_softmax softmax log_softmax", "softmax", axes=pw.softmax, reduces=red.SOFTMAX),
+    entry("_softmax _log_softmax _safe_softmax softmax log_softmax special_softmax special_log_softmax", "softmax",
+          axes=pw.softmax, reduces=red.SOFTMAX),
     entry("_softmax_backward_data _log_softmax_backward_data", "softmax", axes=pw.softmax,
           reduces=red.along("sum", kept=True), linear="grad_output"),
     entry("cross_entropy_loss", "loss", axes=look.nll_loss, reduces=red.cross_entropy),
