@@ -3,7 +3,7 @@
     python -m benchmarks.elastic_training [accuracy] [cost] [prices] [search] [--steps N] [--seeds N]
 
 - ``accuracy``: subnets of one joint (one progressive) training against the same nets trained alone for as many steps.
-- ``cost``: a step over four subnets against the sum of those run alone as plain modules in eager mode, in turn.
+- ``cost``: steps over four subnets against those run alone as plain modules in eager mode, in turn.
 - ``prices``: predicted against measured step times of 30 subnets.
 - ``search``: candidates priced a second, and the time to select.
 
@@ -34,7 +34,9 @@ from graphopt.elastic import Choice, Space
 from graphopt.elastic.batch_norm_statistics import evaluate
 from graphopt.elastic.prices import METRICS, Prices, Training
 from graphopt.elastic.progressive import Stage, joint_mode, progressive_mode
-from graphopt.elastic.sampling import Sandwich
+from graphopt.elastic.region import Region
+from graphopt.elastic.sampler import Sampler
+from graphopt.elastic.sampling import Fixed, Recurring, Sandwich
 from graphopt.elastic.select import select
 from graphopt.elastic.step import ElasticStep
 from graphopt.elastic.training import train
@@ -195,9 +197,9 @@ def accuracy(steps: int, seeds: int, random: int, models: Sequence[str]) -> list
         for seed in range(seeds):
             first = space_of(name, seed)
             ways: dict[str, tuple[Stage, ...]] = {"joint": joint_mode(steps)}
-            order = [k for k in ("embedding", "width", "depth") if any(str(d.kind) == k for d in first.dimensions)]
-            part = steps // (len(order) + 1)
-            ways["progressive"] = progressive_mode(first, order, part, full=steps - part * len(order))
+            kinds = len({d.kind for d in first.dimensions})
+            part = steps // (kinds + 1)
+            ways["progressive"] = progressive_mode(first, None, part, full=steps - part * kinds)
             for way, stages in ways.items():
                 space = space_of(name, seed)
                 optimizer = adamw(space.model.parameters())
@@ -217,45 +219,84 @@ def accuracy(steps: int, seeds: int, random: int, models: Sequence[str]) -> list
     return rows
 
 
+SETS = 6
+"""Sets of subnets that ``cost`` goes through in turn."""
+
+
 def cost(rounds: int) -> list[dict[str, Any]]:
-    """Rows: a step over four subnets (forward, backward, one update) against the plain modules one by one."""
+    """Rows: steps over four subnets (forward, backward, one update) against the same subnets as plain modules, each with
+    an optimizer of its own, one by one: sets that come again and again, by autograd and as graphs, and sets that nobody
+    has run before."""
     rows = []
     images, labels, *_ = digits()
     x, y = images[:BATCH], labels[:BATCH]
     for name in MODELS:
         space = space_of(name, 0)
-        step = ElasticStep(space, F.cross_entropy, adamw(space.model.parameters()), strategy=Sandwich(), seed=0)
-        step(x, y)
-        drawn = [choice for choice, _ in step.last]
-        nets = [space.extract(choice).train() for choice in drawn]
-        singles = [eager_step(net, adamw(net.parameters()), F.cross_entropy) for net in nets]
-
-        def together(step: Any = step) -> None:
-            step(x, y)
+        strategy = Recurring(sets=SETS)
+        step, graphs = (
+            ElasticStep(space, F.cross_entropy, adamw(space.model.parameters()), strategy=strategy, schemes=schemes)
+            for schemes in (None, "flat")
+        )
+        sampler = Sampler(Region.of(space), strategy)
+        sets = [sampler.draw() for _ in range(SETS)]
+        singles = [_alone_steps(space, choices) for choices in sets]
 
         def one_by_one(singles: Any = singles) -> None:
-            for single in singles:
-                single(x, y)
+            for of_set in singles:
+                for single in of_set:
+                    single(x, y)
 
-        class Same:  # the same four subnets in each step, so that both sides do the same work
-            def draw(self, region: Any, count: int, turn: Any, drawn: Any = drawn) -> list[Choice]:
-                return list(drawn)
+        def together(step: ElasticStep) -> Callable[[], None]:
+            def run() -> None:
+                for _ in range(SETS):
+                    step(x, y)
 
-        step.sampler.strategy = Same()  # type: ignore[assignment]
-        with FlopCounterMode(display=False) as ours:
-            together()
-        with FlopCounterMode(display=False) as theirs:
-            one_by_one()
-        timings = interleaved({"one by one": one_by_one, "together": together}, rounds=rounds)
-        step.sampler.strategy = Sandwich()
-        fresh = interleaved({"one by one": one_by_one, "together": together}, rounds=rounds)
-        for what, timing in (("the same subnets", timings[1]), ("new subnets each step", fresh[1])):
+            return run
+
+        candidates = {"one by one": one_by_one, "autograd": together(step), "graphs": together(graphs)}
+        for _ in range(2):
+            candidates["graphs"]()  # they are made
+        counted = {}
+        for what, run in candidates.items():
+            with FlopCounterMode(display=False) as counter:
+                run()
+            counted[what] = counter.get_total_flops()
+        for timing in interleaved(candidates, rounds=rounds)[1:]:
             rows.append(
-                {"model": name, "subnets": what, "FLOPs": ours.get_total_flops() / theirs.get_total_flops(),
-                 "time": timing.ratio, "low": timing.ratio_low, "high": timing.ratio_high, "rounds": rounds}
+                {"model": name, "subnets": "again and again", "by": timing.name,
+                 "FLOPs": counted[timing.name] / counted["one by one"], "time": timing.ratio,
+                 "low": timing.ratio_low, "high": timing.ratio_high, "rounds": rounds}
             )  # fmt: skip
-    print_table(rows, title="a step over four subnets, relative to the four alone (plain modules, eager)")
+        rows.append({"model": name, "subnets": "never run before", "by": "autograd", **_fresh(space, x, y, rounds)})
+    print_table(rows, title="steps over four subnets, relative to the four alone (plain modules, eager)")
     return rows
+
+
+def _alone_steps(space: Space, choices: Sequence[Choice]) -> list[Callable[..., Any]]:
+    nets = [space.extract(choice).train() for choice in choices]
+    return [eager_step(net, adamw(net.parameters()), F.cross_entropy) for net in nets]
+
+
+def _fresh(space: Space, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
+    """The ratio for subnets that were never run: kernels are made for their sizes by whoever runs first, so both sides
+    take turns in that, and the ratio is the geometric mean of those of both orders."""
+    sampler = Sampler(Region.of(space), Sandwich(), seed=7)
+    step = ElasticStep(space, F.cross_entropy, adamw(space.model.parameters()))
+    ratios: tuple[list[float], list[float]] = [], []
+    for turn in range(2 * (rounds // 2) + 4):
+        choices = sampler.draw()
+        singles = _alone_steps(space, choices)
+        step.sampler.strategy = Fixed(choices)
+        runs = [lambda: [single(x, y) for single in singles], lambda: step(x, y)]  # noqa: B023  (called at once)
+        taken = [0.0, 0.0]
+        for side in (0, 1) if turn % 2 else (1, 0):
+            start = perf_counter()
+            runs[side]()
+            taken[side] = perf_counter() - start
+        if turn >= 4:
+            ratios[turn % 2].append(taken[1] / taken[0])
+    low, high = sorted(map(median, ratios))
+    return {"FLOPs": 1.0, "time": (low * high) ** 0.5, "low": low, "high": high, "rounds": rounds}
 
 
 def prices(count: int, rounds: int) -> list[dict[str, Any]]:

@@ -319,6 +319,33 @@ class ByStage(Strategy):
 
 
 @dataclass(frozen=True)
+class Recurring(Strategy):
+    """The same sets of subnets again and again, in turn: those that another strategy draws in so many steps.
+
+    A set that comes again can be one graph (``schemes`` of `ElasticStep`), at a price: subnets that are in no set learn
+    only what they share with those that are.
+
+    Args:
+        rest: draws each set.
+        sets: how many there are.
+        seed: of what the sets consist of; it does not change with the step or its random numbers.
+    """
+
+    rest: Strategy = SANDWICH
+    sets: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.sets) is not int or self.sets < 1:
+            raise ElasticError(f"Recurring: expected at least one set, got {self.sets!r}")
+
+    def draw(self, region: Region, count: int, turn: Turn) -> list[Choice]:
+        """See `Strategy.draw`."""
+        number = turn.step % self.sets
+        return self.rest.draw(region, count, Turn(number, Dice(f"{self.seed}, set {number}")))
+
+
+@dataclass(frozen=True)
 class Rotating(Strategy):
     """A sandwich over steps instead of within one: a step of the largest, one of the smallest, two of the rest."""
 
