@@ -160,7 +160,7 @@ def progressive_mode(
             already, numbers of steps that do not fit.
     """
     if order is None:
-        order = sorted({str(d.kind) for d in space.dimensions}, key=[*ORDER, *Kind].index)
+        order = [str(kind) for kind in dict.fromkeys((*ORDER, *Kind)) if any(d.kind is kind for d in space.dimensions)]
     if not 1 <= len(order) <= MOST_DIMENSIONS:
         raise ElasticError(f"order: expected one to {MOST_DIMENSIONS} dimensions, got {len(order)}: {list(order)}")
     each = [steps] * len(order) if isinstance(steps, int) else list(steps)

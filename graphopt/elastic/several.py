@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from graphopt.elastic.choice import Choice
 from graphopt.elastic.space import Space
 from graphopt.elastic.subnet import Shared, Subnet
-from graphopt.graph.batch import TARGET_KEYS, check_loss, compute_loss, flatten, normalise, one_batch
+from graphopt.graph.batch import TARGET_KEYS, check_loss, compute_loss, normalise, one_batch
 
 
 class Several(nn.Module):
@@ -74,7 +75,8 @@ class _Net:
         self.subnet, self.shared = subnet, shared
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
-        return self.subnet(flatten(one_batch(inputs, keywords))[0], self.shared)
+        leaves = pytree.tree_leaves(one_batch(inputs, keywords))  # `flatten` would turn the free batch size into a number
+        return self.subnet([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], self.shared)
 
 
 def inputs_of(batch: Any, loss: Callable[..., Any] | str) -> Any:

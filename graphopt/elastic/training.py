@@ -104,8 +104,11 @@ def train(
     run = _Training(space, loader, loss, optimizer, stages, clip, seed, scheduler, every, shared)
     run.checkpoints = Checkpoints(checkpoint, stages) if checkpoint is not None else None
     run.resume()
-    with _bars() if progress else nullcontext() as bars:
-        return run.run(bars)
+    try:
+        with _bars() if progress and run.step.leads else nullcontext() as bars:
+            return run.run(bars)
+    finally:
+        run.step.close()
 
 
 def restore(space: Space, path: str | os.PathLike[str]) -> None:

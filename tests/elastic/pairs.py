@@ -30,7 +30,8 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-2)
+    # eps far above rounding errors, which are all that the gradient of a bias before a batch norm is
+    return torch.optim.AdamW(parameters, lr=1e-2, eps=1e-4)
 
 
 @cache

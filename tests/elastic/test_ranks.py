@@ -32,7 +32,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
         for k in range(2)
     ]  # fmt: skip
     try:
-        said = [rank.communicate(timeout=300)[1] for rank in ranks]
+        said = [rank.communicate(timeout=240)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

@@ -21,6 +21,7 @@ from graphopt.elastic.sampling import (
     Mixed,
     PerLayer,
     Random,
+    Recurring,
     Rotating,
     Sandwich,
     Strategy,
@@ -73,6 +74,7 @@ def strategies(space) -> dict[str, Strategy]:
         "by stage": ByStage((2, Empty()), (2, Within(["width"], Sandwich())), (None, Random())),
         "depths": DepthSamples(),
         "rotating": Rotating(),
+        "recurring": Recurring(Random(), sets=2),
         "nested": Mixed((DepthSamples(others=Weighted(dimensions={width.name: weights})), 2), (Sandwich(), None)),
     }
 
@@ -167,6 +169,14 @@ def test_depths_share_their_sizes_and_hold_the_shallowest_and_a_fixed_one(space)
     assert len(set(shared[2::4])) > 1
 
 
+def test_sets_recur_whatever_the_seed_of_the_draws_is(region):
+    strategy = Recurring(sets=3)
+    sets = [draw(strategy, region, 4, seed=step, step=step) for step in range(9)]
+    assert sets == sets[:3] * 3
+    assert len({frozenset(one) for one in sets}) == 3
+    assert sets[0] != draw(Recurring(sets=3, seed=1), region, 4)
+
+
 def test_transformations_are_drawn_layer_by_layer():
     """Two layers with two and three ways each: four subnets hold each way of each layer once before one comes again."""
     net = torch.nn.Sequential(
@@ -229,6 +239,7 @@ def test_how_many_subnets_targets_need(targets, count):
         (lambda s: BudgetHistogram(total, [1, 2], [1, 1]), "one more than weights"),
         (lambda s: Mixed((Random(), None), (Random(), None)), "at most once"),
         (lambda s: ByStage((None, Random()), (1, Random())), "at least one step"),
+        (lambda s: Recurring(sets=0), "at least one set"),
         (lambda s: Sampler(Region.of(s), Random(), 0), "positive number"),
         (lambda s: Region.of(s).only(["nothing like it"]), "nothing like it"),
         (lambda s: subnets_for([]), "positive budgets"),
