@@ -219,14 +219,14 @@ def accuracy(steps: int, seeds: int, random: int, models: Sequence[str]) -> list
     return rows
 
 
-SETS = 6
+SETS = 3
 """Sets of subnets that ``cost`` goes through in turn."""
 
 
 def cost(rounds: int) -> list[dict[str, Any]]:
-    """Rows: steps over four subnets (forward, backward, one update) against the same subnets as plain modules, each with
-    an optimizer of its own, one by one: sets that come again and again, by autograd and as graphs, and sets that nobody
-    has run before."""
+    """Rows: steps over four subnets (forward, backward, one update) against the same subnets as plain modules, each
+    with an optimizer of its own, one by one: sets that come again and again, by autograd and as graphs, and sets that
+    nobody has run before."""
     rows = []
     images, labels, *_ = digits()
     x, y = images[:BATCH], labels[:BATCH]
@@ -257,9 +257,9 @@ def cost(rounds: int) -> list[dict[str, Any]]:
         for _ in range(2):
             candidates["graphs"]()  # they are made
         counted = {}
-        for what, run in candidates.items():
+        for what, candidate in candidates.items():
             with FlopCounterMode(display=False) as counter:
-                run()
+                candidate()
             counted[what] = counter.get_total_flops()
         for timing in interleaved(candidates, rounds=rounds)[1:]:
             rows.append(

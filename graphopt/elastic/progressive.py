@@ -160,7 +160,8 @@ def progressive_mode(
             already, numbers of steps that do not fit.
     """
     if order is None:
-        order = [str(kind) for kind in dict.fromkeys((*ORDER, *Kind)) if any(d.kind is kind for d in space.dimensions)]
+        there = {d.kind for d in space.dimensions}
+        order = [str(kind) for kind in dict.fromkeys((*ORDER, *Kind)) if kind in there]
     if not 1 <= len(order) <= MOST_DIMENSIONS:
         raise ElasticError(f"order: expected one to {MOST_DIMENSIONS} dimensions, got {len(order)}: {list(order)}")
     each = [steps] * len(order) if isinstance(steps, int) else list(steps)

@@ -75,7 +75,9 @@ class _Net:
         self.subnet, self.shared = subnet, shared
 
     def __call__(self, *inputs: Any, **keywords: Any) -> Any:
-        leaves = pytree.tree_leaves(one_batch(inputs, keywords))  # `flatten` would turn the free batch size into a number
+        leaves = pytree.tree_leaves(
+            one_batch(inputs, keywords)
+        )  # `flatten` would turn the free batch size into a number
         return self.subnet([leaf for leaf in leaves if isinstance(leaf, torch.Tensor)], self.shared)
 
 

@@ -47,8 +47,8 @@ class ElasticStep:
     Autograd runs subnets that are drawn anew. With ``schemes`` a set of subnets that comes again (`Fixed`, `Recurring`)
     is one graph from then on, with one update in it, run by any scheme of `graphopt.optimize`. Under torchrun, or where
     `torch.distributed` is initialised, all ranks take each step together, each with its own rows of the batch: by a
-    divided graph or by autograd, the gradient is that of one processor on all rows, up to the order of sums. By autograd
-    that holds for a loss that is a mean over rows.
+    divided graph or by autograd, the gradient is that of one processor on all rows, up to the order of sums. By
+    autograd that holds for a loss that is a mean over rows.
 
     Args:
         space: the supernet.
@@ -202,6 +202,7 @@ class ElasticStep:
         losses = []
         leaves = Leaves()
         runs = Runs(self.space, leaves, self._ranks.norm if self._ranks is not None else plain_batch_norm)
+        regions = active_autocast(device_types(self.space.model, ()))
         for choice in choices:
             net = _Net(runs, choice)
             own = check_loss(compute_loss(net, batch, self._task.loss or ModelLoss))  # type: ignore[arg-type]
@@ -213,7 +214,7 @@ class ElasticStep:
                     teacher = net.output
                 else:
                     value = self.distillation.loss(net.output, teacher, own, self.sampler.step - 1)
-            with autocast(active_autocast(device_types(self.space.model, [value])), enabled=False):
+            with autocast(regions, enabled=False):  # they are for forward and loss
                 value.backward(torch.full_like(value, share))
             leaves.add_gradients()
             losses.append(own.detach().reshape(()))

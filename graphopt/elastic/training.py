@@ -72,9 +72,10 @@ def train(
         seed: of the draws; each stage has its own from it.
         scheduler: gives a scheduler of the learning rate for each stage, which starts from the rate of the first one.
         schemes, processors, batch_norm: as in `ElasticStep`. In a world of ranks each has a loader with its own rows.
-        checkpoint: a folder, of rank 0 in a world. A checkpoint of each finished stage is kept there (`restore` reads it), and a running one,
+        checkpoint: a folder. A checkpoint of each finished stage is kept there (`restore` reads it), and a running one,
             written every so many steps, from which a training that was killed goes on, in the stage and at the step it
-            was in. A loader with ``state_dict`` goes on with its next batch, any other one begins anew.
+            was in. In a world rank 0 writes, and all ranks read. A loader with ``state_dict`` goes on with its next
+            batch, any other one begins anew.
         every: steps between two running checkpoints.
         progress: show a bar for each stage.
 

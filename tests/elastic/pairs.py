@@ -9,11 +9,11 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import graphopt.elastic
 from graphopt.elastic import ElasticStep, Space
-from tests.elastic import supernets
 
 
 @dataclass
@@ -34,20 +34,46 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2, eps=1e-4)
 
 
+class Layer(nn.Module):
+    """``x + f(norm(x))``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(4), nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    """A convolution with batch norm, two residual layers, dropout and a head."""
+
+    def __init__(self, dropout: float):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.layers, self.dropout, self.head = nn.Sequential(Layer(), Layer()), nn.Dropout(dropout), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.norm(self.conv(x))).mean((2, 3))
+        return self.head(self.dropout(self.layers(x)))
+
+
 @cache
-def _spaces(name: str) -> tuple[Space, Space, torch.Tensor, torch.Tensor]:
-    """Two spaces of equal models in float64, made once."""
-    space, x, y = getattr(supernets, name)()
-    x = x.double()
-    one, other = (copy.deepcopy(space.model).double().train() for _ in range(2))
-    return graphopt.elastic.space(one, x), graphopt.elastic.space(other, x), x, y
+def spaces(dropout: float) -> tuple[Space, Space, torch.Tensor, torch.Tensor]:
+    """Two spaces of equal models in float64, inputs of 7 rows, and targets; made once."""
+    torch.manual_seed(0)
+    x = torch.randn(7, 1, 4, 4).double()
+    one = Net(dropout).double()
+    first, second = (graphopt.elastic.space(copy.deepcopy(one), x) for _ in range(2))
+    return first, second, x, torch.arange(7) % 3
 
 
 def pair(
-    name: str, optimizer: Callable[[Any], torch.optim.Optimizer], how: Mapping[str, Any], other: Mapping[str, Any]
-) -> tuple[Side, Side]:
+    optimizer: Callable[[Any], torch.optim.Optimizer], how: Mapping[str, Any], other: Mapping[str, Any],
+    dropout: float = 0.3,
+) -> tuple[Side, Side]:  # fmt: skip
     """Steps with the options ``how``, of the second one with those of ``other`` too, from the same weights."""
-    first, second, x, y = _spaces(name)
+    first, second, x, y = spaces(dropout)
     second.model.load_state_dict(first.model.state_dict())
     sides = []
     for space, options in ((first, how), (second, {**how, **other})):
@@ -57,14 +83,21 @@ def pair(
     return sides[0], sides[1]
 
 
-def assert_same_training(plain: Side, shared: Side, seed: int) -> None:
-    """One step of both gives the same loss, parameters, buffers and random numbers behind it."""
+def everything(batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch as it is."""
+    return batch
+
+
+def assert_same_training(plain: Side, shared: Side, seed: int, mine: Callable[..., Any] = everything) -> None:
+    """One step of both gives the same losses, parameters, buffers and random numbers behind it. ``mine``: what of a
+    batch the second side is given."""
     x, y = plain.batch
     x = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
     after = []
-    for side in (plain, shared):
+    for side, batch in ((plain, (x, y)), (shared, mine((x, y)))):
         torch.manual_seed(seed)
-        after.append((side.step(x, y), torch.rand(1)))
+        loss = side.step(*batch)
+        after.append((loss, torch.stack([one for _, one in side.step.last]), torch.rand(1)))
     assert [c for c, _ in plain.step.last] == [c for c, _ in shared.step.last]
     for a, b in zip(*after, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)

@@ -14,31 +14,21 @@ from graphopt.elastic.step import ElasticStep
 from graphopt.elastic.transformations import Identity, Linear
 from graphopt.errors import ElasticError, GraphoptError
 from graphopt.schemes import DataParallel
-from tests.elastic.pairs import adamw, assert_same_training, pair, sgd
-from tests.elastic.supernets import attentive
+from tests.elastic.pairs import adamw, assert_same_training, pair, sgd, spaces
 
 
-def losses_of(step):
-    return torch.stack([loss for _, loss in step.last])
-
-
-@pytest.mark.parametrize("make", [sgd, adamw])
-@pytest.mark.parametrize("combine", ["mean", "sum"])
-@pytest.mark.parametrize("name", ["convolutional", "attentive"])
-def test_graphs_train_as_autograd_does(name, combine, make):
-    how = {"strategy": Recurring(sets=2), "combine": combine, "clip": 1.0}
-    plain, shared = pair(name, make, how, {"schemes": "flat"})
-    for i in range(6):
+def test_graphs_train_as_autograd_does():
+    how = {"strategy": Recurring(sets=2), "combine": "sum", "clip": 1.0}
+    plain, shared = pair(adamw, how, {"schemes": "flat"})
+    for i in range(5):
         assert_same_training(plain, shared, i)
-        torch.testing.assert_close(losses_of(shared.step), losses_of(plain.step), rtol=1e-10, atol=1e-12)
         assert (shared.step.plan is not None) == (i >= 2)  # a set is a graph from its second time on
     assert shared.step.plan.chosen == "flat"
 
 
-@pytest.mark.parametrize("name", ["convolutional", "attentive"])
-def test_two_processors_train_as_one_does(name):
+def test_two_processors_train_as_one_does():
     how = {"strategy": Recurring(sets=1), "subnets": 3}
-    plain, shared = pair(name, adamw, how, {"schemes": [DataParallel(2)], "processors": 2})
+    plain, shared = pair(adamw, how, {"schemes": [DataParallel(2)], "processors": 2})
     for i in range(4):
         assert_same_training(plain, shared, i)
     assert shared.step.plan.chosen == "data parallel on 2, owner", shared.step.plan.explain()
@@ -46,22 +36,24 @@ def test_two_processors_train_as_one_does(name):
 
 
 def test_the_state_of_the_model_is_part_of_the_set():
-    plain, shared = pair("convolutional", sgd, {"strategy": Recurring(sets=1)}, {"schemes": "flat"})
+    plain, shared = pair(sgd, {"strategy": Recurring(sets=1), "subnets": 2}, {"schemes": "flat"})
+    made = []
     for i, mode in enumerate([True, True, False, False, True]):
         for side in (plain, shared):
             side.space.model.train(mode)
         assert_same_training(plain, shared, i)
-    assert shared.step.plan is not None
+        made.append(shared.step.plan is not None)
+    assert made == [False, True, False, True, True]
 
 
-def test_subnets_that_never_come_again_make_no_graphs(monkeypatch):
+def test_sets_beyond_the_limit_run_by_autograd(monkeypatch):
     monkeypatch.setattr(graph_steps, "MOST", 1)
-    plain, shared = pair("attentive", sgd, {"strategy": Recurring(sets=2)}, {"schemes": "flat"})
+    plain, shared = pair(sgd, {"strategy": Recurring(sets=2), "subnets": 3}, {"schemes": "flat"})
     made = []
     for i in range(5):
         assert_same_training(plain, shared, i)
         made.append(shared.step.plan is not None)
-    assert made == [False, False, True, False, True]  # one set has a graph, the other one none
+    assert made == [False, False, True, False, True]
 
 
 def test_transformations_are_trained_in_graphs_too():
@@ -85,10 +77,8 @@ def test_transformations_are_trained_in_graphs_too():
 
 
 def test_a_step_with_a_teacher_is_no_graph():
-    _, shared = pair(
-        "attentive", sgd, {"strategy": Recurring(sets=1), "distillation": InPlaceDistillation(0.5, ramp=0)},
-        {"schemes": "flat"},
-    )  # fmt: skip
+    how = {"strategy": Recurring(sets=1), "distillation": InPlaceDistillation(0.5, ramp=0)}
+    _, shared = pair(sgd, how, {"schemes": "flat"})
     for _ in range(3):
         shared.step(*shared.batch)
     assert shared.step.plan is None
@@ -105,6 +95,6 @@ def test_a_step_with_a_teacher_is_no_graph():
     ],
 )
 def test_bad_arguments(how, error, words):
-    space, *_ = attentive()
+    space, *_ = spaces(0.3)
     with pytest.raises(error, match=words):
         ElasticStep(space, F.cross_entropy, torch.optim.SGD(space.model.parameters(), lr=0.1), **how)
