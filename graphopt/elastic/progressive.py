@@ -147,8 +147,8 @@ def progressive_mode(
 
     Args:
         order: one to five dimensions (names, patterns, or kinds such as ``"width"``, ``"depth"``) in the order in which
-            they are opened. Dimensions that are not named stay full. None: all kinds that the space has, in the order of
-            `ORDER`.
+            they are opened. Dimensions that are not named stay full. None: all kinds that the space has, in the order
+            of `ORDER`.
         steps: of each stage, or of all of them.
         full: steps of the full net at the beginning; None where the model is trained already.
         until: ends the full net's stage before its last step (convergence or a threshold).

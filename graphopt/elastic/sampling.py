@@ -109,6 +109,16 @@ class Random(Strategy):
 
 
 @dataclass(frozen=True)
+class Leaning(Strategy):
+    """Each open dimension at random, all leaning to the same side, so that any size of the whole is about as likely:
+    small nets are small in every layer, as those that a small budget asks for."""
+
+    def draw(self, region: Region, count: int, turn: Turn) -> list[Choice]:
+        """See `Strategy.draw`."""
+        return _different(count, (), lambda: spread(region, turn.dice))
+
+
+@dataclass(frozen=True)
 class Weighted(Strategy):
     """From a given distribution: of whole choices, or of the values of each dimension by itself.
 

@@ -18,6 +18,7 @@ from graphopt.elastic.sampling import (
     DepthSamples,
     Empty,
     Fixed,
+    Leaning,
     Mixed,
     PerLayer,
     Random,
@@ -64,6 +65,7 @@ def strategies(space) -> dict[str, Strategy]:
         "empty": Empty(),
         "fixed": Fixed([{}, {"width": 0.5}, space.smallest]),
         "random": Random(),
+        "leaning": Leaning(),
         "weights of choices": Weighted(choices={space.full: 1.0, space.smallest: 3.0}),
         "weights of sizes": Weighted(dimensions={width.name: weights}),
         "histogram": BudgetHistogram(total, [0, 15, 25, 60], [1, 2, 1]),
@@ -132,6 +134,17 @@ def test_weights_decide_how_often(space, region):
     whole = Weighted(choices={space.full: 1.0, space.smallest: 3.0})
     many = Counter(whole.draw(region, 1, Turn(0, dice))[0] for _ in range(800))
     assert many[space.smallest] / 800 == pytest.approx(0.75, abs=0.06)
+
+
+def test_leaning_draws_come_near_the_ends(space, region):
+    ends = total([space.smallest, space.full])
+    spreads = []
+    for strategy in (Random(), Leaning()):
+        dice = Dice(0)
+        costs = [total(strategy.draw(region, 1, Turn(0, dice)))[0] for _ in range(400)]
+        assert all(ends[0] <= cost <= ends[1] for cost in costs)
+        spreads.append(float(torch.tensor(costs, dtype=torch.float64).std()))
+    assert spreads[1] > 1.2 * spreads[0]
 
 
 def test_histogram_follows_its_bins(region):
