@@ -1,9 +1,10 @@
 """Training of supernets and prices of their subnets, on real digits and this machine.
 
-    python -m benchmarks.elastic_training [accuracy] [cost] [prices] [search] [--steps N] [--seeds N]
+    python -m benchmarks.elastic_training [accuracy] [cost] [prices] [search] [--steps N] [--seeds N] [--ways WAY ...]
 
 - ``accuracy``: subnets of one joint (one progressive) training against the same nets trained alone for as many steps.
-- ``cost``: a step over four subnets against the sum of those run alone as plain modules in eager mode, in turn.
+  Each training that is over is kept in a file, so that it may be run in pieces.
+- ``cost``: steps over four subnets against those run alone as plain modules in eager mode, in turn.
 - ``prices``: predicted against measured step times of 30 subnets.
 - ``search``: candidates priced a second, and the time to select.
 
@@ -13,12 +14,13 @@ The data are the 1,797 digits that come with scikit-learn. Nothing else should r
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -34,12 +36,15 @@ from graphopt.elastic import Choice, Space
 from graphopt.elastic.batch_norm_statistics import evaluate
 from graphopt.elastic.prices import METRICS, Prices, Training
 from graphopt.elastic.progressive import Stage, joint_mode, progressive_mode
-from graphopt.elastic.sampling import Sandwich
+from graphopt.elastic.region import Region
+from graphopt.elastic.sampler import Sampler
+from graphopt.elastic.sampling import Fixed, Leaning, Recurring, Sandwich
 from graphopt.elastic.select import select
 from graphopt.elastic.step import ElasticStep
 from graphopt.elastic.training import train
 
 RESULTS = Path(__file__).parent / "results" / "elastic_training.json"
+KEPT = RESULTS.with_name("elastic_accuracy.jsonl")
 BATCH = 64
 
 
@@ -106,13 +111,13 @@ CHOICES: dict[str, dict[str, Sequence[Any]]] = {
 """By kind of dimension; others as by default. The smallest ViT has a 14th of the FLOPs of the full one."""
 
 
-def space_of(name: str, seed: int) -> Space:
+def space_of(name: str, seed: int, tied: Any = ()) -> Space:
     """A supernet with weights by the seed."""
     torch.manual_seed(seed)
     model = MODELS[name]().train()
     kinds = {str(d.kind) for d in graphopt.elastic.space(model, torch.randn(BATCH, 1, 8, 8)).dimensions}
     wanted = {kind: sizes for kind, sizes in CHOICES[name].items() if kind in kinds}
-    return graphopt.elastic.space(model, torch.randn(BATCH, 1, 8, 8), choices=wanted)
+    return graphopt.elastic.space(model, torch.randn(BATCH, 1, 8, 8), choices=wanted, tied=tied)
 
 
 class Batches:
@@ -159,7 +164,7 @@ def sizes_of(space: Space, random: int) -> dict[str, Choice]:
     return named | {f"random {i}": space.sample(seed=1000 + i) for i in range(random)}
 
 
-def alone(name: str, choice: Choice, seed: int, steps: int) -> float:
+def alone(name: str, choice: Mapping[str, Any], seed: int, steps: int) -> float:
     """The accuracy of one subnet trained by itself: the same code, weights at the start, batches and steps."""
     space = space_of(name, seed)
     # the plain module of that size starts from the weights that a net of its size would be given: drawn anew
@@ -187,75 +192,190 @@ def _draw_anew(net: nn.Module) -> None:
                 parameter.uniform_(-bound, bound)
 
 
-def accuracy(steps: int, seeds: int, random: int, models: Sequence[str]) -> list[dict[str, Any]]:
+def tied_space_of(name: str, seed: int) -> Space:
+    """The supernet of `space_of` with one value for all dimensions of a kind and size, as hand-written ones have."""
+    plain = space_of(name, seed)
+    alike: dict[tuple[str, Any], list[str]] = {}
+    for dimension in plain.dimensions:
+        alike.setdefault((str(dimension.kind), dimension.full), []).append(dimension.name)
+    groups = [names for names in alike.values() if len(names) > 1]
+    return space_of(name, seed, tied=groups)
+
+
+Way = Callable[[str, int, int], tuple[Space, Sequence[Stage]]]
+"""Of a model's name, a seed and a number of steps: a supernet and the stages of its training."""
+
+
+def _progressive(name: str, seed: int, steps: int) -> tuple[Space, Sequence[Stage]]:
+    space = space_of(name, seed)
+    kinds = len({d.kind for d in space.dimensions})
+    part = steps // (kinds + 1)
+    return space, progressive_mode(space, None, part, full=steps - part * kinds)
+
+
+WAYS: dict[str, Way] = {
+    "joint": lambda name, seed, steps: (space_of(name, seed), joint_mode(steps)),
+    "progressive": _progressive,
+    "joint, tied sizes": lambda name, seed, steps: (tied_space_of(name, seed), joint_mode(steps)),
+    "joint, leaning draws": lambda name, seed, steps: (
+        space_of(name, seed), joint_mode(steps, strategy=Sandwich(rest=Leaning()))
+    ),
+    "joint, 6 subnets": lambda name, seed, steps: (space_of(name, seed), joint_mode(steps, subnets=6)),
+    "joint, 8 subnets": lambda name, seed, steps: (space_of(name, seed), joint_mode(steps, subnets=8)),
+}  # fmt: skip
+"""Ways of training. The first two are what the library does by default; the others say what that costs or gains."""
+
+
+class KeptRuns:
+    """Accuracies of trainings that are over, in a file of one JSON object a line: a run that was ended goes on."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._found = {json.dumps(row["what"]): row["accuracies"] for row in map(json.loads, lines)}
+
+    def of(self, what: Sequence[Any], run: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What ``run`` gives, by name of the subnet; run once for each ``what``."""
+        key = json.dumps(what)
+        if key not in self._found:
+            began = process_time()
+            self._found[key] = run()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            row = {"what": list(what), "accuracies": self._found[key], "processor seconds": process_time() - began}
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        found: dict[str, float] = self._found[key]
+        return found
+
+
+def accuracy(
+    steps: int, seeds: int, random: int, models: Sequence[str], ways: Sequence[str], kept: KeptRuns
+) -> list[dict[str, Any]]:
     """Rows: model, way of training, subnet, accuracy, and how far from the same net trained alone, means over seeds."""
     rows = []
     for name in models:
-        found: dict[tuple[str, str], list[float]] = {}
-        for seed in range(seeds):
-            first = space_of(name, seed)
-            ways: dict[str, tuple[Stage, ...]] = {"joint": joint_mode(steps)}
-            order = [k for k in ("embedding", "width", "depth") if any(str(d.kind) == k for d in first.dimensions)]
-            part = steps // (len(order) + 1)
-            ways["progressive"] = progressive_mode(first, order, part, full=steps - part * len(order))
-            for way, stages in ways.items():
-                space = space_of(name, seed)
-                optimizer = adamw(space.model.parameters())
-                train(space, Batches(seed), F.cross_entropy, optimizer, stages, scheduler=cosine, seed=seed)
-                for size, choice in sizes_of(space, random).items():
-                    found.setdefault((way, size), []).append(accuracy_of(space, choice))
-            for size, choice in sizes_of(first, random).items():
-                found.setdefault(("alone", size), []).append(alone(name, choice, seed, steps))
-        for (way, size), values in found.items():
-            by_itself = mean(found["alone", size])
+        plain = space_of(name, 0)
+        for way in ways:
+            found: dict[str, list[tuple[float, float]]] = {}
+            for seed in range(seeds):
+                space, stages = WAYS[way](name, seed, steps)
+                sizes = sizes_of(space, random)
+
+                def run(space: Any = space, stages: Any = stages, sizes: Any = sizes, seed: int = seed) -> Any:
+                    optimizer = adamw(space.model.parameters())
+                    train(space, Batches(seed), F.cross_entropy, optimizer, stages, scheduler=cosine, seed=seed)
+                    return {size: accuracy_of(space, choice) for size, choice in sizes.items()}
+
+                together = kept.of([name, way, seed, steps, random], run)
+                for size, choice in sizes.items():
+                    untied = plain.choice(_untied(space, choice))
+                    net = {n: v for n, v in untied.to_dict().items() if n not in untied.inactive}
+                    by_itself = kept.of(
+                        [name, "alone", seed, steps, net],
+                        lambda name=name, net=net, seed=seed: {"": alone(name, net, seed, steps)},  # type: ignore[misc]
+                    )[""]
+                    found.setdefault(size, []).append((together[size], by_itself))
+            for size, pairs in found.items():
+                rows.append(
+                    {"model": name, "way": way, "subnet": size, "accuracy": mean(a for a, _ in pairs),
+                     "against alone": mean(a - b for a, b in pairs), "seeds": seeds, "steps": steps}
+                )  # fmt: skip
             rows.append(
-                {"model": name, "way": way, "subnet": size, "accuracy": mean(values), "seeds": len(values),
-                 "against alone": mean(values) - by_itself, "steps": steps}
+                {"model": name, "way": way, "subnet": "random, mean", "seeds": seeds, "steps": steps,
+                 "accuracy": mean(a for n, p in found.items() if n.startswith("random") for a, _ in p),
+                 "against alone": mean(a - b for n, p in found.items() if n.startswith("random") for a, b in p)}
             )  # fmt: skip
-            print(rows[-1], file=sys.stderr)
     print_table(rows, title=f"digits, {steps} steps, {seeds} seeds")
     return rows
 
 
+def _untied(space: Space, choice: Choice) -> dict[str, Any]:
+    """The values of a choice by all dimensions that it ties together."""
+    found: dict[str, Any] = {}
+    for name, value in choice.items():
+        handle = space.primary.handles[name]
+        found.update(dict.fromkeys([part.name for part in getattr(handle, "parts", (handle,))], value))
+    return found
+
+
+SETS = 3
+"""Sets of subnets that ``cost`` goes through in turn."""
+
+
 def cost(rounds: int) -> list[dict[str, Any]]:
-    """Rows: a step over four subnets (forward, backward, one update) against the plain modules one by one."""
+    """Rows: steps over four subnets (forward, backward, one update) against the same subnets as plain modules, each
+    with an optimizer of its own, one by one: sets that come again and again, by autograd and as graphs, and sets that
+    nobody has run before."""
     rows = []
     images, labels, *_ = digits()
     x, y = images[:BATCH], labels[:BATCH]
     for name in MODELS:
         space = space_of(name, 0)
-        step = ElasticStep(space, F.cross_entropy, adamw(space.model.parameters()), strategy=Sandwich(), seed=0)
-        step(x, y)
-        drawn = [choice for choice, _ in step.last]
-        nets = [space.extract(choice).train() for choice in drawn]
-        singles = [eager_step(net, adamw(net.parameters()), F.cross_entropy) for net in nets]
-
-        def together(step: Any = step) -> None:
-            step(x, y)
+        strategy = Recurring(sets=SETS)
+        step, graphs = (
+            ElasticStep(space, F.cross_entropy, adamw(space.model.parameters()), strategy=strategy, schemes=schemes)
+            for schemes in (None, "flat")
+        )
+        sampler = Sampler(Region.of(space), strategy)
+        sets = [sampler.draw() for _ in range(SETS)]
+        singles = [_alone_steps(space, choices) for choices in sets]
 
         def one_by_one(singles: Any = singles) -> None:
-            for single in singles:
-                single(x, y)
+            for of_set in singles:
+                for single in of_set:
+                    single(x, y)
 
-        class Same:  # the same four subnets in each step, so that both sides do the same work
-            def draw(self, region: Any, count: int, turn: Any, drawn: Any = drawn) -> list[Choice]:
-                return list(drawn)
+        def together(step: ElasticStep) -> Callable[[], None]:
+            def run() -> None:
+                for _ in range(SETS):
+                    step(x, y)
 
-        step.sampler.strategy = Same()  # type: ignore[assignment]
-        with FlopCounterMode(display=False) as ours:
-            together()
-        with FlopCounterMode(display=False) as theirs:
-            one_by_one()
-        timings = interleaved({"one by one": one_by_one, "together": together}, rounds=rounds)
-        step.sampler.strategy = Sandwich()
-        fresh = interleaved({"one by one": one_by_one, "together": together}, rounds=rounds)
-        for what, timing in (("the same subnets", timings[1]), ("new subnets each step", fresh[1])):
+            return run
+
+        candidates = {"one by one": one_by_one, "autograd": together(step), "graphs": together(graphs)}
+        for _ in range(2):
+            candidates["graphs"]()  # they are made
+        counted = {}
+        for what, candidate in candidates.items():
+            with FlopCounterMode(display=False) as counter:
+                candidate()
+            counted[what] = counter.get_total_flops()
+        for timing in interleaved(candidates, rounds=rounds)[1:]:
             rows.append(
-                {"model": name, "subnets": what, "FLOPs": ours.get_total_flops() / theirs.get_total_flops(),
-                 "time": timing.ratio, "low": timing.ratio_low, "high": timing.ratio_high, "rounds": rounds}
+                {"model": name, "subnets": "again and again", "by": timing.name,
+                 "FLOPs": counted[timing.name] / counted["one by one"], "time": timing.ratio,
+                 "low": timing.ratio_low, "high": timing.ratio_high, "rounds": rounds}
             )  # fmt: skip
-    print_table(rows, title="a step over four subnets, relative to the four alone (plain modules, eager)")
+        rows.append({"model": name, "subnets": "never run before", "by": "autograd", **_fresh(space, x, y, rounds)})
+    print_table(rows, title="steps over four subnets, relative to the four alone (plain modules, eager)")
     return rows
+
+
+def _alone_steps(space: Space, choices: Sequence[Choice]) -> list[Callable[..., Any]]:
+    nets = [space.extract(choice).train() for choice in choices]
+    return [eager_step(net, adamw(net.parameters()), F.cross_entropy) for net in nets]
+
+
+def _fresh(space: Space, x: Tensor, y: Tensor, rounds: int) -> dict[str, Any]:
+    """The ratio for subnets that were never run: kernels are made for their sizes by whoever runs first, so both sides
+    take turns in that, and the ratio is the geometric mean of those of both orders."""
+    sampler = Sampler(Region.of(space), Sandwich(), seed=7)
+    step = ElasticStep(space, F.cross_entropy, adamw(space.model.parameters()))
+    ratios: tuple[list[float], list[float]] = [], []
+    for turn in range(2 * (rounds // 2) + 4):
+        choices = sampler.draw()
+        singles = _alone_steps(space, choices)
+        step.sampler.strategy = Fixed(choices)
+        runs = [lambda: [single(x, y) for single in singles], lambda: step(x, y)]  # noqa: B023  (called at once)
+        taken = [0.0, 0.0]
+        for side in (0, 1) if turn % 2 else (1, 0):
+            start = perf_counter()
+            runs[side]()
+            taken[side] = perf_counter() - start
+        if turn >= 4:
+            ratios[turn % 2].append(taken[1] / taken[0])
+    low, high = sorted(map(median, ratios))
+    return {"FLOPs": 1.0, "time": (low * high) ** 0.5, "low": low, "high": high, "rounds": rounds}
 
 
 def prices(count: int, rounds: int) -> list[dict[str, Any]]:
@@ -325,6 +445,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (%(default)s)")
     parser.add_argument("--random", type=int, default=5, help="random subnets trained alone too (%(default)s)")
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="for accuracy")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS)[:2], help="for accuracy")
+    parser.add_argument("--kept", type=Path, default=KEPT, help="trainings that are over; they are not repeated")
     parser.add_argument("--rounds", type=int, default=20, help="of timings (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where results go (%(default)s)")
     options = parser.parse_args(arguments)
@@ -332,7 +454,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "cost": lambda: cost(options.rounds),
         "prices": lambda: prices(30, options.rounds),
         "search": search,
-        "accuracy": lambda: accuracy(options.steps, options.seeds, options.random, options.models),
+        "accuracy": lambda: accuracy(
+            options.steps, options.seeds, options.random, options.models, options.ways, KeptRuns(options.kept)
+        ),
     }
     if unknown := set(options.parts) - set(parts):
         parser.error(f"unknown parts {sorted(unknown)}; there are {', '.join(parts)}")

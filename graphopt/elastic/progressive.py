@@ -22,6 +22,9 @@ from graphopt.errors import ElasticError
 MOST_DIMENSIONS = 5
 """Stages that open dimensions."""
 
+ORDER = (Kind.KERNEL, Kind.EMBEDDING, Kind.HEADS, Kind.WIDTH, Kind.DEPTH)
+"""How progressive mode opens all dimensions. Depth comes last: its stage shares the sizes that a step draws."""
+
 
 @dataclass(frozen=True)
 class Convergence:
@@ -126,7 +129,7 @@ def joint_mode(
 
 def progressive_mode(
     space: Space,
-    order: Sequence[Pattern],
+    order: Sequence[Pattern] | None,
     steps: int | Sequence[int],
     *,
     full: int | None = None,
@@ -144,7 +147,8 @@ def progressive_mode(
 
     Args:
         order: one to five dimensions (names, patterns, or kinds such as ``"width"``, ``"depth"``) in the order in which
-            they are opened. Dimensions that are not named stay full.
+            they are opened. Dimensions that are not named stay full. None: all kinds that the space has, in the order
+            of `ORDER`.
         steps: of each stage, or of all of them.
         full: steps of the full net at the beginning; None where the model is trained already.
         until: ends the full net's stage before its last step (convergence or a threshold).
@@ -155,6 +159,9 @@ def progressive_mode(
         ElasticError: no dimensions or more than five, a pattern that means none or one that an earlier pattern meant
             already, numbers of steps that do not fit.
     """
+    if order is None:
+        there = {d.kind for d in space.dimensions}
+        order = [str(kind) for kind in dict.fromkeys((*ORDER, *Kind)) if kind in there]
     if not 1 <= len(order) <= MOST_DIMENSIONS:
         raise ElasticError(f"order: expected one to {MOST_DIMENSIONS} dimensions, got {len(order)}: {list(order)}")
     each = [steps] * len(order) if isinstance(steps, int) else list(steps)

@@ -106,6 +106,16 @@ class Random(Strategy):
 
 
 @dataclass(frozen=True)
+class Leaning(Strategy):
+    """Each open dimension at random, all leaning to the same side, so that any size of the whole is about as likely:
+    small nets are small in every layer, as those that a small budget asks for."""
+
+    def draw(self, region: Region, count: int, turn: Turn) -> list[Choice]:
+        """See `Strategy.draw`."""
+        return _different(count, (), lambda: spread(region, turn.dice))
+
+
+@dataclass(frozen=True)
 class Weighted(Strategy):
     """From a given distribution: of whole choices, or of the values of each dimension by itself.
 
@@ -313,6 +323,33 @@ class ByStage(Strategy):
         ends = accumulate(steps or 0 for steps, _ in self.stages[:-1])
         current = sum(turn.step >= end for end in ends)
         return self.stages[current][1].draw(region, count, turn)
+
+
+@dataclass(frozen=True)
+class Recurring(Strategy):
+    """The same sets of subnets again and again, in turn: those that another strategy draws in so many steps.
+
+    A set that comes again can be one graph (``schemes`` of `ElasticStep`), at a price: subnets that are in no set learn
+    only what they share with those that are.
+
+    Args:
+        rest: draws each set.
+        sets: how many there are.
+        seed: of what the sets consist of; it does not change with the step or its random numbers.
+    """
+
+    rest: Strategy = SANDWICH
+    sets: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.sets) is not int or self.sets < 1:
+            raise ElasticError(f"Recurring: expected at least one set, got {self.sets!r}")
+
+    def draw(self, region: Region, count: int, turn: Turn) -> list[Choice]:
+        """See `Strategy.draw`."""
+        number = turn.step % self.sets
+        return self.rest.draw(region, count, Turn(number, Dice(f"{self.seed}, set {number}")))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from graphopt.elastic.choice import Choice
 from graphopt.elastic.kept import Kept
 from graphopt.elastic.slices import Slice
 from graphopt.elastic.space import Space
-from graphopt.elastic.subnet import Subnet, for_autograd
+from graphopt.elastic.subnet import BatchNorm, Subnet, batch_norm, for_autograd
 from graphopt.elastic.supergraph import Supergraph
 from graphopt.elastic.transformations import is_transformed
 from graphopt.graph.axes import Axis, Dim
@@ -46,10 +46,11 @@ class Runs:
     Args:
         space: the space.
         leaves: collects gradients; see `Leaves`. None: autograd carries them into the model's parameters.
+        norm: see `for_autograd`.
     """
 
-    def __init__(self, space: Space, leaves: Leaves | None = None):
-        self.space, self.leaves = space, leaves
+    def __init__(self, space: Space, leaves: Leaves | None = None, norm: BatchNorm = batch_norm):
+        self.space, self.leaves, self.norm = space, leaves, norm
         self._supergraph: Supergraph | None = None
 
     def __call__(self, choice: Choice, *args: Any, **kwargs: Any) -> Any:
@@ -60,12 +61,12 @@ class Runs:
         supergraph, tensors = self._supergraph, flatten(batch)[0]
         pattern, sizes = _parted(supergraph, choice)
         codes: Kept[SizedCode | None] = supergraph.derived.setdefault("sized codes", Kept())
-        key = pattern.key()
+        key = pattern.key(), self.norm
         if key not in codes:
-            codes[key] = SizedCode.of(supergraph.subnet(pattern))
+            codes[key] = SizedCode.of(supergraph.subnet(pattern), self.norm)
         code = codes[key]
         if code is None:
-            return supergraph.subnet(choice)(tensors)
+            return supergraph.subnet(choice)(tensors, norm=self.norm)
         return code(sizes, tensors, self.leaves)
 
 
@@ -120,22 +121,23 @@ class SizedCode:
     Args:
         base: the subnet of the pattern, all axes full.
         twins: for each axis of its graph that parameters carry the one of the supergraph.
+        norm: see `for_autograd`.
     """
 
-    def __init__(self, base: Subnet, twins: Mapping[Axis, Axis]):
+    def __init__(self, base: Subnet, twins: Mapping[Axis, Axis], norm: BatchNorm = batch_norm):
         self.base, self.origin = base, base.origin
         self.twins = dict(twins)
         elastic = set(self.origin.elastic_axes())
         self._varying = {axis for axis, twin in self.twins.items() if twin in elastic}
         self._added: list[tuple[Dim, bool] | str] = []  # what each further input is
-        self._lowered = lower(for_autograd(self._sized()), in_place=False)
+        self._lowered = lower(for_autograd(self._sized(), norm), in_place=False)
         self._carriers = self._elastic_carriers()
         self._slices: dict[tuple[str, tuple[int, ...]], Slice] = {}
         self._values: dict[Hashable, list[int]] = {}
         self._free = _places(base.graph)
 
     @staticmethod
-    def of(base: Subnet) -> SizedCode | None:
+    def of(base: Subnet, norm: BatchNorm = batch_norm) -> SizedCode | None:
         """The code of a pattern; None where axes of its graph cannot be told, or a weight is transformed: what a
         transformation computes may depend on the shape of the weight, which is the full one here."""
         if is_transformed(base):
@@ -149,7 +151,7 @@ class SizedCode:
             for dim in axes.of(node)
             for axis in dim.axes()
         }
-        return SizedCode(base, twins) if carried <= twins.keys() else None
+        return SizedCode(base, twins, norm) if carried <= twins.keys() else None
 
     # -- making it --------------------------------------------------------------------------------------------------
 

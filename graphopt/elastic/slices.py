@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class Slice:
         """The slice of a tensor of so many dimensions; indices that follow each other become a range."""
         return Slice(tuple(_simple(cuts[d]) if d in cuts else None for d in range(dims)))
 
-    @property
+    @cached_property
     def whole(self) -> bool:
         """Whether it is all of the tensor."""
         return all(row is None for row in self.rows)
@@ -34,15 +35,6 @@ class Slice:
             size if row is None else len(row) if isinstance(row, torch.Tensor) else row[1] - row[0]
             for size, row in zip(full, self.rows, strict=True)
         )
-
-    def view(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """The part as a view; None where indices do not follow each other."""
-        for d, row in enumerate(self.rows):
-            if isinstance(row, torch.Tensor):
-                return None
-            if row is not None:
-                tensor = tensor.narrow(d, row[0], row[1] - row[0])
-        return tensor
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """The part, dense in the memory order of ``tensor``: the same bits and the same layout as a tensor of that size
@@ -55,17 +47,19 @@ class Slice:
     def dense(self, tensor: torch.Tensor) -> torch.Tensor:
         """The part of a tensor that needs no gradient, dense in the memory order of ``tensor``; see `take`."""
         found = self._gathered(tensor)
-        strides = dense_strides(found.shape, tensor.stride())
-        if found.stride() == tuple(strides):
+        strides = _dense_strides(found.shape, tensor.stride())
+        if found.stride() == strides:
             return found
         return torch.empty_strided(found.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(found)
 
     def add(self, target: torch.Tensor, part: torch.Tensor) -> None:
         """``target``'s part is increased by ``part``, in place, without autograd: how gradients are accumulated."""
         with torch.no_grad():
-            view = self.view(target)
-            if view is not None:
+            view, along = self._reached(target)
+            if along is None:
                 view.add_(part)
+            elif len(along) == 1:
+                view.index_add_(along[0], self._indices(along[0], target.device), part)
             else:
                 self._put(target, self._gathered(target) + part)
 
@@ -82,10 +76,28 @@ class Slice:
                 tensor = tensor.narrow(d, row[0], row[1] - row[0])
         return tensor
 
+    def _reached(self, target: torch.Tensor) -> tuple[torch.Tensor, list[int] | None]:
+        """A view of all that ranges leave, and the dimensions of which only some indices remain; None for none."""
+        along = []
+        for d, row in enumerate(self.rows):
+            if isinstance(row, torch.Tensor):
+                along.append(d)
+            elif row is not None:
+                target = target.narrow(d, row[0], row[1] - row[0])
+        return target, along or None
+
+    def _indices(self, dim: int, device: torch.device) -> torch.Tensor:
+        row = self.rows[dim]
+        assert isinstance(row, torch.Tensor)
+        return row.to(device)
+
     def _put(self, target: torch.Tensor, part: torch.Tensor) -> None:
-        view = self.view(target)
-        if view is not None:
+        view, along = self._reached(target)
+        if along is None:
             view.copy_(part)
+            return
+        if len(along) == 1:
+            view.index_copy_(along[0], self._indices(along[0], target.device), part)
             return
         lines = [_line(size, row, target.device) for size, row in zip(target.shape, self.rows, strict=True)]
         target[torch.meshgrid(*lines, indexing="ij")] = part
@@ -113,7 +125,7 @@ class _Put(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradient: torch.Tensor, part: Slice, shape: Any, strides: Any) -> torch.Tensor:
         ctx.part = part
-        dense = dense_strides(shape, strides)
+        dense = _dense_strides(shape, strides)
         whole = torch.empty_strided(shape, dense, dtype=gradient.dtype, device=gradient.device).zero_()
         part._put(whole, gradient)
         return whole
@@ -121,6 +133,12 @@ class _Put(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         return _Take.apply(gradients[0], ctx.part), None, None, None
+
+
+@lru_cache(maxsize=4096)
+def _dense_strides(shape: torch.Size, like: tuple[int, ...]) -> tuple[int, ...]:
+    """`dense_strides`, which takes longer than to copy a small part."""
+    return tuple(dense_strides(shape, like))
 
 
 def _simple(cut: Cut) -> Cut:

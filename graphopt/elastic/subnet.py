@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,9 @@ from graphopt.graph.training_graph import InputKind, OutputKind, TrainingGraph
 
 if TYPE_CHECKING:
     from graphopt.elastic.supergraph import Supergraph
+
+Shared = Mapping[str, torch.Tensor]
+"""Parameters and buffers by name."""
 
 
 class Subnet:
@@ -38,32 +41,54 @@ class Subnet:
         self.chosen, self.pattern = chosen, pattern
         self.derived: dict[str, Any] = {}  # what other modules compute of it once: the joint graph, prices ...
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self, shared: Shared | None = None) -> dict[str, torch.Tensor]:
         """Its parameters and buffers, taken from the shared ones so that gradients land there. Those that nothing in
         it reads are not among them."""
+        shared = self.shared if shared is None else shared
         found = {}
         for given, node in zip(self.graph.inputs, self.graph.placeholders, strict=True):
             if given.kind is InputKind.BATCH or not node.users:
                 continue
-            shared = self.own[given.name] if given.name in self.own else self.origin.tensors[given.name]
             part = self.slices.get(given.name)
-            found[given.name] = part.take(shared) if part is not None else shared
+            found[given.name] = part.take(shared[given.name]) if part is not None else shared[given.name]
         return found
 
-    def __call__(self, batch: Sequence[torch.Tensor]) -> Any:
-        """The output on the tensors of a batch, nested as the model's own output. Autograd differentiates it into the
-        shared parameters; new values of buffers are written into their slices of the shared buffers."""
-        tensors, rest = self.tensors(), iter(batch)
-        given = [next(rest) if i.kind is InputKind.BATCH else tensors.get(i.name) for i in self.graph.inputs]
-        return self.nested(self._lowered, self._lowered.run(*given), self.slices.get)
+    @property
+    def shared(self) -> Shared:
+        """The tensors that it takes its own from: of the model, and of transformations."""
+        own: dict[str, torch.Tensor] = {**self.own}
+        return ChainMap(own, self.origin.tensors)
 
-    def nested(self, lowered: Lowered, results: Sequence[Any], part_of: Callable[[str], Slice | None]) -> Any:
+    def __call__(
+        self, batch: Sequence[torch.Tensor], shared: Shared | None = None, *, norm: BatchNorm | None = None
+    ) -> Any:
+        """The output on the tensors of a batch, nested as the model's own output. Autograd differentiates it into the
+        shared parameters; new values of buffers are written into their slices of the shared buffers.
+
+        Args:
+            batch: the tensors of a batch, in the order of its layout.
+            shared: other tensors in the place of those of `shared`, by the same names: what stands for them while a
+                step is captured.
+            norm: see `for_autograd`.
+        """
+        tensors, rest, lowered = self.tensors(shared), iter(batch), self._lowered(norm or batch_norm)
+        given = [next(rest) if i.kind is InputKind.BATCH else tensors.get(i.name) for i in self.graph.inputs]
+        return self.nested(lowered, lowered.run(*given), self.slices.get, shared)
+
+    def nested(
+        self,
+        lowered: Lowered,
+        results: Sequence[Any],
+        part_of: Callable[[str], Slice | None],
+        shared: Shared | None = None,
+    ) -> Any:
         """Results of lowered code as the model's output; new values of buffers are written into their parts of the
         shared ones, which ``part_of`` tells."""
         leaves: list[Any] = []
+        buffers = self.origin.tensors if shared is None else shared
         for output, value in zip(lowered.outputs, results, strict=True):
             if output.kind is OutputKind.BUFFER:
-                self.write(output.name, value, part_of(output.name))
+                _write(buffers[output.name], value, part_of(output.name))
             else:
                 leaves.append(value)
         captured = self.origin.captured
@@ -73,33 +98,29 @@ class Subnet:
             leaves.insert(position, constant)
         return pytree.tree_unflatten(leaves, captured.output_spec)
 
-    def write(self, name: str, value: torch.Tensor, part: Slice | None) -> None:
-        """A new value of a buffer, into its part of the shared one."""
-        shared = self.origin.tensors[name]
-        value = value.detach()
-        if part is not None:
-            part.write(shared, value)
-        else:
-            with torch.no_grad():
-                shared.copy_(value)
+    def _lowered(self, norm: BatchNorm) -> Lowered:
+        key = f"lowered with {norm.__name__}"
+        if key not in self.derived:
+            self.derived[key] = lower(for_autograd(self.graph, norm), in_place=False)
+        found: Lowered = self.derived[key]
+        return found
 
-    @cached_property
-    def _lowered(self) -> Lowered:
-        return lower(for_autograd(self.graph), in_place=False)
+
+def _write(shared: torch.Tensor, value: torch.Tensor, part: Slice | None) -> None:
+    """A new value of a buffer, into its part of the shared one."""
+    value = value.detach()
+    if part is not None:
+        part.write(shared, value)
+    else:
+        with torch.no_grad():
+            shared.copy_(value)
 
 
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default
 
 
-def for_autograd(graph: TrainingGraph) -> TrainingGraph:
-    """The graph with operators that autograd knows in place of those it does not."""
-    norms = graph.graph.find_nodes(op="call_function", target=_BATCH_NORM)
-    if not norms:
-        return graph
-    draft = Draft(graph)
-    for node in norms:
-        draft.node(node).target = batch_norm
-    return draft.finish()
+BatchNorm = Callable[..., tuple[torch.Tensor, ...]]
+"""A function with the arguments and results of `batch_norm`."""
 
 
 def batch_norm(
@@ -109,3 +130,14 @@ def batch_norm(
     mean, variance = mean.detach().clone(), variance.detach().clone()
     norm: Any = torch._native_batch_norm_legit  # type: ignore[attr-defined]
     return (*norm(x, weight, bias, mean, variance, training, momentum, eps), mean, variance)
+
+
+def for_autograd(graph: TrainingGraph, norm: BatchNorm = batch_norm) -> TrainingGraph:
+    """The graph with operators that autograd knows in place of those it does not: ``norm`` for batch norms."""
+    norms = graph.graph.find_nodes(op="call_function", target=_BATCH_NORM)
+    if not norms:
+        return graph
+    draft = Draft(graph)
+    for node in norms:
+        draft.node(node).target = norm
+    return draft.finish()

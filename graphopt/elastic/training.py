@@ -16,12 +16,14 @@ from torch.optim import Optimizer
 
 from graphopt.elastic.checkpoints import Checkpoints, read
 from graphopt.elastic.progressive import Stage, Watch, joint_mode
+from graphopt.elastic.ranks import Norms
 from graphopt.elastic.region import Region
 from graphopt.elastic.sampler import Sampler
 from graphopt.elastic.space import Space
 from graphopt.elastic.step import ElasticStep
 from graphopt.errors import ElasticError
 from graphopt.graph.assemble import as_optimizers
+from graphopt.schemes import Scheme
 from graphopt.schemes.workers.interrupts import InterruptsWait
 
 Scheduler = Callable[[Optimizer, int], Any]
@@ -50,6 +52,9 @@ def train(
     clip: Any = None,
     seed: int = 0,
     scheduler: Scheduler | None = None,
+    schemes: str | Sequence[str | Scheme] | None = None,
+    processors: int | None = None,
+    batch_norm: Norms = "synchronized",
     checkpoint: str | os.PathLike[str] | None = None,
     every: int = 500,
     progress: bool = True,
@@ -66,9 +71,11 @@ def train(
         clip: largest norm of the gradient, as in `graphopt.optimize`.
         seed: of the draws; each stage has its own from it.
         scheduler: gives a scheduler of the learning rate for each stage, which starts from the rate of the first one.
+        schemes, processors, batch_norm: as in `ElasticStep`. In a world of ranks each has a loader with its own rows.
         checkpoint: a folder. A checkpoint of each finished stage is kept there (`restore` reads it), and a running one,
             written every so many steps, from which a training that was killed goes on, in the stage and at the step it
-            was in. A loader with ``state_dict`` goes on with its next batch, any other one begins anew.
+            was in. In a world rank 0 writes, and all ranks read. A loader with ``state_dict`` goes on with its next
+            batch, any other one begins anew.
         every: steps between two running checkpoints.
         progress: show a bar for each stage.
 
@@ -94,11 +101,15 @@ def train(
         raise ElasticError("stages: expected a number of steps or a sequence of Stage (joint_mode, progressive_mode)")
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ElasticError(f"every: expected a positive number of steps, got {every!r}")
-    run = _Training(space, loader, loss, optimizer, stages, clip, seed, scheduler, every)
+    shared = {"schemes": schemes, "processors": processors, "batch_norm": batch_norm}
+    run = _Training(space, loader, loss, optimizer, stages, clip, seed, scheduler, every, shared)
     run.checkpoints = Checkpoints(checkpoint, stages) if checkpoint is not None else None
     run.resume()
-    with _bars() if progress else nullcontext() as bars:
-        return run.run(bars)
+    try:
+        with _bars() if progress and run.step.leads else nullcontext() as bars:
+            return run.run(bars)
+    finally:
+        run.step.close()
 
 
 def restore(space: Space, path: str | os.PathLike[str]) -> None:
@@ -122,11 +133,11 @@ class _Training:
 
     def __init__(
         self, space: Space, loader: Iterable[Any], loss: Any, optimizer: Any, stages: tuple[Stage, ...], clip: Any,
-        seed: int, scheduler: Scheduler | None, every: int,
+        seed: int, scheduler: Scheduler | None, every: int, shared: Mapping[str, Any],
     ):  # fmt: skip
         self.space, self.loader, self.stages, self.seed, self.every = space, loader, stages, seed, every
         self.optimizers = as_optimizers(optimizer)
-        self.step = ElasticStep(space, loss, optimizer, clip=clip, seed=seed)
+        self.step = ElasticStep(space, loss, optimizer, clip=clip, seed=seed, **shared)
         self.samplers = [self._sampler(index) for index in range(len(stages))]  # errors in any stage come at once
         self.make_scheduler = scheduler
         self.rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
@@ -184,7 +195,7 @@ class _Training:
 
     def _finish(self, report: StageReport) -> None:
         """Keep the checkpoint of the stage, then go to the next one: a kill between the two repeats its last steps."""
-        if self.checkpoints is not None:
+        if self.checkpoints is not None and self.step.leads:
             self.checkpoints.finish(self.stage, self._state())
             report.checkpoint = str(self.checkpoints.stage_path(self.stage))
         self.stage += 1
@@ -195,7 +206,7 @@ class _Training:
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        if self.checkpoints is not None:
+        if self.checkpoints is not None and self.step.leads:
             self.checkpoints.save(self._state())
 
     def _state(self) -> dict[str, Any]:

@@ -18,9 +18,11 @@ from graphopt.elastic.sampling import (
     DepthSamples,
     Empty,
     Fixed,
+    Leaning,
     Mixed,
     PerLayer,
     Random,
+    Recurring,
     Rotating,
     Sandwich,
     Strategy,
@@ -63,6 +65,7 @@ def strategies(space) -> dict[str, Strategy]:
         "empty": Empty(),
         "fixed": Fixed([{}, {"width": 0.5}, space.smallest]),
         "random": Random(),
+        "leaning": Leaning(),
         "weights of choices": Weighted(choices={space.full: 1.0, space.smallest: 3.0}),
         "weights of sizes": Weighted(dimensions={width.name: weights}),
         "histogram": BudgetHistogram(total, [0, 15, 25, 60], [1, 2, 1]),
@@ -73,6 +76,7 @@ def strategies(space) -> dict[str, Strategy]:
         "by stage": ByStage((2, Empty()), (2, Within(["width"], Sandwich())), (None, Random())),
         "depths": DepthSamples(),
         "rotating": Rotating(),
+        "recurring": Recurring(Random(), sets=2),
         "nested": Mixed((DepthSamples(others=Weighted(dimensions={width.name: weights})), 2), (Sandwich(), None)),
     }
 
@@ -132,6 +136,17 @@ def test_weights_decide_how_often(space, region):
     assert many[space.smallest] / 800 == pytest.approx(0.75, abs=0.06)
 
 
+def test_leaning_draws_come_near_the_ends(space, region):
+    ends = total([space.smallest, space.full])
+    spreads = []
+    for strategy in (Random(), Leaning()):
+        dice = Dice(0)
+        costs = [total(strategy.draw(region, 1, Turn(0, dice)))[0] for _ in range(400)]
+        assert all(ends[0] <= cost <= ends[1] for cost in costs)
+        spreads.append(float(torch.tensor(costs, dtype=torch.float64).std()))
+    assert spreads[1] > 1.2 * spreads[0]
+
+
 def test_histogram_follows_its_bins(region):
     strategy, dice = BudgetHistogram(total, [0, 18, 24, 60], [2, 0, 1]), Dice(1)
     costs = [total(strategy.draw(region, 1, Turn(0, dice)))[0] for _ in range(300)]
@@ -165,6 +180,14 @@ def test_depths_share_their_sizes_and_hold_the_shallowest_and_a_fixed_one(space)
     shared = [draw(DepthSamples(), region, 2, seed, step=seed)[0][width.name] for seed in range(40)]
     assert shared[::4] == [width.full] * 10 and shared[1::4] == [width.smallest] * 10
     assert len(set(shared[2::4])) > 1
+
+
+def test_sets_recur_whatever_the_seed_of_the_draws_is(region):
+    strategy = Recurring(sets=3)
+    sets = [draw(strategy, region, 4, seed=step, step=step) for step in range(9)]
+    assert sets == sets[:3] * 3
+    assert len({frozenset(one) for one in sets}) == 3
+    assert sets[0] != draw(Recurring(sets=3, seed=1), region, 4)
 
 
 def test_transformations_are_drawn_layer_by_layer():
@@ -229,6 +252,7 @@ def test_how_many_subnets_targets_need(targets, count):
         (lambda s: BudgetHistogram(total, [1, 2], [1, 1]), "one more than weights"),
         (lambda s: Mixed((Random(), None), (Random(), None)), "at most once"),
         (lambda s: ByStage((None, Random()), (1, Random())), "at least one step"),
+        (lambda s: Recurring(sets=0), "at least one set"),
         (lambda s: Sampler(Region.of(s), Random(), 0), "positive number"),
         (lambda s: Region.of(s).only(["nothing like it"]), "nothing like it"),
         (lambda s: subnets_for([]), "positive budgets"),

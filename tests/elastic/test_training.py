@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from graphopt.elastic.progressive import Convergence, Stage, Watch, joint_mode, progressive_mode
+from graphopt.elastic.region import Region
 from graphopt.elastic.sampling import Empty, Fixed, Random, Sandwich
 from graphopt.elastic.step import ElasticStep
 from graphopt.elastic.training import restore, train
@@ -103,6 +104,12 @@ def test_progressive_stages_open_one_dimension_after_the_other(space, monkeypatc
         assert len({tuple(v for n, v in choice.items() if n != depth) for choice in drawn}) == 1
     kept = sorted(p.name for p in tmp_path.iterdir())
     assert kept == ["running.pt", "stage-0-full.pt", "stage-1-heads.pt", "stage-2-depth.pt", "stage-3-embedding.pt"]
+
+
+def test_by_default_progressive_mode_opens_everything_and_depth_last(space):
+    stages = progressive_mode(space, None, 2)
+    assert [stage.name for stage in stages] == ["embedding", "heads", "width", "depth"]
+    assert set(Region.of(space).only(stages[-1].dimensions).open) == {d.name for d in space.dimensions}
 
 
 def test_a_trained_model_needs_no_stage_of_its_own(space, monkeypatch):

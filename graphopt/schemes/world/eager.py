@@ -12,7 +12,7 @@ from graphopt.cost_model import Estimate
 from graphopt.errors import GraphoptError, RankError
 from graphopt.schemes.base import Machines, Prepared, Runner
 from graphopt.schemes.eager import Eager, EagerStep
-from graphopt.schemes.task import clear_gradients
+from graphopt.schemes.task import Task, clear_gradients
 from graphopt.schemes.world.ranks import World
 
 BUCKET_BYTES = 25 * 2**20
@@ -81,7 +81,7 @@ class _EagerRank(EagerStep):
         loss is that of all rows. All that ranks exchange is exchanged before the update."""
         loss = super().backward(batch)
         if self.task.ends:
-            self._add_gradients()
+            add_gradients(self.task, self._world)
         buffers = list(self.task.model.buffers())
         with torch.no_grad():
             for buffer, value in zip(buffers, self._world.of_first(buffers), strict=True):
@@ -89,22 +89,28 @@ class _EagerRank(EagerStep):
                     buffer.copy_(value)
         return self._world.add((loss * self._share).contiguous())
 
-    def _add_gradients(self) -> None:
-        """Sum gradients over ranks. One that no rank has stays None."""
-        trained = [p for p in self.task.parameters if p.requires_grad]
-        if any(p.grad is not None and p.grad.is_sparse for p in trained):
-            raise GraphoptError("model: sparse gradients are not brought together over ranks; use dense ones")
-        there = [p.grad is not None for p in trained]
-        counts = [sum(flags) for flags in zip(*self._world.digests(list(map(int, there))))]
-        wanted = [p for p, count in zip(trained, counts, strict=True) if count]
-        with torch.no_grad():
-            for bucket in _buckets(wanted):
-                parts = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket]
-                summed = self._world.add(torch.cat(parts))
-                for p, part in zip(bucket, summed.split([p.numel() for p in bucket]), strict=True):
-                    if p.grad is None:
-                        p.grad = torch.zeros_like(p)
-                    p.grad.copy_(part.view(p.shape))
+
+def add_gradients(task: Task, world: World) -> None:
+    """Sum the gradients in ``.grad`` over ranks. One that no rank has stays None.
+
+    Raises:
+        GraphoptError: a gradient is sparse.
+        RankError: another rank is gone.
+    """
+    trained = [p for p in task.parameters if p.requires_grad]
+    if any(p.grad is not None and p.grad.is_sparse for p in trained):
+        raise GraphoptError("model: sparse gradients are not brought together over ranks; use dense ones")
+    there = [p.grad is not None for p in trained]
+    counts = [sum(flags) for flags in zip(*world.digests(list(map(int, there))))]
+    wanted = [p for p, count in zip(trained, counts, strict=True) if count]
+    with torch.no_grad():
+        for bucket in _buckets(wanted):
+            parts = [(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket]
+            summed = world.add(torch.cat(parts))
+            for p, part in zip(bucket, summed.split([p.numel() for p in bucket]), strict=True):
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+                p.grad.copy_(part.view(p.shape))
 
 
 def _buckets(parameters: Sequence[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
