@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from graphopt.elastic.called import same_calls
 from graphopt.elastic.mode_states import ModeState
 from graphopt.elastic.modes import in_mode
 from graphopt.errors import BatchError, CaptureError, ElasticError
@@ -72,18 +73,23 @@ _PROBED = 130
 
 
 def _same_code(space: Space, layout: BatchLayout, size: int, training: bool) -> bool:
-    """Whether the model has the same graph for batches of another size; asked once for each mode."""
+    """Whether the model runs the same code for batches of another size; asked once for each mode."""
     with in_mode(space.model, training):
         here = space.subnet(space.full).origin.graph
         if ("same code", size) not in here.derived:
-            try:
-                there = capture_forward(space.model, layout.restore(layout.example(size)), free=space.free)
-            except (BatchError, CaptureError):
-                here.derived["same code", size] = False
-            else:
-                same = here.hash() == there.hash() if size > 1 else _operators(here) == _operators(there)
-                here.derived["same code", size] = same
+            usual = next(n for n in (7, *range(2, _PROBED)) if here.symbols.admits({"batch": n}))
+            same = same_calls(space.model, layout, usual, size) or _same_graph(space, here, layout, size)
+            here.derived["same code", size] = same
         return bool(here.derived["same code", size])
+
+
+def _same_graph(space: Space, here: TrainingGraph, layout: BatchLayout, size: int) -> bool:
+    """The same, of the graphs that are captured; that takes seconds."""
+    try:
+        there = capture_forward(space.model, layout.restore(layout.example(size)), free=space.free)
+    except (BatchError, CaptureError):
+        return False
+    return here.hash() == there.hash() if size > 1 else _operators(here) == _operators(there)
 
 
 def _operators(graph: TrainingGraph) -> list[Any]:

@@ -6,7 +6,7 @@ trained, exported and saved like any module. `save` writes its code and weights;
 its layers compute is what the supernet's slice computes, bit for bit: the same operators on the same values in the same
 memory order.
 
-With ``rebuild=True`` it is a model of the user's own class (`rebuilding`), where one can be made that computes the same.
+With ``rebuild=True`` it is a model of the user's own class (`rebuilding`), where there is one that computes the same.
 """
 
 from __future__ import annotations
