@@ -168,7 +168,7 @@ class Prices:
         if "step_seconds" in metrics:
             found["step_seconds"] = self._step_seconds(choices)
         for metric, correction in self._corrections.items():
-            if metric in found:
+            if metric in metrics:
                 found[metric] = correction(found[metric])
         return {metric: found[metric] for metric in metrics}
 
