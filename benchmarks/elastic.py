@@ -6,7 +6,10 @@
     python -m benchmarks.elastic convert --unchecked         # what is elastic, in a quarter of the time
     python -m benchmarks.elastic convert --only 'resnet*' vit_small --jobs 2
     python -m benchmarks.elastic report                      # writes docs/elastic_models.md of these results
-    python -m benchmarks.elastic speed                       # milliseconds; writes results/elastic_speed.json
+    python -m benchmarks.elastic speed                       # steps of half the width against the full net
+    python -m benchmarks.elastic emit                        # milliseconds of analysis and emission
+    python -m benchmarks.elastic prices                      # predicted against measured steps
+    python -m benchmarks.elastic peers                       # Torch-Pruning beside it
 
 **convert** makes a space of each architecture and checks it by execution: see `benchmarks.conversion`. The exit code is
 1 if anything is wrong.
@@ -19,131 +22,26 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from time import perf_counter, process_time
 from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import zoo
+from benchmarks import elastic_peers, elastic_subnets, zoo
 from benchmarks.conversion import CASES, OK, WRONG, convert
 from benchmarks.measure import machine_description, print_table, write_json
-from graphopt.elastic import Space
-from graphopt.elastic import space as make_space
 
 RESULTS = Path(__file__).resolve().parent / "results"
-CONVERTED, SPEED = RESULTS / "elastic_convert.json", RESULTS / "elastic_speed.json"
+CONVERTED = RESULTS / "elastic_convert.json"
 PAGE = RESULTS.parents[1] / "docs" / "elastic_models.md"
 
 FAMILIES = ("torchvision", "timm", "transformers")
 ZOO = {case.name for case in zoo.CASES}
 RIGID_BAR = 0.10
-
-
-# -- speed ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Speed:
-    """Of one model at its real size: milliseconds of processor time. ``analysis``: the space without captures.
-    ``forward``, ``joint``: to emit the graph of a subnet that was not asked for before, the median of several; joint of
-    a pattern of layers that was asked for before. ``cached``: of one that was (wall time)."""
-
-    model: str
-    operators: int
-    captures: float
-    analysis: float
-    forward: float
-    joint: float
-    cached: float
-
-
-def speed(names: Sequence[str]) -> list[Speed]:
-    """The speed of analysis and emission."""
-    from statistics import median
-    from unittest import mock
-
-    rows = []
-    space_module = sys.modules[Space.__module__]
-    for name in names:
-        torch.manual_seed(0)
-        model, batch = BIG[name]()
-        captures: list[float] = []
-        real = space_module.capture_forward_call  # type: ignore[attr-defined]
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            start = process_time()
-            found = real(*args, **kwargs)  # noqa: B023  (called before the next round)
-            captures.append(process_time() - start)  # noqa: B023
-            return found
-
-        start = process_time()
-        with mock.patch.object(space_module, "capture_forward_call", timed):
-            made = make_space(model.eval(), batch)
-        total = process_time() - start
-        choices = [made.sample(seed=seed, where=_several_heads) for seed in range(12)]
-        forward = [_ms(lambda: made.graph(c)) for c in choices]  # noqa: B023
-        for c in choices[:2]:
-            made.graph(c, backward=True)
-        joint = [_ms(lambda: made.graph(c, backward=True)) for c in choices[2:]]  # noqa: B023
-        begin = perf_counter()
-        for c in choices:
-            made.graph(c, backward=True)
-        cached = (perf_counter() - begin) / len(choices)
-        spent = sum(captures)
-        rows.append(
-            Speed(
-                name, len(made.primary.graph), round(1e3 * spent), round(1e3 * (total - spent)),
-                round(median(forward), 1), round(median(joint), 1), round(1e3 * cached, 2),
-            )
-        )  # fmt: skip
-    return rows
-
-
-def _several_heads(choice: Any) -> bool:
-    """One head changes which dimensions are broadcast: such a subnet's backward is traced by itself."""
-    return all(v != 1 for n, v in choice.items() if isinstance(v, int))
-
-
-def _ms(call: Callable[[], Any]) -> float:
-    start = process_time()
-    call()
-    return 1e3 * (process_time() - start)
-
-
-def _vit() -> tuple[torch.nn.Module, Any]:
-    from benchmarks.zoo._torchvision import define_missing_operators
-
-    define_missing_operators()
-    import torchvision
-
-    return torchvision.models.vit_b_16(weights=None), torch.randn(2, 3, 224, 224)
-
-
-def _resnet() -> tuple[torch.nn.Module, Any]:
-    from benchmarks.zoo._torchvision import define_missing_operators
-
-    define_missing_operators()
-    import torchvision
-
-    return torchvision.models.resnet50(weights=None), torch.randn(2, 3, 224, 224)
-
-
-def _gpt2() -> tuple[torch.nn.Module, Any]:
-    from benchmarks.zoo._torchvision import define_missing_operators
-
-    define_missing_operators()
-    import transformers
-
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(use_cache=False))
-    return model, {"input_ids": torch.randint(1000, (2, 64))}
-
-
-BIG = {"resnet50": _resnet, "vit_b_16": _vit, "gpt2, 12 layers": _gpt2}
 
 
 # -- reports --------------------------------------------------------------------------------------------------------
@@ -240,26 +138,45 @@ def load() -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in json.loads(CONVERTED.read_text())["results"]} if CONVERTED.exists() else {}
 
 
+_MEASURED: dict[str, tuple[Sequence[str], Callable[[Sequence[str], int], list[dict[str, Any]]]]] = {
+    "speed": (elastic_subnets.STEPPED, lambda names, rounds: elastic_subnets.speed(names, (8, 16), rounds)),
+    "emit": (elastic_subnets.EMITTED, lambda names, rounds: elastic_subnets.emit(names)),
+    "prices": (elastic_subnets.PRICED, lambda names, rounds: elastic_subnets.prices(names, 30, rounds)),
+    "peers": (elastic_peers.PEERS, lambda names, rounds: elastic_peers.peers(names, 150, rounds)),
+}
+"""Sections that measure: their models, and what gives the rows of some of them."""
+
+
+def _measure(section: str, patterns: Sequence[str], rounds: int) -> int:
+    """Measure, print a table, and write ``results/elastic_SECTION.json`` where all models were measured."""
+    torch.set_num_threads(1)
+    known, rows_of = _MEASURED[section]
+    names = [n for n in known if any(fnmatch(n, p) for p in patterns)]
+    rows = rows_of(names, rounds)
+    if len(names) == len(known):
+        write_json(RESULTS / f"elastic_{section}.json", {"machine": machine_description(), "results": rows})
+    print_table([{k: v for k, v in row.items() if not isinstance(v, list)} for row in rows], title=section)
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.elastic", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("section", choices=("convert", "report", "speed"))
+    parser.add_argument("section", choices=("convert", "report", *_MEASURED))
     parser.add_argument("--only", metavar="PATTERN", nargs="+", help="names, such as 'resnet*'")
     parser.add_argument("--strangers", action="store_true", help="the architectures of benchmarks.strangers")
     parser.add_argument("--unchecked", action="store_true", help="nothing is checked by execution")
     parser.add_argument("--resume", action="store_true", help="keep the (checked) results of an interrupted run")
     parser.add_argument("--jobs", type=int, default=1, help="processes (%(default)d)")
+    parser.add_argument("--rounds", type=int, default=7, help="of timings (%(default)d)")
     options = parser.parse_args(arguments)
+    if options.section in _MEASURED:
+        return _measure(options.section, options.only or ["*"], options.rounds)
     patterns = options.only or ["*"]
     torch.set_num_threads(1)
     known = load()
-    if options.section == "speed":
-        rows = speed([n for n in BIG if any(fnmatch(n, p) for p in patterns)])
-        write_json(SPEED, {"machine": machine_description(), "results": [asdict(r) for r in rows]})
-        print_table(rows, title="milliseconds")
-        return 0
     if options.section == "report":
         PAGE.write_text(page([known[n] for n in CASES if n in known]))
         return 0

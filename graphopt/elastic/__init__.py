@@ -11,13 +11,13 @@ from graphopt.elastic.batch_norm_statistics import batch_norm_statistics, evalua
 from graphopt.elastic.choice import Choice
 from graphopt.elastic.dimension import Dimension, Kind, Refused
 from graphopt.elastic.distillation import InPlaceDistillation
-from graphopt.elastic.extract import save
 from graphopt.elastic.layers import KernelMatrices
 from graphopt.elastic.partial_reads import PassOutput, ReadInput
 from graphopt.elastic.prices import Prices, Training
 from graphopt.elastic.progressive import Convergence, Stage, joint_mode, progressive_mode
 from graphopt.elastic.region import draws
 from graphopt.elastic.sampler import Sampler, subnets_for
+from graphopt.elastic.saving import save
 from graphopt.elastic.select import Budget, Selection
 from graphopt.elastic.space import Space, space
 from graphopt.elastic.step import ElasticStep

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from graphopt.cost_model.machine import Machine
 from graphopt.cost_model.work import Mode, compiled
+from graphopt.elastic.choice import Choice
 from graphopt.elastic.counted import CountedGraph
 from graphopt.elastic.modes import evaluating
 from graphopt.elastic.space import Space
@@ -18,7 +20,8 @@ from graphopt.errors import ElasticError
 from graphopt.graph.batch import flatten
 from graphopt.graph.capture import capture
 
-METRICS = ("flops", "parameters", "peak_bytes", "latency_seconds", "step_seconds")
+_SECONDS = ("latency_seconds", "step_seconds")
+METRICS = ("flops", "parameters", "peak_bytes", *_SECONDS)
 """What a subnet can be priced by.
 
 ``flops``: of a forward pass of the batch in eval mode, a multiply-add counts two. ``parameters``: how many numbers they
@@ -36,6 +39,34 @@ class Training:
     batch: Any
     loss: Callable[..., Any] | str
     optimizer: torch.optim.Optimizer | None = None
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What measured times say of predicted ones: a factor for each prediction.
+
+    Between measured points it is linear in logarithms, beyond them constant; one point is one factor for all. So a
+    machine that others use, or a way to run that the cost model is off for by half, moves all predictions alike.
+
+    >>> twice = Correction.of(predicted=[1.0, 4.0], measured=[2.0, 8.0])
+    >>> twice(np.array([0.5, 3.0])).tolist()
+    [1.0, 6.0]
+    """
+
+    predicted: tuple[float, ...]
+    factors: tuple[float, ...]
+
+    @staticmethod
+    def of(predicted: Sequence[float], measured: Sequence[float]) -> Correction:
+        """The correction through these points, in seconds."""
+        pairs = sorted((p, m / p) for p, m in zip(predicted, measured, strict=True))
+        return Correction(tuple(p for p, _ in pairs), tuple(f for _, f in pairs))
+
+    def __call__(self, seconds: np.ndarray) -> np.ndarray:
+        """Predicted seconds, corrected."""
+        logs = np.interp(np.log(seconds), np.log(self.predicted), np.log(self.factors))
+        corrected: np.ndarray = seconds * np.exp(logs)
+        return corrected
 
 
 class Prices:
@@ -82,6 +113,7 @@ class Prices:
         self._forward: dict[int | None, CountedGraph] = {}  # by threads
         self._step: CountedGraph | None = None
         self._update: tuple[float, float] | None = None
+        self._corrections: dict[str, Correction] = {}  # by metric
 
     @property
     def machine(self) -> Machine:
@@ -89,6 +121,28 @@ class Prices:
         if self._machine is None:
             self._machine = Machine.current()
         return self._machine
+
+    def corrected(self, metric: str, measured: Mapping[Choice, float]) -> Prices:
+        """The same prices, but seconds of ``metric`` pass through those that were measured of some choices: often of
+        the full and the smallest net, which puts right what all predictions of a model have in common.
+
+        Args:
+            metric: ``latency_seconds`` or ``step_seconds``.
+            measured: seconds by choice, at least of one.
+
+        Raises:
+            ElasticError: another metric, no choice, or seconds that are not positive.
+        """
+        if metric not in _SECONDS or not measured or not all(s > 0 for s in measured.values()):
+            raise ElasticError(
+                f"corrected: expected one of {', '.join(_SECONDS)} and positive seconds of some choices, got "
+                f"{metric!r} and {list(measured.values())}"
+            )
+        found = copy(self)
+        found._corrections = {name: known for name, known in self._corrections.items() if name != metric}
+        predicted = found.of(list(measured), metric)
+        found._corrections[metric] = Correction.of(predicted.tolist(), list(measured.values()))
+        return found
 
     def of(self, choices: Sequence[Mapping[str, Any]], metric: str) -> np.ndarray:
         """One price of each choice, ``(count,)``: int64 counts, float64 seconds. Choices are those of the space.
@@ -113,6 +167,9 @@ class Prices:
             found |= {"flops": priced.flops, "peak_bytes": priced.peak_bytes, "latency_seconds": priced.seconds}
         if "step_seconds" in metrics:
             found["step_seconds"] = self._step_seconds(choices)
+        for metric, correction in self._corrections.items():
+            if metric in metrics:
+                found[metric] = correction(found[metric])
         return {metric: found[metric] for metric in metrics}
 
     def _sizes(self, counted: CountedGraph) -> dict[str, int]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from graphopt.cost_model.machine import Machine
 from graphopt.cost_model.measured import Measurement, measure
 from graphopt.elastic.choice import Choice
-from graphopt.elastic.extract import tensor_arguments
+from graphopt.elastic.forward_arguments import tensor_arguments
 from graphopt.elastic.modes import evaluating
 from graphopt.elastic.pareto import EXACT, search
 from graphopt.elastic.prices import METRICS, Prices
@@ -128,7 +128,8 @@ def select(
             this prefers those that spend a budget on both.
         among: dimensions that may vary (names, patterns, kinds); the others are full.
         measured: so many of the best within the budget are run here (forward, eval mode, the space's own example); the
-            choice then is the best of those whose measured time keeps ``latency_seconds``. For this machine only.
+            choice then is the best of those whose measured time keeps ``latency_seconds``. With such a bound the
+            largest and the smallest are measured first, and predicted times pass through theirs. For this machine only.
         candidates: how many to look at where the space is too large to look at all.
         seed: of the search.
 
@@ -141,6 +142,9 @@ def select(
     if machine is not None and prices.machine is not machine:
         raise ElasticError("machine: the prices are of another one; give either machine or prices")
     region = Region.of(space).only(among)
+    if measured and bounds.latency_seconds is not None:  # what is searched is what is measured here
+        ends = _latencies(space, [region.full, region.smallest])
+        prices = prices.corrected("latency_seconds", {choice: found.seconds for choice, found in ends.items()})
     names = list(dict.fromkeys([*bounds.given, "flops", "parameters"]))
     worth = quality if quality is not None else _capacity(prices)
 
@@ -190,15 +194,20 @@ def _unmet(budget: Budget, nearest: Candidate) -> ElasticError:
     return ElasticError(f"budget: no subnet meets it; the nearest, {nearest.choice}, needs {needs}")
 
 
+def _latencies(space: Space, choices: Sequence[Choice]) -> dict[Choice, Measurement]:
+    """The measured forward pass of some subnets, as modules of their own in eval mode."""
+    inputs = tensor_arguments(space.batch)
+    with evaluating(space.model), torch.no_grad():
+        nets = {choice: space.extract(choice).eval() for choice in choices}
+        return measure({choice: partial(call_model, net, inputs) for choice, net in nets.items()})
+
+
 def _measured(
     space: Space, within: list[Candidate], front: list[Candidate], count: int, budget: Budget
 ) -> tuple[list[Candidate], list[Candidate]]:
     """The best ``count`` candidates with their measured forward pass, those that keep its bound; and the front."""
     tried = sorted(within, key=lambda one: -one.quality)[:count]
-    inputs = tensor_arguments(space.batch)
-    with evaluating(space.model), torch.no_grad():
-        nets = {one.choice: space.extract(one.choice).eval() for one in tried}
-        found = measure({choice: partial(call_model, net, inputs) for choice, net in nets.items()})
+    found = _latencies(space, [one.choice for one in tried])
     timed = {one.choice: Candidate(one.choice, one.prices, one.quality, found[one.choice]) for one in tried}
     bound = budget.latency_seconds
     kept = [one for one in timed.values() if bound is None or one.measured is None or one.measured.seconds <= bound]

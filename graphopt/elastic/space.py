@@ -14,6 +14,7 @@ from graphopt.elastic.choice import Choice
 from graphopt.elastic.dimension import Dimension, Kind, Refused, Value
 from graphopt.elastic.handles import Handle
 from graphopt.elastic.layers import Layers
+from graphopt.elastic.modes import keeping_modes
 from graphopt.elastic.options import Sizes
 from graphopt.elastic.subnet import Subnet
 from graphopt.elastic.supergraph import Supergraph
@@ -328,17 +329,14 @@ class Space:
 
     def _in_the_other_mode(self) -> list[Refused]:
         """Capture the model in the other mode; what cannot vary there is no dimension."""
-        modes = [(module, module.training) for module in self.model.modules()]
         mode = "train" if not self.model.training else "eval"
-        try:
+        with keeping_modes(self.model):
             self.model.train(not self.model.training)
-            made = self._captured(self.batch, None)
-        except (CaptureError, BatchError) as error:
-            self.notes.append(f"in {mode} mode the model was not captured: {error}")
-            return []
-        finally:
-            for module, training in modes:
-                module.training = training
+            try:
+                made = self._captured(self.batch, None)
+            except (CaptureError, BatchError) as error:
+                self.notes.append(f"in {mode} mode the model was not captured: {error}")
+                return []
         made.adopt(self.primary)
         return self._drop({name: f"in {mode} mode: {why}" for name, why in made.missing.items()})
 

@@ -6,7 +6,7 @@ each state that it meets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from graphopt.graph.axes import Axes, Axis
 from graphopt.graph.capture import Captured
 from graphopt.graph.draft import Draft
 from graphopt.graph.resize import Resizer, cuts_of
-from graphopt.graph.training_graph import InputKind
 
 FINDERS: tuple[Callable[[Axes, Resizer], Found], ...] = (
     axis_sizes.find,
@@ -148,8 +147,3 @@ class Supergraph:
     def slices(self, cuts: Mapping[str, Mapping[int, Cut]]) -> dict[str, Slice]:
         """Cuts as slices of the model's tensors."""
         return {name: Slice.of(self.tensors[name].dim(), dims) for name, dims in cuts.items() if name in self.tensors}
-
-    def names(self, kinds: Iterable[InputKind]) -> list[str]:
-        """Names of the inputs of these kinds, in order."""
-        wanted = set(kinds)
-        return [given.name for given in self.graph.inputs if given.kind in wanted]

@@ -102,13 +102,13 @@ class Sieve:
 
     # -- by chance --------------------------------------------------------------------------------------------------
 
-    def take_by_chance(self, random: np.random.Generator, how: str = "random", biased: bool = True) -> Nothing | None:
+    def take_by_chance(self, random: np.random.Generator, how: str = "random") -> Nothing | None:
         """Choose one point by chance; what fits a tight budget is looked for among ever smaller nets, then by going
         downhill, and in small spaces by listing all. Says so where nothing is left."""
         tries = 400 if self.gate.cheap else 12
         for turn in range(tries):
             # Evenly from all at first: which models are tried must not depend on the budget more than it has to.
-            bias = 1.0 if not biased or turn < tries // 4 else 1.0 + 3.0 * turn / tries
+            bias = 1.0 if turn < tries // 4 else 1.0 + 3.0 * turn / tries
             if self.take(self._sample(random, bias), None, how):
                 return None
         if self.space.size <= _FEW and self.gate.cheap:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.elastic import Choice, Space
-from graphopt.elastic.extract import CONSTANTS
+from graphopt.elastic.module_tree import CONSTANTS
 
 
 def call(function: Any, batch: Any, *first: Any) -> list[Tensor]:

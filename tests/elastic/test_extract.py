@@ -1,7 +1,6 @@
 """Extracted subnets are the slices of the supernet bit for bit, and plain modules: saved, loaded, copied, exported."""
 
 import copy
-import importlib.util
 import subprocess
 import sys
 import textwrap
@@ -12,11 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphopt.elastic as elastic
-from benchmarks import zoo
-from graphopt.elastic.extract import save
+from graphopt.elastic.saving import save
 from graphopt.errors import ElasticError
 from tests.elastic.subnets import call, check_extraction
 from tests.elastic.test_structures import RIGID, batch_of, found
+from tests.elastic.zoo_spaces import inputs, of_the_zoo
 from tests.structures import STRUCTURES
 
 
@@ -36,17 +35,11 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("swin_small", "g
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_small", "tied_lm", *SLOW])
 def test_models(name):
-    case = zoo.case(name)
-    torch.manual_seed(0)
-    batch = case.batch(3)
-    batch = batch if isinstance(batch, dict) else batch[:-1]
-    space = elastic.space(case.build(), batch)
+    space, batch = of_the_zoo(name)
     module = check_extraction(space, space.sample(seed=2), batch, training=False)
     check_extraction(space, space.sample(seed=3), batch, training=True)
-    names = set(space.model.state_dict())
-    assert set(module.state_dict()) <= names
-    more = case.batch(5)  # a batch of another size
-    more = more if isinstance(more, dict) else more[:-1]
+    assert set(module.state_dict()) <= set(space.model.state_dict())
+    more = inputs(name, 5)  # a batch of another size
     space.model.eval()
     for a, b in zip(call(module.eval(), more), call(space.run, more, space.sample(seed=2)), strict=True):
         assert torch.equal(a, b)
@@ -165,23 +158,6 @@ def test_a_process_without_graphopt_loads_it(space, choice, tmp_path):
     run = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
-
-
-def test_torch_export(space, choice):
-    module = space.extract(choice).eval()
-    batch = torch.export.Dim("batch", min=2)
-    exported = torch.export.export(module, (TOKENS,), dynamic_shapes=({0: batch},))
-    more = torch.randint(7, (6, 5))
-    assert torch.equal(exported.module()(more)["logits"], module(more)["logits"])
-
-
-@pytest.mark.skipif(importlib.util.find_spec("onnx") is None, reason="onnx is not installed: nothing writes its files")
-def test_onnx_export(space, choice, tmp_path):
-    module = space.extract(choice).eval()
-    torch.onnx.export(
-        module, (TOKENS,), tmp_path / "small.onnx", dynamo=importlib.util.find_spec("onnxscript") is not None
-    )
-    assert (tmp_path / "small.onnx").stat().st_size > 0
 
 
 class Auxiliary(nn.Module):

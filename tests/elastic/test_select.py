@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import graphopt
 import graphopt.elastic as elastic
 from graphopt.cost_model import Machine, estimate
-from graphopt.cost_model.analytical import FACTORS
+from graphopt.cost_model.measured import Measurement
 from graphopt.cost_model.memory import Memory
 from graphopt.elastic import pareto
 from graphopt.elastic.modes import evaluating
@@ -187,9 +187,50 @@ def test_the_best_are_measured():
     found = select(space, {"flops": budget}, prices=prices, measured=2)
     assert found.best.measured is not None and found.best.measured.seconds > 0
     assert sum(one.measured is not None for one in found.front) == 2
-    fast = MACHINE.scaled(dict.fromkeys(FACTORS, 1e-6), 0.1)  # a machine that this one is not
-    with pytest.raises(ElasticError, match="none of the 1 that were measured"):
-        select(space, {"latency_seconds": 1e-5}, prices=Prices(space, fast), measured=1)
+
+
+def test_predictions_pass_through_measured_times():
+    space, _, _ = attentive()
+    prices = Prices(space, MACHINE)
+    choices = some(space)
+    before = prices.of(choices, "latency_seconds")
+    ends = {space.full: 3 * before[-2], space.smallest: 2 * before[-1]}
+    found = prices.corrected("latency_seconds", ends)
+    after = found.of(choices, "latency_seconds")
+    assert after[-2:] == pytest.approx(list(ends.values()))
+    assert np.all(after >= 1.999 * before) and np.all(after <= 3.001 * before)
+    assert np.all(np.argsort(after) == np.argsort(before))
+    assert np.all(prices.of(choices, "latency_seconds") == before)
+    assert np.all(found.of(choices, "flops") == prices.of(choices, "flops"))
+    one = found.corrected("latency_seconds", {choices[0]: 5 * before[0]})
+    assert one.of(choices, "latency_seconds") == pytest.approx(5 * before)
+    for metric, seconds in (("flops", ends), ("latency_seconds", {}), ("latency_seconds", {space.full: 0.0})):
+        with pytest.raises(ElasticError, match="corrected: expected one of"):
+            prices.corrected(metric, seconds)
+
+
+def test_a_bound_of_time_is_one_of_measured_time(monkeypatch):
+    """On a machine that takes ten times as long as predicted, but for some subnets that take twenty times as long."""
+    space, _, _ = attentive()
+    prices = Prices(space, MACHINE)
+    slow = set()
+
+    def latencies(space, choices):
+        seconds = prices.of(choices, "latency_seconds")
+        factors = [20.0 if choice in slow else 10.0 for choice in choices]
+        return {c: Measurement(s * f, s * f, s * f, 7) for c, s, f in zip(choices, seconds, factors, strict=True)}
+
+    monkeypatch.setattr("graphopt.elastic.select._latencies", latencies)
+    whole, least = (10 * float(prices.of([end], "latency_seconds")[0]) for end in (space.full, space.smallest))
+    bound = (whole * least) ** 0.5
+    found = select(space, {"latency_seconds": bound}, prices=prices, measured=3)
+    assert 0.9 * bound < found.best.measured.seconds <= bound
+    assert found.best.prices["latency_seconds"] == pytest.approx(found.best.measured.seconds)
+    slow.update(one.choice for one in found.front if one.measured)
+    with pytest.raises(ElasticError, match="none of the 3 that were measured keeps latency_seconds"):
+        select(space, {"latency_seconds": bound}, prices=prices, measured=3)
+    with pytest.raises(ElasticError, match="no subnet meets it"):
+        select(space, {"latency_seconds": least / 2}, prices=prices, measured=3)
 
 
 class WithFlags(nn.Module):
