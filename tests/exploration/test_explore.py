@@ -264,7 +264,7 @@ def test_a_study_tells_why_and_exports(tmp_path):
     for trial, row, cells in zip(study.trials(), rows, table):
         assert row["hp.x0"] == trial.hyper_parameters["x0"] == float(cells["hp.x0"])
         assert row["score"] == trial.metrics["score"] == float(cells["score"])
-    with pytest.raises(ExplorationError, match="csv or jsonl"):
+    with pytest.raises(ExplorationError, match="csv, jsonl"):
         study.export(tmp_path / "s.xml")
 
 
@@ -314,11 +314,11 @@ def test_reproducible_trials_have_one_thread(monkeypatch, given, expected):
 
     told = []
 
-    def engine(on, generator, trainer, workers, folder, generation, devices, threads):
-        told.append(str(threads))
+    def engine(where, generator, trainer, folder):
+        told.append(str(where.threads))
         return InlineEngine(generator, trainer)
 
-    monkeypatch.setattr(exploring, "_engine", engine)
+    monkeypatch.setattr(exploring, "start_engine", engine)
     explore(None, bowl, hyper_parameters=BOWL, trials=1, reproducible=True, progress=False, **given)
     assert told == [expected]
 
@@ -380,6 +380,10 @@ def test_a_limit_that_nobody_predicts_is_said():
         ({"proposer": "magic"}, "proposer"),
         ({"workers": 0, "on": "local"}, "workers"),
         ({"on": "moon"}, "'moon'"),
+        ({"threads": 0}, "threads"),
+        ({"resources": {"GPU": 1}}, "on='ray'"),
+        ({"resources": {"GPU": -1}, "on": "ray"}, "amounts by name"),
+        ({"devices": [0], "on": "ray"}, "resources={'GPU': 1}"),
         ({"generation": "nowhere"}, "generation"),
         ({"confidence": 1.5}, "confidence"),
         ({"resume": "maybe"}, "resume"),

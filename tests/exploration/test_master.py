@@ -7,14 +7,15 @@ from hypothesis import strategies as st
 from benchmarks.simulated_engine import SimulatedEngine
 from graphopt.exploration.early_stopping import ASHA
 from graphopt.exploration.engines import Died, Ready, Reported
+from graphopt.exploration.events import model_event
 from graphopt.exploration.generator import GeneratorSetup
-from graphopt.exploration.history import History, model_event
+from graphopt.exploration.history import History
 from graphopt.exploration.limits import Limits
 from graphopt.exploration.master import Master
 from graphopt.exploration.outcome import Objectives, Outcome
 from graphopt.exploration.pool import Model
 from graphopt.exploration.proposers import as_proposer
-from graphopt.exploration.store import Event
+from graphopt.exploration.study_file import Event
 from tests.exploration.searches import mixed_space, simulated, small_space
 
 SPACE = small_space()
