@@ -1,8 +1,8 @@
 """Requests for models: when the next one is due, which results it may use, and what its answer becomes.
 
 Requests are answered one after the other: each sees all models before it, which is what keeps duplicates out. Which
-results it sees is named in it: all of them as they come; or, in a reproducible search, those that `Limits.usable` says,
-in the order of their models' numbers, whenever they came.
+results it sees is named in it: all of them as they come; or, in a reproducible search, those that `Limits` says by
+their numbers, in an order of its own, whenever they came.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class Asking:
         self.asked: Request | None = None
         self._history, self._limits = history, limits
         self._released = 0  # results that generators have
-        self._ended: set[int] = set()  # models whose results wait for those of earlier ones
+        self._ended: set[int] = set()  # models whose results wait for those that come into use before them
+        self._order = limits.order() if limits.window is not None else iter(())
+        self._due = next(self._order, None)
         self._refused = set(history.refusals)  # keys: what is refused again is not counted again
 
     def wants_models(self) -> bool:
@@ -69,8 +71,9 @@ class Asking:
         else:
             self._ended.add(number)
             released = []
-            while (first := self._released + len(released)) in self._ended:
-                self._ended.remove(first)
-                released.append(first)
+            while self._due in self._ended:
+                self._ended.remove(self._due)
+                released.append(self._due)
+                self._due = next(self._order, None)
         self._released += len(released)
         return released

@@ -33,4 +33,4 @@ def _compared(history: History, limits: Limits, trial: Trial) -> list[Trial]:
     first = trial.number
     while first > 0 and history.trials[first - 1].request == trial.request:
         first -= 1
-    return history.trials[: limits.usable(first)]
+    return [other for other in history.trials[:first] if limits.uses(first, other.number)]

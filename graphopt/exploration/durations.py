@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
+from collections.abc import Iterable
 from statistics import median
 
 from graphopt.exploration.history import Trial
@@ -25,10 +27,27 @@ class Durations:
     def __init__(self, limits: Limits, alike: bool) -> None:
         self._limits, self._alike = limits, alike
         self._all: list[tuple[float, float | None, int | None]] = []
+        self._by_worker: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=8))
 
     def add(self, trial: Trial) -> None:
         """A trial was finished: neither stopped early, which would say nothing of those that survive, nor failed."""
         self._all.append((trial.seconds, _step(trial), trial.worker))
+        if trial.worker is not None:
+            self._by_worker[trial.worker].append(trial.seconds)
+
+    def slow(self, workers: Iterable[int], window: int, share: float) -> set[int]:
+        """Workers so slow that all together end more than ``window`` trials while one of them is at its longest, taken
+        to be half as long again as its median: others would have to wait for it. The slowest ones, as many as do a
+        ``share`` of all trials."""
+        typical = {worker: max(median(self._by_worker[worker]), 1e-9) for worker in workers if self._by_worker[worker]}
+        rate = sum(1.0 / seconds for seconds in typical.values())
+        found, left = set(), share * rate
+        for worker, seconds in sorted(typical.items(), key=lambda pair: -pair[1]):
+            left -= 1.0 / seconds
+            if 1.5 * seconds * rate <= window or left < 0:
+                break
+            found.add(worker)
+        return found
 
     def allowed(self, trial: Trial, final: bool = False) -> tuple[float, float | None]:
         """Seconds that ``trial`` may take, and those it is expected to take, None if that is not known. ``final``: in

@@ -20,7 +20,7 @@ from graphopt.exploration.generator import GeneratorSetup
 from graphopt.exploration.history import History
 from graphopt.exploration.hyper_parameters import HyperParameter
 from graphopt.exploration.interrupts import Interrupts
-from graphopt.exploration.limits import WINDOW, Limits
+from graphopt.exploration.limits import Limits
 from graphopt.exploration.master import Master, Watcher
 from graphopt.exploration.opening import Opened, open_for
 from graphopt.exploration.outcome import Objectives
@@ -55,7 +55,7 @@ def explore(
     resources: Mapping[str, float] | None = None,
     seed: int = 0,
     reproducible: bool = False,
-    window: int = WINDOW,
+    window: int = 16,
     queue: int = 2,
     stop: ASHA | None = None,
     retrain: int = 0,
@@ -99,9 +99,9 @@ def explore(
             tags of machines.
         seed: of the search and of its trials.
         reproducible: the same models in the same order for the same seed, whatever the number and speed of workers and
-            whoever is killed (if trials are deterministic). Model k is proposed from results up to k - ``window``.
-        window: of a reproducible search: about so many trials can run or wait at a time. The default keeps eight
-            workers busy whose speeds differ tenfold, or some 25 of one speed; see docs/exploration.md.
+            whoever is killed (if trials are deterministic). It costs some quality and speed.
+        window: of a reproducible search: how many models are generated at least before a result is used; four times as
+            many for every fourth model. About half as many workers are kept busy; see docs/exploration.md.
         queue: models that a generator gives at a time, at least 2 keep trainers from waiting.
         stop: `ASHA`, to stop trials early.
         retrain: so many of the best are trained again in the end, with ``context.effort`` = ``effort``.
@@ -156,7 +156,8 @@ def explore(
             path = Path(store)
         opened = open_for(
             path, resume, durable, found, space, trial, objectives, asked,
-            {"seed": seed, "window": limits.window, "queue": queue, "proposer": chosen.name},
+            {"seed": seed, "window": limits.window, "patience": limits.patience, "queue": queue,
+             "proposer": chosen.name},
         )  # fmt: skip
         stack.callback(opened.close)
         if opened.path is not None:

@@ -150,20 +150,39 @@ class Master:
     def _dispatch(self) -> None:
         """Give idle trainers what waits: the lowest number first."""
         turn = _Turn()
-        while self._idle and not self.stop_asked:
-            if self._finals is not None:
-                if not self._finals:
-                    break
-                number, final = self._finals.pop(0), True
-            elif self._waits() and not self._out_of_time():
-                number, final = heapq.heappop(self._queue), False
-            else:
-                break
-            slot, trial = self._idle.pop(0), self.history.trials[number]
+        for slot in [] if self.stop_asked else list(self._idle):
+            if (number := self._next_for(slot)) is None:
+                continue
+            self._idle.remove(slot)
+            trial, final = self.history.trials[number], self._finals is not None
             body: dict[str, Any] = {"worker": slot} | ({"final": True} if final else {})
             turn.events.append(Event("start", number, body))
             turn.after.append(partial(self._start, slot, trial, final))
         self._commit(turn)
+
+    def _next_for(self, slot: int) -> int | None:
+        """Take from the queue what an idle trainer is to run: the lowest number."""
+        if self._finals is not None:
+            return self._finals.pop(0) if self._finals else None
+        if not self._waits() or self._out_of_time():
+            return None
+        number: int | None = self._queue[0]
+        if self.limits.window is not None:
+            number = self._fit_for(slot, self.limits.window)
+        if number is not None:
+            self._queue.remove(number)
+            heapq.heapify(self._queue)
+        return number
+
+    def _fit_for(self, slot: int, window: int) -> int | None:
+        """In a reproducible search, workers that are so slow that others would wait for them take those models whose
+        results are used late, and leave the rest to the others, as long as there are any."""
+        slow = self._durations.slow({*self.running, *self._idle, slot}, window, self.limits.patient_share)
+        limit = self.limits.trials
+        if not slow:
+            return self._queue[0]
+        fit = [n for n in self._queue if self.limits.patient(n) == (slot in slow) and (limit is None or n < limit)]
+        return min(fit) if fit else None if slot in slow else self._queue[0]
 
     def _start(self, slot: int, trial: Trial, final: bool) -> None:
         self.running[slot] = _Running(trial, self.engine.now(), final)

@@ -15,6 +15,7 @@ import pytest
 from graphopt.errors import ExplorationError, GraphoptWarning, StoreError
 from graphopt.exploration import ASHA, ModelFunction, Pruned, choice, explore, linear, open_study
 from graphopt.exploration.engines.inline import InlineEngine
+from graphopt.exploration.limits import Limits
 from graphopt.exploration.outcome import Objectives, failure
 from tests.exploration.searches import BOWL, bowl
 
@@ -139,7 +140,7 @@ def test_a_reproducible_search_decides_by_what_the_request_of_a_trial_could_use(
     first = {}
     for t in study.trials():
         first.setdefault(t.request, t.number)
-    assert Watched.seen == [max(0, first[t.request] - 4) for t in study.trials()]
+    assert Watched.seen == [Limits(window=4).usable(first[t.request]) for t in study.trials()]
 
 
 def test_several_objectives():
