@@ -39,8 +39,8 @@ demo: $(STAMP) ## Train a model on the handwritten digits and show what graphopt
 
 # Everything below that runs tests keeps torch to one thread a process: two spinning thread pools on two
 # cores are many times slower than one thread.
-check test fuzz reach: export OMP_NUM_THREADS = 1
-check test fuzz reach: export MKL_NUM_THREADS = 1
+check test fuzz soak reach: export OMP_NUM_THREADS = 1
+check test fuzz soak reach: export MKL_NUM_THREADS = 1
 check test fuzz: export TORCHINDUCTOR_COMPILE_THREADS = 1
 
 .PHONY: check
@@ -60,8 +60,8 @@ fuzz: $(STAMP) ## The property tests with thousands of examples each
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m hypothesis --hypothesis-profile fuzz $(PYTEST_ARGS)
 
 .PHONY: soak
-soak: $(STAMP) ## Kill the workers of an exploration 100 times and its master 20 times
-	GRAPHOPT_SOAK=1 $(BIN)/python -m pytest -k soak tests/exploration $(PYTEST_ARGS)
+soak: $(STAMP) ## Kill the workers of an exploration 100 times and its master 20 times; 10,000 trials
+	GRAPHOPT_SOAK=1 $(BIN)/python -m pytest -s -k soak tests/exploration $(PYTEST_ARGS)
 
 .PHONY: reach
 reach: $(STAMP) ## Capture and step many published architectures; writes docs/models.md

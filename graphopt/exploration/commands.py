@@ -16,8 +16,8 @@ from graphopt.errors import ExplorationError
 from graphopt.exploration.exploring import explore
 from graphopt.exploration.history import Trial
 from graphopt.exploration.progress import line
-from graphopt.exploration.store import read_study
 from graphopt.exploration.study import Study, open_study
+from graphopt.exploration.study_file import read_study
 
 __all__ = ["app"]
 
@@ -33,6 +33,8 @@ def run(
     time: Annotated[str | None, typer.Option(help="How long: 90s, 30min, 2h.")] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="How many models.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Trainers at a time.")] = None,
+    on: Annotated[str | None, typer.Option(help="local, ray, inline.")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder for logs.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     proposer: Annotated[str | None, typer.Option(help="anneal, anneal_plain, evolve, random, optuna:CLASS.")] = None,
     resume: Annotated[str | None, typer.Option(help="auto, never, must, fork, backup, accept.")] = None,
@@ -41,7 +43,8 @@ def run(
 
     Example: graphopt explore run train.py:search --store runs/digits.db --time 2h
     """
-    given = {"time": time, "trials": trials, "workers": workers, "seed": seed, "proposer": proposer, "resume": resume}
+    given = {"time": time, "trials": trials, "workers": workers, "on": on, "tensorboard": tensorboard, "seed": seed,
+             "proposer": proposer, "resume": resume}  # fmt: skip
     arguments = _arguments(target) | {name: value for name, value in given.items() if value is not None}
     if not {"space", "trial"} <= arguments.keys():
         raise ExplorationError(f"{target}: expected at least 'space' and 'trial' among {sorted(arguments)}")
@@ -83,9 +86,13 @@ def why(store: Store, trial: Annotated[str, typer.Argument(help="Number, or begi
 
 
 @app.command()
-def export(store: Store, path: Annotated[Path, typer.Argument(help="NAME.csv or NAME.jsonl.")]) -> None:
-    """Write all trials to a file."""
-    typer.echo(open_study(store).export(path))
+def export(
+    store: Store,
+    path: Annotated[Path, typer.Argument(help="NAME.csv, NAME.jsonl, or a folder.")],
+    format: Annotated[str | None, typer.Option(help="csv, jsonl or tensorboard; by default by the name.")] = None,
+) -> None:
+    """Write all trials to a file, or to a folder for TensorBoard."""
+    typer.echo(open_study(store).export(path, format))
 
 
 def _show(study: Study, trials: list[Trial]) -> None:

@@ -14,21 +14,21 @@ from typing import Any
 
 from graphopt.errors import ExplorationError, GraphoptWarning
 from graphopt.exploration.early_stopping import ASHA
-from graphopt.exploration.engines import Engine
+from graphopt.exploration.engines.starting import Where, start_engine
 from graphopt.exploration.gate import check_budget
 from graphopt.exploration.generator import GeneratorSetup
 from graphopt.exploration.history import History
 from graphopt.exploration.hyper_parameters import HyperParameter
 from graphopt.exploration.interrupts import Interrupts
 from graphopt.exploration.limits import Limits
-from graphopt.exploration.master import Master
+from graphopt.exploration.master import Master, Watcher
 from graphopt.exploration.opening import Opened, open_for
 from graphopt.exploration.outcome import Objectives
 from graphopt.exploration.progress import Progress
 from graphopt.exploration.proposers import Proposer, as_proposer
 from graphopt.exploration.search_space import search_space
-from graphopt.exploration.store import Event
 from graphopt.exploration.study import Study
+from graphopt.exploration.study_file import Event
 from graphopt.exploration.trainer import TrainerSetup
 
 __all__ = ["explore"]
@@ -52,6 +52,7 @@ def explore(
     generation: str = "workers",
     devices: Sequence[Any] | None = None,
     threads: int | None = None,
+    resources: Mapping[str, float] | None = None,
     seed: int = 0,
     reproducible: bool = False,
     window: int = 16,
@@ -66,6 +67,7 @@ def explore(
     durable: bool = False,
     keep_folders: bool = False,
     progress: bool = True,
+    tensorboard: str | os.PathLike[str] | None = None,
 ) -> Study:
     """Search over architectures and hyper-parameters.
 
@@ -84,16 +86,22 @@ def explore(
         confidence: how likely a model must be to keep the budget.
         proposer: ``anneal``, ``anneal_plain``, ``evolve``, ``random``, ``optuna:CLASS``, or an object of your own.
         trials, time: how many models, and how long ("2h", "30min", seconds): at least one of them.
-        workers: trainers at a time; by default one for two cores, or one for each device.
-        on: ``local`` (processes of this machine) or ``inline`` (in this process, one after the other: for debugging).
+        workers: trainers at a time; by default one for two cores, one for each device, or as many as a Ray cluster has
+            room for. More than that wait for machines that join later.
+        on: ``local`` (processes of this machine), ``ray`` (those of a Ray cluster: the one this process is connected
+            to, that of RAY_ADDRESS, one that runs here, or a new one) or ``inline`` (in this process, one after the
+            other: for debugging).
         generation: ``workers``: each worker has a generator process beside its trainer; ``master``: models are
             generated in this process. The models are the same.
         devices: what each worker sees as CUDA_VISIBLE_DEVICES, in turn.
         threads: of torch in each worker; by default the cores are divided, or 1 in a ``reproducible`` search.
+        resources: what a worker takes of a Ray cluster, by name: ``CPU`` (by default one for each thread), ``GPU``,
+            tags of machines.
         seed: of the search and of its trials.
         reproducible: the same models in the same order for the same seed, whatever the number and speed of workers and
-            whoever is killed (if trials are deterministic). Model k is proposed from results up to k - ``window``, so
-            at most about ``window`` workers are kept busy; 1.5 to 2 for each worker costs nearly nothing.
+            whoever is killed (if trials are deterministic). It costs some quality and speed.
+        window: of a reproducible search: how many models are generated at least before a result is used; four times as
+            many for every fourth model. About half as many workers are kept busy; see docs/exploration.md.
         queue: models that a generator gives at a time, at least 2 keep trainers from waiting.
         stop: `ASHA`, to stop trials early.
         retrain: so many of the best are trained again in the end, with ``context.effort`` = ``effort``.
@@ -105,6 +113,8 @@ def explore(
         durable: survive a power failure too.
         keep_folders: keep what trials wrote into ``context.folder``.
         progress: show how it goes, on stderr.
+        tensorboard: a folder for logs of scores, intermediate values, hyper-parameters and the best
+            (``pip install graphopt[tensorboard]``).
 
     Returns:
         The study. Ctrl-C once lets the trials that run end and returns; twice raises KeyboardInterrupt at once. Both
@@ -131,12 +141,13 @@ def explore(
         trials=trials, seconds=_seconds(time), queue=queue, window=window if reproducible else None,
         hang_after=hang_after, first_seconds=first_seconds, retrain=retrain, effort=effort,
     )  # fmt: skip
-    _check(limits, confidence, on, generation, seed, window)
+    _check(limits, confidence, seed, window)
+    # Sums are made in another order by other numbers of threads.
+    threads = 1 if threads is None and reproducible else threads
+    where = Where(on, workers, generation, devices, threads, resources)
     asked = check_budget(budget)
     chosen = as_proposer(proposer)
     predict = _predictor(predictor, space, trial, asked, objectives)
-    count = 1 if on == "inline" else _workers(workers, devices)
-    limits = replace(limits, ahead=max(queue, count))
     with ExitStack() as stack:
         if store is None:
             path = None
@@ -145,7 +156,8 @@ def explore(
             path = Path(store)
         opened = open_for(
             path, resume, durable, found, space, trial, objectives, asked,
-            {"seed": seed, "window": limits.window, "queue": queue, "proposer": chosen.name},
+            {"seed": seed, "window": limits.window, "patience": limits.patience, "queue": queue,
+             "proposer": chosen.name},
         )  # fmt: skip
         stack.callback(opened.close)
         if opened.path is not None:
@@ -156,12 +168,18 @@ def explore(
             seed = opened.seed  # requests go on counting in the stream that they were begun in
         generator = GeneratorSetup(found, chosen, seed, asked, predict, confidence, learns=not reproducible)
         trainer = TrainerSetup(found, space, trial, objectives, stop, folder.absolute(), keep_folders)
-        if threads is None and reproducible:
-            threads = 1  # sums are made in another order by other numbers of threads
-        engine = _engine(on, generator, trainer, count, folder, generation, devices, threads)
+        engine = start_engine(where, generator, trainer, folder)
         stack.callback(engine.close)
+        limits = replace(limits, ahead=max(queue, engine.slots), least_seconds=where.least_seconds)
         shown = Progress(progress)
-        master = Master(engine, history, limits, seed, opened.write, stop, shown, asked)
+        watchers: list[Watcher] = [shown]
+        if tensorboard is not None:
+            from graphopt.exploration.tensorboard import TensorBoardLog
+
+            logs = TensorBoardLog(tensorboard, history, asked)
+            stack.callback(logs.close)
+            watchers.append(logs)
+        master = Master(engine, history, limits, seed, opened.write, stop, watchers, asked)
         if on == "inline":
             engine.on_report = master.decide_now  # type: ignore[attr-defined]
         _run(master, opened, shown)
@@ -179,32 +197,6 @@ def _run(master: Master, opened: Opened, shown: Progress) -> None:
     finally:
         shown.end()
         opened.pause(master.engine.now() - master.started)
-
-
-def _engine(
-    on: str,
-    generator: GeneratorSetup,
-    trainer: TrainerSetup,
-    workers: int,
-    folder: Path,
-    generation: str,
-    devices: Sequence[Any] | None,
-    threads: int | None,
-) -> Engine:
-    if on == "inline":
-        from graphopt.exploration.engines.inline import InlineEngine
-
-        return InlineEngine(generator, trainer)
-    from graphopt.exploration.engines.local import LocalEngine
-
-    each = str(threads or max(1, _cores() // workers))
-    environment = [{"OMP_NUM_THREADS": each, "MKL_NUM_THREADS": each} for _ in range(workers)]
-    for slot, variables in enumerate(environment):
-        if devices:
-            variables["CUDA_VISIBLE_DEVICES"] = str(devices[slot % len(devices)])
-    return LocalEngine(
-        generator, trainer, workers=workers, folder=folder, generation=generation, environment=environment
-    )
 
 
 def _predictor(
@@ -265,7 +257,7 @@ def _seconds(given: float | str | None) -> float | None:
     return float(given)
 
 
-def _check(limits: Limits, confidence: float, on: str, generation: str, seed: int, window: int) -> None:
+def _check(limits: Limits, confidence: float, seed: int, window: int) -> None:
     if limits.trials is None and limits.seconds is None:
         raise ExplorationError("trials and time: say how many models are to be tried, or how long")
     for name, value, least in (
@@ -283,19 +275,3 @@ def _check(limits: Limits, confidence: float, on: str, generation: str, seed: in
             raise ExplorationError(f"{name}: expected a positive number, got {number!r}")
     if not 0.0 < confidence < 1.0:
         raise ExplorationError(f"confidence: expected a probability between 0 and 1, got {confidence!r}")
-    if on not in ("local", "inline"):
-        raise ExplorationError(f"on: expected 'local' or 'inline', got {on!r}")
-    if generation not in ("workers", "master"):
-        raise ExplorationError(f"generation: expected 'workers' or 'master', got {generation!r}")
-
-
-def _workers(given: int | None, devices: Sequence[Any] | None) -> int:
-    if given is None:
-        return len(devices) if devices else max(1, _cores() // 2)
-    if isinstance(given, bool) or not isinstance(given, int) or given < 1:
-        raise ExplorationError(f"workers: expected a positive integer, got {given!r}")
-    return given
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

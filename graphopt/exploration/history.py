@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from graphopt.exploration.outcome import Objectives, Outcome
+from graphopt.exploration.outcome import Objectives
 from graphopt.exploration.pool import Model, Result
 from graphopt.exploration.search_space import Point, SearchSpace
-from graphopt.exploration.store import Event
+from graphopt.exploration.study_file import Event
 
 __all__ = ["History", "Refusal", "Trial"]
 
@@ -58,8 +58,12 @@ class Trial:
     worker: int | None = None
     out_of_memory: bool = False
 
+    def model(self) -> Model:
+        """Its row in the pool."""
+        return Model(self.number, self.key, self.point, self.request, self.parent, self.how, self.predicted)
+
     def result(self) -> Result:
-        """The row of the pool."""
+        """The row of its result in the pool."""
         measured = dict(self.metrics) | ({"out_of_memory": 1.0} if self.out_of_memory else {})
         return Result(self.number, self.state, self.scores if self.state == "done" else None, measured)
 
@@ -179,31 +183,5 @@ def within(trial: Trial, name: str, limit: float) -> bool:
     return name not in trial.predicted or trial.predicted[name][0] <= limit
 
 
-def model_event(model: Model) -> Event:
-    """The row of a model."""
-    body: dict[str, Any] = {"point": list(model.point), "request": model.request, "how": model.how}
-    if model.parent is not None:
-        body["parent"] = model.parent
-    if model.predicted:
-        body["predicted"] = {name: [_short(v) for v in values] for name, values in model.predicted.items()}
-    return Event("model", model.number, body, model.key)
-
-
-def end_event(number: int, outcome: Outcome, final: bool = False) -> Event:
-    """The row of the end of a trial."""
-    body: dict[str, Any] = {"state": outcome.state, "metrics": outcome.metrics, "seconds": _short(outcome.seconds)}
-    for name, value in (("cause", outcome.cause), ("curve", [list(pair) for pair in outcome.curve])):
-        if value:
-            body[name] = value
-    for name, flag in (("final", final), ("out_of_memory", outcome.out_of_memory)):
-        if flag:
-            body[name] = True
-    return Event("end", number, body)
-
-
 def _predicted(body: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
     return {name: (v[0], v[1], v[2]) for name, v in body.get("predicted", {}).items()}
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")

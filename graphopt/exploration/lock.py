@@ -59,9 +59,15 @@ class Lock:
         self.before = read_witness(path)
 
     def tell(self, **facts: Any) -> None:
-        """Write who holds the lock and what it did last. Survives the end of this process, however it ends."""
+        """Write who holds the lock and what it did last. Survives the end of this process, however it ends.
+
+        Raises StoreError where that cannot be written: the disk is full, for example.
+        """
         told = {"pid": os.getpid(), "host": socket.gethostname(), **facts}
-        os.pwrite(self._file, json.dumps(told).encode().ljust(_LENGTH), 0)
+        try:
+            os.pwrite(self._file, json.dumps(told).encode().ljust(_LENGTH), 0)
+        except OSError as error:  # the first time only, mostly: later it takes no room
+            raise StoreError(f"{self.path} cannot be written to: {error.strerror}") from error
 
     def release(self) -> None:
         """Free the lock. The file stays: removing it would let two processes hold two locks of one name."""

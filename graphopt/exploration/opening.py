@@ -11,8 +11,9 @@ from graphopt.errors import ExplorationError, StoreError
 from graphopt.exploration.fingerprints import differences, fingerprints
 from graphopt.exploration.outcome import Objectives
 from graphopt.exploration.search_space import SearchSpace
-from graphopt.exploration.store import Event, Store
+from graphopt.exploration.store import Store
 from graphopt.exploration.study import space_to_meta
+from graphopt.exploration.study_file import Event
 
 __all__ = ["Opened", "open_for"]
 

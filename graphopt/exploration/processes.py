@@ -14,54 +14,15 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
-from multiprocessing import current_process
 from multiprocessing.connection import Connection
-from multiprocessing.spawn import get_preparation_data
 from pathlib import Path
 from typing import Any
 
 from graphopt.errors import ExplorationError
 
-__all__ = ["Child", "write_payload"]
+__all__ = ["Child"]
 
 _LINES = 12
-
-
-def write_payload(path: Path, setup: Any) -> None:
-    """Write what a child needs, for any number of children: how to import as this process does, and ``setup``.
-
-    Raises ExplorationError where it cannot be sent to another process, with what to do about it.
-    """
-    try:
-        content = pickle.dumps(setup, protocol=pickle.HIGHEST_PROTOCOL)
-    except Exception as error:
-        raise ExplorationError(
-            f"the search cannot be sent to its workers: {type(error).__name__}: {error}. Trial, predictor and nets "
-            "must be picklable: functions of a module or of the script, no lambdas and nothing made inside a function; "
-            "or use on='inline'"
-        ) from error
-    head: dict[str, Any] = {"sys_path": list(sys.path), "directory": os.getcwd(), "main": None}
-    if getattr(current_process(), "_inheriting", False):
-        raise ExplorationError(
-            "a search was begun while a worker imported the script; let the script begin it under "
-            "`if __name__ == '__main__':`"
-        )
-    if b"__main__" in content:
-        main = sys.modules["__main__"]
-        if getattr(main, "__file__", None) is None and getattr(main, "__spec__", None) is None:
-            raise ExplorationError(
-                "the search cannot be sent to its workers: trial, predictor or nets were defined in an interactive "
-                "session; put them into a file and import it, or use on='inline'"
-            )
-        # Without the key of multiprocessing's own connections, which must not be written down.
-        head["main"] = {k: v for k, v in get_preparation_data("graphopt exploration").items() if k != "authkey"}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_bytes(pickle.dumps(head) + content)
-        os.replace(part, path)
-    except OSError as error:
-        raise ExplorationError(f"the search cannot be sent to its workers: {path.parent}: {error}") from error
 
 
 class Child:
@@ -69,14 +30,13 @@ class Child:
 
     Args:
         kind: ``trainer`` or ``generator``.
-        payload: what `write_payload` wrote.
+        payload: what `payload.write` wrote.
         log: a file that its output is appended to.
         environment: variables beside those of this process.
     """
 
     def __init__(self, kind: str, payload: Path, log: Path, environment: Mapping[str, str]):
-        self.kind = kind
-        self.ready = self.hung_up = False
+        self.hung_up = False
         self._log = log
         ours, theirs = socket.socketpair()
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -102,7 +62,7 @@ class Child:
         # The end of the connection tells of the end of the process, unless a child of the child still holds it.
         self.end = os.pidfd_open(self.process.pid) if hasattr(os, "pidfd_open") else None
 
-    def send(self, *message: Any) -> None:
+    def send(self, message: tuple[Any, ...]) -> None:
         """Send a message. One to a process that is gone is lost: that it is gone is told by `Child.gone`."""
         try:
             self.connection.send(message)
@@ -118,6 +78,10 @@ class Child:
         except (EOFError, OSError, pickle.UnpicklingError):
             self.hung_up = True  # what was sent whole is found
         return found
+
+    def files(self) -> list[int]:
+        """Descriptors that can be read from when it said something, or is gone."""
+        return [self.connection.fileno(), *([] if self.end is None else [self.end])]
 
     def gone(self) -> bool:
         """Whether the process has ended. It is not reaped yet: until `kill`, its number is that of its session."""

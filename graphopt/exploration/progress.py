@@ -8,7 +8,7 @@ from collections import Counter
 from statistics import median
 from typing import TextIO
 
-from graphopt.exploration.history import History
+from graphopt.exploration.history import History, Trial
 from graphopt.exploration.master import Master
 
 __all__ = ["Progress", "line"]
@@ -23,7 +23,7 @@ def line(history: History, running: int, budget: dict[str, float], left: float |
     if history.refused:
         parts.append(f"{history.refused} gated")
     if bad := counts["failed"] + counts["invalid"]:
-        causes = Counter(_short(t.cause) for t in history.trials if t.state in ("failed", "invalid"))
+        causes = Counter(_headline(t.cause) for t in history.trials if t.state in ("failed", "invalid"))
         parts.append(f"{bad} failed (mostly: {causes.most_common(1)[0][0]})")
     main, sign = history.objectives.main, history.objectives.signs[history.objectives.main]
     if done := history.done(budget):
@@ -35,7 +35,7 @@ def line(history: History, running: int, budget: dict[str, float], left: float |
 
 
 class Progress:
-    """Shows `line` on a terminal once a second, else as a line of its own every half minute."""
+    """A `Watcher` that shows `line` on a terminal once a second, else as a line of its own every half minute."""
 
     def __init__(self, shown: bool = True, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
@@ -43,7 +43,7 @@ class Progress:
         self._terminal = self._stream.isatty()
         self._next = time.monotonic() + (0.0 if self._terminal else 30.0)
 
-    def __call__(self, master: Master) -> None:
+    def turned(self, master: Master) -> None:
         """Show it if it is time to."""
         if not self._shown or time.monotonic() < self._next:
             return
@@ -51,6 +51,9 @@ class Progress:
         text = line(master.history, len(master.running), master.budget, _left(master))
         self._stream.write(f"\r\x1b[2K{text[:200]}" if self._terminal else f"graphopt explore: {text}\n")
         self._stream.flush()
+
+    def reported(self, trial: Trial, step: int, value: float, final: bool) -> None:
+        """Intermediate values are not shown."""
 
     def end(self) -> None:
         """Leave the line."""
@@ -77,5 +80,5 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _short(cause: str) -> str:
+def _headline(cause: str) -> str:
     return (cause.splitlines() or ["?"])[0][:60]

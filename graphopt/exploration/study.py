@@ -18,7 +18,8 @@ from graphopt.exploration.hyper_parameters import HyperParameter
 from graphopt.exploration.outcome import Objectives
 from graphopt.exploration.ranking import best_first, pareto_front
 from graphopt.exploration.search_space import Knob, SearchSpace, net_of
-from graphopt.exploration.store import read_study
+from graphopt.exploration.study_file import read_study
+from graphopt.exploration.tensorboard import write_log
 
 __all__ = ["Study", "open_study"]
 
@@ -176,12 +177,16 @@ class Study:
         return found
 
     def export(self, path: str | os.PathLike[str], format: str | None = None) -> Path:
-        """Write all trials as ``csv`` or ``jsonl`` (by the name of the file, if ``format`` is not given).
+        """Write all trials as ``csv`` or ``jsonl`` (by the name of the file, if ``format`` is not given), or into a
+        folder for TensorBoard (``tensorboard``).
 
         Raises ExplorationError for another format.
         """
         path = Path(path)
         format = format or path.suffix.removeprefix(".")
+        if format == "tensorboard":
+            write_log(self.history, path, self.budget)
+            return path
         rows = self.rows()
         if format == "jsonl":
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -192,7 +197,7 @@ class Study:
                 writer.writeheader()
                 writer.writerows(rows)
         else:
-            raise ExplorationError(f"export: expected csv or jsonl, got {format!r}")
+            raise ExplorationError(f"export: expected csv, jsonl or tensorboard, got {format!r}")
         return path
 
 

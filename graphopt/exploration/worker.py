@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
 import signal
 import sys
 import threading
 import traceback
-from multiprocessing import process, spawn
 from multiprocessing.connection import Connection
 from select import POLLHUP, poll
 from typing import Any
+
+from graphopt.exploration.payload import load
 
 _REPORT = 1 << 14
 
@@ -44,7 +44,7 @@ def main() -> None:
     _end_with_master(given.connection)  # before anything is imported that takes long
     code = 0
     try:
-        setup = _load(given.payload)
+        setup = load(given.payload)
         connection.send(("ready",))
         serve = _train if given.kind == "trainer" else _generate
         serve(connection, setup)
@@ -59,20 +59,6 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # without destructors that might wait
-
-
-def _load(path: str) -> Any:
-    with open(path, "rb") as file:
-        head = pickle.load(file)
-        sys.path[:] = head["sys_path"]
-        os.chdir(head["directory"])
-        if head["main"] is not None:
-            # As multiprocessing does: the user's script is imported under another name than __main__. What it does
-            # outside of its guard is done again; a search that begins there would begin in each worker.
-            process.current_process()._inheriting = True  # type: ignore[attr-defined]
-            spawn.prepare(head["main"])
-            del process.current_process()._inheriting  # type: ignore[attr-defined]
-        return pickle.load(file)
 
 
 def _train(connection: Connection, setup: Any) -> None:

@@ -15,6 +15,7 @@ import pytest
 from graphopt.errors import ExplorationError, GraphoptWarning, StoreError
 from graphopt.exploration import ASHA, ModelFunction, Pruned, choice, explore, linear, open_study
 from graphopt.exploration.engines.inline import InlineEngine
+from graphopt.exploration.limits import Limits
 from graphopt.exploration.outcome import Objectives, failure
 from tests.exploration.searches import BOWL, bowl
 
@@ -139,7 +140,7 @@ def test_a_reproducible_search_decides_by_what_the_request_of_a_trial_could_use(
     first = {}
     for t in study.trials():
         first.setdefault(t.request, t.number)
-    assert Watched.seen == [max(0, first[t.request] - 4) for t in study.trials()]
+    assert Watched.seen == [Limits(window=4).usable(first[t.request]) for t in study.trials()]
 
 
 def test_several_objectives():
@@ -264,7 +265,7 @@ def test_a_study_tells_why_and_exports(tmp_path):
     for trial, row, cells in zip(study.trials(), rows, table):
         assert row["hp.x0"] == trial.hyper_parameters["x0"] == float(cells["hp.x0"])
         assert row["score"] == trial.metrics["score"] == float(cells["score"])
-    with pytest.raises(ExplorationError, match="csv or jsonl"):
+    with pytest.raises(ExplorationError, match="csv, jsonl"):
         study.export(tmp_path / "s.xml")
 
 
@@ -314,11 +315,11 @@ def test_reproducible_trials_have_one_thread(monkeypatch, given, expected):
 
     told = []
 
-    def engine(on, generator, trainer, workers, folder, generation, devices, threads):
-        told.append(str(threads))
+    def engine(where, generator, trainer, folder):
+        told.append(str(where.threads))
         return InlineEngine(generator, trainer)
 
-    monkeypatch.setattr(exploring, "_engine", engine)
+    monkeypatch.setattr(exploring, "start_engine", engine)
     explore(None, bowl, hyper_parameters=BOWL, trials=1, reproducible=True, progress=False, **given)
     assert told == [expected]
 
@@ -380,6 +381,10 @@ def test_a_limit_that_nobody_predicts_is_said():
         ({"proposer": "magic"}, "proposer"),
         ({"workers": 0, "on": "local"}, "workers"),
         ({"on": "moon"}, "'moon'"),
+        ({"threads": 0}, "threads"),
+        ({"resources": {"GPU": 1}}, "on='ray'"),
+        ({"resources": {"GPU": -1}, "on": "ray"}, "amounts by name"),
+        ({"devices": [0], "on": "ray"}, "resources={'GPU': 1}"),
         ({"generation": "nowhere"}, "generation"),
         ({"confidence": 1.5}, "confidence"),
         ({"resume": "maybe"}, "resume"),

@@ -15,7 +15,8 @@ import pytest
 
 from graphopt.errors import GraphoptWarning, StoreError
 from graphopt.exploration.lock import Lock
-from graphopt.exploration.store import Event, Store, read_study
+from graphopt.exploration.store import Store
+from graphopt.exploration.study_file import Event, read_study
 
 
 def filled(path, count, close=True):
