@@ -341,9 +341,13 @@ def net_of(space: Any, found: SearchSpace, point: Point) -> Any:
 
     Raises whatever building it raises.
     """
+    return net_with(space, found.sizes(point))
+
+
+def net_with(space: Any, sizes: Mapping[str, Any]) -> Any:
+    """The same of ``sizes``; a module that is searched by hyper-parameters alone is copied."""
     if space is None:
         return None
-    sizes = found.sizes(point)
     if isinstance(space, ModelFunction):
         return space.extract(sizes)
     if isinstance(space, Elastic):
