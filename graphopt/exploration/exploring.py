@@ -222,7 +222,7 @@ def _predictor(
     from graphopt.exploration.predictor import PREDICTED, for_trial
 
     wanted = {*budget, *objectives.names} & set(PREDICTED)
-    found = for_trial(space, trial) if given == "auto" and wanted else None
+    found = for_trial(space, trial, wanted) if given == "auto" and wanted else None
     if budget and found is None:
         warnings.warn(
             f"nothing predicts {', '.join(budget)}: models are run whatever they need, and the budget only decides "
