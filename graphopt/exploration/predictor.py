@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Set
 from typing import Any, Literal
 
+from graphopt.errors import ElasticError
 from graphopt.exploration.search_space import net_with
 
 __all__ = ["PREDICTED", "CostModelPredictor", "ElasticPredictor", "for_trial"]
@@ -102,20 +103,26 @@ class ElasticPredictor:
             machine = Machine.current()
         self._space, self._trial, self._machine, self._mode, self._wanted = space, trial, machine, mode, wanted
         self._prices: dict[str, Any] = {}
+        self._single: CostModelPredictor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_prices": {}}
+        return self.__dict__ | {"_prices": {}, "_single": None}
 
     def __call__(self, sizes: Mapping[str, Any], hyper_parameters: Mapping[str, Any]) -> dict[str, Any]:
         """See `graphopt.exploration.gate.Predictor`."""
         batch, choices = self._trial.example(hyper_parameters), [self._space.choice(sizes)]
         prices = self._of(batch, self._trial.options(hyper_parameters))
         found: dict[str, Any] = {"parameters": float(prices.of(choices, "parameters")[0])}
-        if "flops" in self._wanted:
-            found["flops"] = float(prices.step_flops(choices)[0])
-        if "step_seconds" in self._wanted:
-            seconds, spread = float(prices.of(choices, "step_seconds")[0]), self._machine.spread
-            found["step_seconds"] = (seconds, seconds * math.exp(-spread), seconds * math.exp(spread))
+        try:
+            if "flops" in self._wanted:
+                found["flops"] = float(prices.step_flops(choices)[0])
+            if "step_seconds" in self._wanted:
+                seconds, spread = float(prices.of(choices, "step_seconds")[0]), self._machine.spread
+                found["step_seconds"] = (seconds, seconds * math.exp(-spread), seconds * math.exp(spread))
+        except ElasticError:  # sizes of axes do not tell what it costs: a layer that reads a part of its input
+            if self._single is None:
+                self._single = CostModelPredictor(self._space, self._trial, self._machine, self._mode)
+            return self._single(sizes, hyper_parameters)
         return found
 
     def _of(self, batch: Any, options: Mapping[str, Any]) -> Any:
@@ -136,13 +143,25 @@ def _kind_of_update(options: Mapping[str, Any]) -> list[tuple[str, bool]]:
     return sorted((name, bool(value)) for name, value in options.items())
 
 
-def for_trial(space: Any, trial: Any, wanted: Set[str] = frozenset(PREDICTED)) -> Any:
-    """The default predictor of ``wanted``; None where the trial does not say what its step is, or there is no net."""
+def for_trial(space: Any, trial: Any, wanted: Set[str], threads: int | None = None) -> Any:
+    """The default predictor of ``wanted``, of steps with so many threads (None: with those of this process); None where
+    the trial does not say what its step is, or there is no net."""
     if space is None or not all(hasattr(trial, name) for name in ("loss", "optimizer", "options", "example")):
         return None
-    if wanted <= set(ELASTIC):
-        from graphopt.elastic import Space
+    from graphopt.elastic import Space
 
-        if isinstance(space, Space):
-            return ElasticPredictor(space, trial, wanted=wanted)
-    return CostModelPredictor(space, trial)
+    if isinstance(space, Space) and wanted <= set(ELASTIC):
+        machine = _machine(threads) if "step_seconds" in wanted else None
+        return ElasticPredictor(space, trial, machine, wanted=wanted)
+    return CostModelPredictor(space, trial, _machine(threads))
+
+
+def _machine(threads: int | None) -> Any:
+    """This one, as it is with so many threads: trainers have other numbers of them than the process that asks."""
+    import torch
+
+    from graphopt.cost_model import Machine
+    from graphopt.schemes.threads import thread_count
+
+    with thread_count(threads or torch.get_num_threads()):
+        return Machine.current()
