@@ -11,7 +11,7 @@ that it would pick by the scores it saw.
 **Overhead**: seconds a trial for trials that do nothing. **Scale**: proposal, store and resume at 10,000 trials.
 **Real**: a search on digits with two workers, see `benchmarks.exploration_real`.
 
-Each part replaces its own part of the results, a space and proposer their own row.
+Each part replaces its own part of the results; of quality only seeds that are missing are run, unless ``--anew``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -76,31 +76,35 @@ def picked(problem: Problem, history: History, results: int | None = None) -> fl
     return problem.score(best.point)
 
 
-def quality(seeds: Sequence[int], trials: int, space: str, proposer: str) -> dict[str, Any]:
-    """A row: what was picked with each seed, after all results and after a quarter of them."""
-    scores, early, took = [], [], []
-    for seed in seeds:
+def quality(rows: list[dict[str, Any]], seeds: int, trials: int, space: str, proposer: str) -> Iterator[None]:
+    """Add to the row of a space and a proposer in ``rows`` the seeds that it lacks, one after the other: what was picked
+    after all results and after a quarter of them."""
+    row = next((r for r in rows if (r["space"], r["proposer"], r["trials"]) == (space, proposer, trials)), None)
+    if row is None:
+        row = {"space": space, "proposer": proposer, "trials": trials, "seeds": [], "scores": [], "after a quarter": [],
+               "seconds a model": []}  # fmt: skip
+        rows.append(row)
+    for seed in sorted({*range(seeds)} - {*row["seeds"]}):
         problem = SPACES[space](seed)
         history, seconds = search(problem, proposer, trials, seed)
-        scores.append(picked(problem, history))
-        early.append(picked(problem, history, trials // 4))
-        took.append(seconds)
-    return {"space": space, "proposer": proposer, "trials": trials, "seconds a model": mean(took),
-            "seeds": list(seeds), "scores": scores, "after a quarter": early}  # fmt: skip
+        found = picked(problem, history), picked(problem, history, trials // 4), seconds
+        for name, value in zip(("seeds", "scores", "after a quarter", "seconds a model"), (seed, *found)):
+            row[name].append(float(f"{value:.6g}") if name != "seeds" else value)
+        yield
 
 
 def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The table of `quality`: means, and how far `anneal` is ahead in the seeds that both have."""
     found = []
     for row in rows:
-        ours = next(r for r in rows if r["space"] == row["space"] and r["proposer"] == "anneal")
+        ours = next((r for r in rows if r["space"] == row["space"] and r["proposer"] == "anneal"), row)
         line = {"space": row["space"], "proposer": row["proposer"], "seeds": len(row["seeds"])}
         for name, told in (("scores", "score"), ("after a quarter", "after a quarter")):
             theirs = dict(zip(row["seeds"], row[name]))
             ahead = [score - theirs[seed] for seed, score in zip(ours["seeds"], ours[name]) if seed in theirs]
             line |= {told: mean(row[name]), "anneal is ahead" if told == "score" else "ahead":
                      f"{mean(ahead):.3g} +- {_standard_error(ahead):.2g}" if row is not ours else ""}  # fmt: skip
-        found.append(line | {"ms a model": 1e3 * row["seconds a model"]})
+        found.append(line | {"ms a model": 1e3 * mean(row["seconds a model"])})
     return found
 
 
@@ -202,25 +206,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--spaces", nargs="+", default=list(SPACES), choices=list(SPACES))
     parser.add_argument("--proposers", nargs="+", default=PROPOSERS)
+    parser.add_argument("--anew", action="store_true", help="all seeds again, not only those that are missing")
     parser.add_argument("--seconds", type=float, default=300.0, help="of the real run, with its supernet")
     parser.add_argument("--json", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     found: dict[str, Any] = json.loads(given.json.read_text()) if given.json.exists() else {}
     found["machine"] = machine_description()
     if "quality" in given.parts:
-        for space, proposer in product(given.spaces, given.proposers):
+        asked = [(space, proposer) for space, proposer in product(given.spaces, given.proposers)]
+        rows = [row for row in found.get("quality", ()) if not given.anew or (row["space"], row["proposer"]) not in asked]
+        found["quality"] = rows
+        for space, proposer in asked:
             try:
                 as_proposer(proposer)
             except ExplorationError as error:
                 print(f"{proposer} is left out: {error}")
                 continue
-            row = quality(range(given.seeds), given.trials, space, proposer)
-            others = [r for r in found.get("quality", ()) if (r["space"], r["proposer"]) != (space, proposer)]
-            order = {pair: i for i, pair in enumerate(product(SPACES, PROPOSERS))}
-            found["quality"] = sorted([*others, row], key=lambda r: order.get((r["space"], r["proposer"]), len(order)))
-            write_json(given.json, found)  # an interrupted run loses nothing
-        shown = [r for r in found["quality"] if r["space"] in given.spaces]
-        print_table(compared(shown), title=f"{given.trials} trials, 8 simulated workers")
+            for _ in quality(rows, given.seeds, given.trials, space, proposer):
+                write_json(given.json, found)  # an interrupted run loses nothing
+        print_table(compared(rows), title=f"{given.trials} trials, 8 simulated workers")
     if "overhead" in given.parts:
         found["overhead"] = overhead()
         print_table(found["overhead"], title="trials that do nothing")

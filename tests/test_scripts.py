@@ -14,7 +14,10 @@ from graphopt.scripts import module_of
 def places(monkeypatch):
     """What importing adds is taken away again."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
 
 
 def test_a_script_is_imported_as_a_module_beside_its_neighbours(places, tmp_path, monkeypatch):

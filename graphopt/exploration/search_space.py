@@ -22,7 +22,7 @@ from graphopt.exploration.hyper_parameters import HyperParameter
 
 __all__ = ["Elastic", "Knob", "ModelFunction", "Point", "SearchSpace", "search_space"]
 
-_KNOWN = 10_000  # points of which it is kept which knobs count
+_KNOWN = 10_000  # cases of which it is kept which knobs count
 _LEVELS = 33  # values of an ordered knob that surrogates tell apart
 
 Point = tuple[int, ...]
@@ -113,8 +113,9 @@ class SearchSpace:
         self._conditions = [
             [self._condition(knob, {**way, **knob.range.when}) for way in knob.ways or ({},)] for knob in self.knobs
         ]
-        # Few knobs have conditions; chains of moves come by the same points again and again.
+        # Few knobs have conditions, and few decide over others: chains of moves come by the same cases again and again.
         self._order = [i for i in self._dependencies_first() if any(self._conditions[i])]
+        self._deciding = sorted({place for ways in self._conditions for way in ways for place, _ in way})
         self._known: dict[Point, tuple[bool, ...]] = {}
         self._movable: dict[tuple[tuple[bool, ...], str | None], list[int]] = {}
         self.free = tuple(i for i, knob in enumerate(self.knobs) if knob.size > 1)
@@ -161,7 +162,8 @@ class SearchSpace:
 
     def active(self, point: Point) -> tuple[bool, ...]:
         """Which knobs count at ``point``."""
-        known = self._known.get(point)
+        case = tuple([point[place] for place in self._deciding])
+        known = self._known.get(case)
         if known is None:
             counts = [True] * len(self.knobs)
             for i in self._order:
@@ -171,7 +173,7 @@ class SearchSpace:
                 )
             if len(self._known) >= _KNOWN:
                 self._known.clear()
-            known = self._known[point] = tuple(counts)
+            known = self._known[case] = tuple(counts)
         return known
 
     def canonical(self, point: Point) -> Point:
@@ -272,7 +274,7 @@ class SearchSpace:
                 yield point
 
     def neighbours(self, point: Point, random: np.random.Generator, most: int = 8) -> list[Point]:
-        """All points that differ from ``point`` in one knob that counts; of a knob with more than ``most`` other values
+        """All points that differ from ``point``, a canonical one, in one knob that counts; of a knob with more than ``most`` other values
         the next ones to both sides, and some by chance."""
         found = []
         for place in self._able(self.active(point), None):
@@ -282,7 +284,8 @@ class SearchSpace:
                 near = [v for v in (now - 2, now - 1, now + 1, now + 2) if 0 <= v < size]
                 near = near if self.knobs[place].range.ordered else []
                 values = list(dict.fromkeys(near + random.integers(size, size=most - len(near)).tolist()))
-            found += [self.canonical((*point[:place], v, *point[place + 1 :])) for v in values if v != now]
+            around = [(*point[:place], v, *point[place + 1 :]) for v in values if v != now]
+            found += map(self.canonical, around) if place in self._deciding else around
         return found
 
     # -- for surrogates -----------------------------------------------------------------------------------------------

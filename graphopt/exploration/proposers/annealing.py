@@ -33,6 +33,8 @@ __all__ = ["Annealing"]
 
 _FITTED = 200  # rows that a kernel is chosen from
 _LONGEST = 20  # moves of a quench
+_EXCHANGES = 2  # refused neighbours that are gone through at an edge
+_LOOKS = 10  # admitted ones that are looked for behind each
 
 
 @dataclass(frozen=True)
@@ -202,14 +204,27 @@ class Annealing:
     def _quench(
         self, step: _Step, judge: _Judge, sieve: Sieve, random: np.random.Generator, found: dict[Point, _Step]
     ) -> None:
-        """From ``step`` to its best neighbour, and on from there, until none is better."""
+        """From ``step`` to its best neighbour, and on from there, until none is better.
+
+        At the edge of a budget what is better is refused: to gain in one knob another one has to give. So where no
+        neighbour is better and admitted, neighbours of the best ones that are refused are looked at."""
         for _ in range(_LONGEST):
-            around = [point for point in judge.space.neighbours(step.point, random) if point not in found]
-            better = (s for s in sorted(judge([(point, step.parent) for point in around]), key=_by_value)
-                      if s.value > step.value and sieve.plausible(s.point))  # fmt: skip
-            if (best := next(better, None)) is None:
+            better = self._better(step, step.value, judge, random, found)
+            best = next((other for other in better if sieve.plausible(other.point)), None)
+            for refused in better[:_EXCHANGES] if best is None and not sieve.gate.open else ():
+                through = self._better(refused, step.value, judge, random, found)
+                if (best := next((o for o in through[:_LOOKS] if sieve.plausible(o.point)), None)) is not None:
+                    break
+            if best is None:
                 return
             step = found[best.point] = best
+
+    def _better(
+        self, step: _Step, value: float, judge: _Judge, random: np.random.Generator, found: dict[Point, _Step]
+    ) -> list[_Step]:
+        """Neighbours of ``step`` that are worth more than ``value``, the best first."""
+        around = [(point, step.parent) for point in judge.space.neighbours(step.point, random) if point not in found]
+        return sorted((other for other in judge(around) if other.value > value), key=_by_value)
 
 
 def _by_value(step: _Step) -> float:
