@@ -214,7 +214,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found["machine"] = machine_description()
     if "quality" in given.parts:
         asked = [(space, proposer) for space, proposer in product(given.spaces, given.proposers)]
-        rows = [row for row in found.get("quality", ()) if not given.anew or (row["space"], row["proposer"]) not in asked]
+        rows = [
+            row for row in found.get("quality", ()) if not given.anew or (row["space"], row["proposer"]) not in asked
+        ]
         found["quality"] = rows
         for space, proposer in asked:
             try:

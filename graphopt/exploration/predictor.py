@@ -1,8 +1,8 @@
 """What a net will need, from the cost model: its step is captured without data and priced. The gate's predictors.
 
 A captured graph holds for all batch sizes, so nets are captured once each and priced again for other hyper-parameters.
-Capturing takes some tenths of a second: only models about to be taken are priced. Subnets of an elastic space are priced
-from the one graph of the full net, in a millisecond or two: then every model that is looked at is.
+Capturing takes some tenths of a second: only models about to be taken are priced. Subnets of an elastic space are
+priced from the one graph of the full net, in milliseconds: then every model that is looked at is.
 """
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ def test_neighbours_differ_in_one_knob(seed):
     point = SPACE.sample(random)
     around = SPACE.neighbours(point, random)
     counts = SPACE.active(point)
-    assert len(set(around)) == len(around) == sum(
-        knob.size - 1 for knob, counted in zip(SPACE.knobs, counts) if counted
+    assert (
+        len(set(around)) == len(around) == sum(knob.size - 1 for knob, counted in zip(SPACE.knobs, counts) if counted)
     )
     for other in around:
         assert SPACE.key(other) != SPACE.key(point) and SPACE.canonical(other) == other

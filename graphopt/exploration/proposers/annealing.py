@@ -150,9 +150,7 @@ class Annealing:
 
     # -- the chain --------------------------------------------------------------------------------------------------
 
-    def _anneal(
-        self, view: View, values: np.ndarray, judge: _Judge, sieve: Sieve, random: np.random.Generator
-    ) -> bool:
+    def _anneal(self, view: View, values: np.ndarray, judge: _Judge, sieve: Sieve, random: np.random.Generator) -> bool:
         """Choose the best candidate of some chains. False where none was new and admitted."""
         found: dict[Point, _Step] = {}
         bases = self._bases(view, values, random)
