@@ -147,7 +147,7 @@ def explore(
     where = Where(on, workers, generation, devices, threads, resources)
     asked = check_budget(budget)
     chosen = as_proposer(proposer)
-    predict = _predictor(predictor, space, trial, asked, objectives)
+    predict = _predictor(predictor, space, trial, asked, objectives, where.threads_of_each)
     with ExitStack() as stack:
         if store is None:
             path = None
@@ -205,8 +205,10 @@ def _predictor(
     trial: Any,
     budget: Mapping[str, float],
     objectives: Objectives,
+    threads: int | None,
 ) -> Callable[..., Mapping[str, Any]] | None:
-    """The predictor to use. Limits that nobody predicts hold for ``best`` alone, with a warning."""
+    """The predictor to use, of steps with so many threads. Limits that nobody predicts hold for ``best`` alone, with a
+    warning."""
     if callable(given):
         return given
     if given not in ("auto", None):
@@ -214,7 +216,7 @@ def _predictor(
     from graphopt.exploration.predictor import PREDICTED, for_trial
 
     wanted = {*budget, *objectives.names} & set(PREDICTED)
-    found = for_trial(space, trial) if given == "auto" and wanted else None
+    found = for_trial(space, trial, wanted, threads) if given == "auto" and wanted else None
     if budget and found is None:
         warnings.warn(
             f"nothing predicts {', '.join(budget)}: models are run whatever they need, and the budget only decides "

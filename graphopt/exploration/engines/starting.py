@@ -38,6 +38,20 @@ class Where:
     resources: Mapping[str, float] | None = None
 
     @property
+    def local_workers(self) -> int:
+        """How many this machine runs, asked for or by its devices or cores."""
+        return self.workers or (len(self.devices) if self.devices else max(1, _cores() // 2))
+
+    @property
+    def threads_of_each(self) -> int | None:
+        """Threads of torch in a trainer; None: those of this process."""
+        if self.on == "inline":
+            return None
+        if self.on == "ray":
+            return self.threads or max(1, int((self.resources or {}).get("CPU", 1)))
+        return self.threads or max(1, _cores() // self.local_workers)
+
+    @property
     def least_seconds(self) -> float:
         """No trial is taken as hanging before: so long it may take until a machine that is gone is known to be."""
         return 30.0 if self.on == "ray" else 2.0
@@ -73,9 +87,8 @@ def start_engine(where: Where, generator: GeneratorSetup, trainer: TrainerSetup,
 
 
 def _local(where: Where, setups: Mapping[str, Any], here: Generator | None, folder: Path) -> Engine:
-    devices = where.devices
-    workers = where.workers or (len(devices) if devices else max(1, _cores() // 2))
-    environment = [_threads(where.threads or max(1, _cores() // workers)) for _ in range(workers)]
+    devices, workers = where.devices, where.local_workers
+    environment = [_threads(where) for _ in range(workers)]
     for slot, variables in enumerate(environment):
         if devices:
             variables["CUDA_VISIBLE_DEVICES"] = str(devices[slot % len(devices)])
@@ -97,7 +110,7 @@ def _ray(where: Where, setups: Mapping[str, Any], here: Generator | None, folder
     begun_here = join(where.workers, cpus)
     try:
         processes = RayProcesses(
-            setups, folder=folder, environment=_threads(where.threads or max(1, int(cpus))), resources=resources,
+            setups, folder=folder, environment=_threads(where), resources=resources,
             begun_here=begun_here,
         )  # fmt: skip
     except BaseException:
@@ -107,7 +120,8 @@ def _ray(where: Where, setups: Mapping[str, Any], here: Generator | None, folder
     return WorkersEngine(processes, workers=where.workers or room_for(resources), here=here, alike=False)
 
 
-def _threads(count: int) -> dict[str, str]:
+def _threads(where: Where) -> dict[str, str]:
+    count = where.threads_of_each
     return {"OMP_NUM_THREADS": str(count), "MKL_NUM_THREADS": str(count)}
 
 
