@@ -80,17 +80,14 @@ def as_training_graph(
     copies: dict[fx.Node, fx.Node] = {}
     found: list[Input] = []
     constants: dict[str, torch.Tensor] = {}
-    differential: set[fx.Node] = set()  # tangents and all that backward computes
     mode = fake_mode_of([n.meta.get("val") for n in module.graph.nodes])
-    for node in module.graph.nodes:
-        if node.op == "output":
-            break
+    phases = _phases(module.graph)
+    # AOTAutograd makes views that forward returns last of all; torch's partitioners count on forward coming first.
+    for node in sorted(phases, key=lambda n: phases[n] is Phase.BACKWARD):
         _check(node)
         copies[node] = copy = graph.node_copy(node, copies.__getitem__)
-        phase = _phase(node, differential)
-        copy.meta.update(phase=phase, module=_module(node), source=line_of(node.meta.get("stack_trace") or ""))
-        if phase is Phase.BACKWARD or _is_tangent(node):
-            differential.add(node)
+        source = line_of(node.meta.get("stack_trace") or "")
+        copy.meta.update(phase=phases[node], module=_module(node), source=source)
         if node.op == "placeholder":
             found.append(_input(node, inputs, found))
         elif node.op == "get_attr":
@@ -154,11 +151,23 @@ def _is_tangent(node: fx.Node) -> bool:
     return node.op == "placeholder" and "tangents" in str(node.target)
 
 
-def _phase(node: fx.Node, differential: set[fx.Node]) -> Phase:
-    if node.op == "placeholder":
-        return Phase.INPUT
-    tagged = str(node.meta.get("partitioner_tag", "")).endswith("backward")
-    return Phase.BACKWARD if tagged or not differential.isdisjoint(node.all_input_nodes) else Phase.FORWARD
+def _phases(graph: fx.Graph) -> dict[fx.Node, Phase]:
+    """The phase of each node but the output: backward is what AOTAutograd says, and all that depends on tangents."""
+    phases: dict[fx.Node, Phase] = {}
+    differential: set[fx.Node] = set()
+    for node in graph.nodes:
+        tagged = str(node.meta.get("partitioner_tag", "")).endswith("backward")
+        if node.op == "output":
+            continue
+        if node.op == "placeholder":
+            phases[node] = Phase.INPUT
+            differential.update([node] if _is_tangent(node) else [])
+        elif tagged or not differential.isdisjoint(node.all_input_nodes):
+            phases[node] = Phase.BACKWARD
+            differential.add(node)
+        else:
+            phases[node] = Phase.FORWARD
+    return phases
 
 
 def _module(node: fx.Node) -> str:

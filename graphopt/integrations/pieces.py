@@ -96,7 +96,7 @@ def recording() -> Iterator[list[Piece]]:
     try:
         yield pieces
     finally:
-        _recordings.remove(pieces)
+        _recordings[:] = [other for other in _recordings if other is not pieces]
 
 
 def optimized(

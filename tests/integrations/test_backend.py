@@ -62,10 +62,11 @@ class InPlace(nn.Module):
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        h = F.relu_(self.body(x))
+        h = self.body(x).mul_(0.5)
         self.calls += 1
         h[:, 0] = h[:, 1] * self.calls
-        return self.head(h), h.view(2, -1)
+        h = F.relu_(h)
+        return self.head(h), h.view(-1, 4)
 
 
 class Broken(nn.Module):
@@ -267,7 +268,7 @@ def test_backward_runs_twice() -> None:
 
 def test_an_input_that_is_overwritten_is_read_as_it_was() -> None:
     def function(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        y = x * weight
+        y = x.clone() * weight  # backward reads the copy
         x.mul_(3.0)
         return y + x
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -30,7 +32,9 @@ def test_examples_run(
 ) -> None:
     register()  # what the entry point of an installation does
     monkeypatch.chdir(tmp_path)
-    exec(compile(EXAMPLES[title], f"docs/integrations.md, {title}", "exec"), {"__name__": "example"})
+    example = ModuleType("example")  # Dynamo looks for the module of a function
+    monkeypatch.setitem(sys.modules, "example", example)
+    exec(compile(EXAMPLES[title], f"docs/integrations.md, {title}", "exec"), vars(example))
     if title == "torch.compile":
         assert "selective_saving" in capsys.readouterr().out
         assert (tmp_path / "piece.html").stat().st_size > 100_000

@@ -60,7 +60,7 @@ def fitted(folder: Path, *callbacks: Any, module: Any = None) -> tuple[Any, Any,
     """A module fitted for two epochs of ten steps, its trainer, and the pieces that were compiled."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    module = module or Classifier()
+    module = Classifier() if module is None else module
     trainer = lightning.Trainer(
         max_epochs=2, accelerator="cpu", default_root_dir=folder, callbacks=list(callbacks), logger=False,
         enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
