@@ -40,9 +40,7 @@ def compile_eager(
     """
 
     def cut(graph: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **others: Any) -> Any:
-        return default_partition(
-            joint(graph, num_fwd_outputs), joint_inputs, num_fwd_outputs=num_fwd_outputs, **others
-        )
+        return default_partition(joint(graph, num_fwd_outputs), joint_inputs, num_fwd_outputs=num_fwd_outputs, **others)
 
     def compile_half(graph: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         return _boxed(half(graph))
@@ -70,7 +68,8 @@ def compile_inductor(
     patches = {"fallback_random": True, **options, "custom_partitioner_fn": _Partitioner(joint, key)}
     if key is None:
         patches["force_disable_caches"] = True
-    return compile_fx(piece, list(inputs), config_patches=patches)
+    compiled: Any = compile_fx(piece, list(inputs), config_patches=patches)
+    return compiled
 
 
 class _Partitioner(CustomPartitionerFn):
@@ -112,7 +111,7 @@ def overwritten_inputs(graph: fx.Graph) -> list[fx.Node]:
 
 
 def register_with_dynamo(name: str, backend: Callable[..., Any]) -> None:
-    """Let ``torch.compile`` find ``backend`` by ``name``, if it does not yet (by an entry point, or an earlier call)."""
+    """Let ``torch.compile`` find ``backend`` by ``name``, unless it does by an entry point or an earlier call."""
     if name not in torch._dynamo.list_backends(exclude_tags=()):
         torch._dynamo.register_backend(compiler_fn=backend, name=name)
 

@@ -1,8 +1,8 @@
 """The backend ``torch.compile(model, backend="graphopt")``.
 
-Dynamo cuts the user's code into pieces at what it cannot trace. Each piece is captured with its backward by AOTAutograd,
-rewritten by passes on the joint graph, and lowered: to flat code of eager's own kernels (the default: bits of eager, no
-compilation), or by Inductor.
+Dynamo cuts the user's code into pieces at what it cannot trace. Each piece is captured with its backward by
+AOTAutograd, rewritten by passes on the joint graph, and lowered: to flat code of eager's own kernels (the default: bits
+of eager, no compilation), or by Inductor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from graphopt.graph.training_graph import Input, InputKind
 from graphopt.integrations.aot import compile_eager, compile_inductor, with_boxed_code
 from graphopt.integrations.joint import as_training_graph, path_of
 from graphopt.integrations.pieces import optimized
-from graphopt.passes import GradientLiveness, Pass
+from graphopt.passes import ConstantFolding, GradientLiveness, Pass
 from graphopt.step import PASSES
 
 PIECE_PASSES: tuple[Pass, ...] = (GradientLiveness(), *PASSES)
@@ -50,7 +50,8 @@ def backend(
 
             - ``"lower"``: ``"eager"`` (default) runs eager's kernels as flat code and gives eager's bits;
               ``"inductor"`` fuses them, with sums in another order and random numbers as in eager.
-            - ``"passes"``: what runs on the joint graph, in order; by default `PIECE_PASSES`.
+            - ``"passes"``: what runs on the joint graph, in order; by default `PIECE_PASSES`. For Inductor, which takes
+              no graph with new constants and folds them itself, without `ConstantFolding`.
             - ``"inductor"``: a dict of Inductor's own options.
         mode: of ``torch.compile``; Inductor's. None with eager's kernels.
 
@@ -87,6 +88,8 @@ class Options:
         passes = tuple(given.get("passes", PIECE_PASSES))
         if not all(isinstance(one, Pass) for one in passes):
             raise GraphoptError(f"options: 'passes' is {given['passes']!r}, expected objects of graphopt.passes.Pass")
+        if lower == "inductor":
+            passes = tuple(one for one in passes if not isinstance(one, ConstantFolding))
         inductor = dict(given.get("inductor", {}))
         if mode is not None:
             inductor = {**torch._inductor.list_mode_options(mode), **inductor}

@@ -54,7 +54,7 @@ class GraphoptCallback(Callback):
             raise GraphoptError(f"steps: expected names of methods such as ('training_step',), got {steps!r}")
         Options.parse(options, mode)  # what is wrong is said here, not by Dynamo amid the first step
         self._steps = tuple(steps)
-        self._compile = {"fullgraph": fullgraph, "dynamic": dynamic, "options": options, "mode": mode}
+        self._compile: dict[str, Any] = {"fullgraph": fullgraph, "dynamic": dynamic, "options": options, "mode": mode}
         self._replaced: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -63,8 +63,8 @@ class GraphoptCallback(Callback):
             return
         if getattr(pl_module, "_compiler_ctx", None) is not None:
             raise GraphoptError(
-                f"{type(pl_module).__name__} is the result of torch.compile already: give the trainer the plain module, "
-                "or leave this callback out and compile with backend='graphopt'"
+                f"{type(pl_module).__name__} is compiled already: give the trainer the plain module, or leave "
+                "this callback out and compile with backend='graphopt'"
             )
         if missing := [name for name in self._steps if not callable(getattr(pl_module, name, None))]:
             raise GraphoptError(f"steps: {type(pl_module).__name__} has no {', '.join(missing)}")

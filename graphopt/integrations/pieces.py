@@ -61,7 +61,9 @@ class Piece:
             lines.append(f"  kept for backward: {kept[0]:,} bytes, {kept[1]:,} after the passes")
         counted = Counter((c.pass_name, c.what, c.module) for c in self.result.changes)
         for (name, what, module), times in counted.items():
-            lines.append(f"  {name}: {what}" + (f" in {module}" if module else "") + (f", {times}x" if times > 1 else ""))
+            lines.append(
+                f"  {name}: {what}" + (f" in {module}" if module else "") + (f", {times}x" if times > 1 else "")
+            )
         lines += [f"  dropped for this piece: {reason}" for reason in self.dropped]
         return "\n".join(lines)
 

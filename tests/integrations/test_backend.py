@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend=graphopt)`` with eager's kernels: eager's bits, whatever the model and the caller do."""
+"""``torch.compile(model, backend=graphopt)`` with eager's kernels: eager's bits, whatever model and caller do."""
 
 from __future__ import annotations
 

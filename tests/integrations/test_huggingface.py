@@ -11,7 +11,7 @@ from graphopt.integrations import Piece, recording, register
 
 pytest.importorskip("accelerate")
 
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments  # noqa: E402
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 
 class Sentences(torch.utils.data.Dataset):

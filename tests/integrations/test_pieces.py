@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import tomllib
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-import tomllib
 import torch
 from torch import nn
 

@@ -77,7 +77,7 @@ def _assert_same(what: str, ours: list[tuple[Any, Any]], eagers: list[tuple[Any,
 
 
 def bytes_saved(call: Callable[[], Any], without: Sequence[torch.Tensor]) -> int:
-    """Bytes of the storages that autograd keeps for backward of ``call()``, each once, those of ``without`` left out."""
+    """Bytes of the storages that autograd keeps for backward of ``call()``, each once, without those of ``without``."""
     known = {t.untyped_storage().data_ptr() for t in without}
     found: dict[int, int] = {}
     alive = []
