@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
-from torch._functorch import config
 from torch._functorch._aot_autograd import descriptors as aot
 from torch._functorch.partitioners import default_partition, min_cut_rematerialization_partition
+from torch._guards import TracingContext
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.fx.graph import _BoxedCodeGen
 from torch.utils import _pytree as pytree
@@ -43,13 +43,13 @@ def compile_eager(
         return default_partition(joint(graph, num_fwd_outputs), joint_inputs, num_fwd_outputs=num_fwd_outputs, **others)
 
     def compile_half(graph: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        _keep_saved_values()
         return _boxed(half(graph))
 
     def compile_forward(graph: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         return _boxed(half(forward(graph, len(pytree.arg_tree_leaves(*_output(graph).args)))))
 
-    # Saved values stay ours to read again: backward may run twice (retain_graph=True), which donating them forbids.
-    with config.patch(donated_buffer=False), traced_as_in_eager():
+    with traced_as_in_eager():
         return aot_autograd(
             fw_compiler=compile_half, bw_compiler=compile_half, inference_compiler=compile_forward, partition_fn=cut
         )(piece, list(inputs))
@@ -114,6 +114,16 @@ def register_with_dynamo(name: str, backend: Callable[..., Any]) -> None:
     """Let ``torch.compile`` find ``backend`` by ``name``, unless it does by an entry point or an earlier call."""
     if name not in torch._dynamo.list_backends(exclude_tags=()):
         torch._dynamo.register_backend(compiler_fn=backend, name=name)
+
+
+def _keep_saved_values() -> None:
+    """Tell AOTAutograd that the halves of the piece at hand write into no value that forward has saved.
+
+    It takes for granted that backward may, and then refuses to run it with ``retain_graph=True``.
+    """
+    context = TracingContext.try_get()
+    if context is not None and context.fw_metadata is not None:
+        context.fw_metadata.bw_donated_idxs = []
 
 
 def _boxed(function: Callable[[list[Any]], Sequence[Any]]) -> Callable[..., Any]:

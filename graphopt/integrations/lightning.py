@@ -9,8 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
+
+try:
+    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.callbacks import Callback
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"{error}; pip install 'graphopt[lightning]'", name=error.name) from error
 
 from graphopt.errors import GraphoptError
 from graphopt.integrations.dynamo import Options, backend

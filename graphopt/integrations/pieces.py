@@ -7,7 +7,6 @@ was; a warning in the log ``graphopt`` names the cause.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from graphopt.graph.torch_internals import disable_dispatch_modes
 from graphopt.graph.training_graph import Input, InputKind, TrainingGraph
 from graphopt.integrations.joint import Joint, as_module, as_training_graph
 from graphopt.passes import Pass, PassResult
+from graphopt.plan import pass_lines
 from graphopt.visualize.page import Page
 from graphopt.visualize.show import show
 
@@ -55,16 +55,12 @@ class Piece:
         if self.result is None or self.before is None:
             return f"piece {self.name}: left to torch, {self.why_not}"
         before, after = self.before, self.result.graph
-        lines = [f"piece {self.name}: {len(before)} operators, {len(after)} after the passes"]
-        if self.trains:
-            kept = before.bytes_kept(), after.bytes_kept()
-            lines.append(f"  kept for backward: {kept[0]:,} bytes, {kept[1]:,} after the passes")
-        counted = Counter((c.pass_name, c.what, c.module) for c in self.result.changes)
-        for (name, what, module), times in counted.items():
-            lines.append(
-                f"  {name}: {what}" + (f" in {module}" if module else "") + (f", {times}x" if times > 1 else "")
-            )
-        lines += [f"  dropped for this piece: {reason}" for reason in self.dropped]
+        kept = f", {before.bytes_kept():,} -> {after.bytes_kept():,} bytes kept for backward" if self.trains else ""
+        lines = [
+            f"piece {self.name}, as traced -> after passes: {len(before)} -> {len(after)} operators{kept}",
+            *pass_lines(self.result),
+            *(f"  left out for this piece: {reason}" for reason in self.dropped),
+        ]
         return "\n".join(lines)
 
     def show(self, path: str | PathLike[str] | None = None, **options: Any) -> Page:
@@ -90,8 +86,9 @@ def recording() -> Iterator[list[Piece]]:
     >>> with graphopt.integrations.recording() as pieces:
     ...     torch.compile(net, backend="graphopt")(torch.randn(5, 4)).sum().backward()
     >>> print(pieces[0].explain())
-    piece ...: ... operators, ... after the passes
-      kept for backward: ...
+    piece ...: ... -> ... operators, ... -> ... bytes kept for backward
+    passes:
+      no_ops: ...
     """
     pieces: list[Piece] = []
     _recordings.append(pieces)
