@@ -12,7 +12,7 @@ from torch import fx
 
 from graphopt.errors import PassError
 from graphopt.graph.draft import Draft
-from graphopt.graph.op_rules import flops, is_random, output_mask, with_output_mask
+from graphopt.graph.op_rules import flops, is_pure, output_mask, with_output_mask
 from graphopt.graph.training_graph import OutputKind, Phase, TrainingGraph
 from graphopt.passes._base import Change, Pass, PassResult, Saving, Tier
 from graphopt.passes._prune_lists import prune_lists
@@ -160,7 +160,7 @@ def _shrink(draft: Draft) -> None:
     """Erase dead operators and narrow output masks until nothing changes."""
     while True:
         for node in reversed(draft.graph.nodes):
-            if node.op in ("call_function", "get_attr") and not node.users and not is_random(node):
+            if not node.users and is_pure(node):
                 draft.graph.erase_node(node)
         narrowed = [n for n in draft.graph.nodes if n.op == "call_function" and _narrow(n)]
         if not narrowed and not prune_lists(draft):

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import SGD, AdamW
 
 import graphopt
@@ -329,3 +330,47 @@ def test_no_plan_before_the_first_batch():
     step = graphopt.optimize(model, (5, 4), loss=cross_entropy, optimizer=SGD(model.parameters()))
     with pytest.raises(GraphoptError, match="no batch was run yet"):
         _ = step.plan
+
+
+# -- models that return more than a tensor, as those of Hugging Face do ----------------------------------------------
+
+
+class Scores:
+    """What `Scoring` returns."""
+
+    def __init__(self, logits, loss):
+        self.logits, self.loss = logits, loss
+
+
+class Scoring(nn.Module):
+    """Asks for values of its mask where it thinks that they are known; computes its own loss if given a target."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x, mask=None, labels=None):
+        unknown = torch.compiler.is_compiling() or isinstance(mask, FakeTensor)
+        if mask is not None and (unknown or not mask.all()):
+            x = x * mask
+        logits = self.head(x)
+        return Scores(logits, None if labels is None else nn.functional.cross_entropy(logits, labels))
+
+
+def test_what_eager_says_is_said_where_the_trace_fails_before_it() -> None:
+    batch = {"x": torch.randn(4, 4), "mask": torch.zeros(4, 1)}
+    model = Scoring()
+    with pytest.raises(LossError, match=r"output \(Scores\) holds no scalar loss"):
+        graphopt.optimize(model, (4, 4), optimizer=torch.optim.SGD(model.parameters()))(**batch)
+    bad = {**batch, "mask": torch.zeros(4, 5), "labels": torch.tensor([0, 1, 2, 0])}
+    with pytest.raises(BatchError, match=r"the model rejects it .*The size of tensor a"):
+        graphopt.optimize(model, (4, 4), optimizer=torch.optim.SGD(model.parameters()))(**bad)
+
+
+def test_a_loss_that_does_not_take_the_output_says_what_would() -> None:
+    model, batch = Scoring(), (torch.randn(4, 4), torch.tensor([0, 1, 2, 0]))
+    sgd = torch.optim.SGD(model.parameters())
+    with pytest.raises(LossError, match=r"does not take the Scores that the model returns .*output\.logits"):
+        graphopt.optimize(model, (4, 4), loss=nn.functional.cross_entropy, optimizer=sgd)(*batch)
+    step = graphopt.optimize(model, (4, 4), loss=lambda o, y: nn.functional.cross_entropy(o.logits, y), optimizer=sgd)
+    assert step(*batch).isfinite()

@@ -143,10 +143,23 @@ def compute_loss(
                 f"batch: a dict with keys {sorted(batch)} has no target for the loss; expected one of "
                 f"{list(TARGET_KEYS)}, or a model that returns its own loss and loss=None"
             )
-        return loss(model(**{k: v for k, v in batch.items() if k != key}), batch[key])
+        return _applied(loss, model(**{k: v for k, v in batch.items() if k != key}), batch[key])
     if len(batch) < 2:
         raise BatchError("batch: a loss needs inputs and a target, got one tensor; give a tuple (inputs..., target)")
-    return loss(model(*batch[:-1]), batch[-1])
+    return _applied(loss, model(*batch[:-1]), batch[-1])
+
+
+def _applied(loss: Callable[..., Any], output: Any, target: Any) -> Any:
+    """``loss(output, target)``. Raises LossError where it does not take what the model returns."""
+    try:
+        return loss(output, target)
+    except TypeError as error:
+        if isinstance(output, torch.Tensor):
+            raise
+        raise LossError(
+            f"loss: it does not take the {type(output).__name__} that the model returns ({error}); give one that does, "
+            "as loss=lambda output, target: cross_entropy(output.logits, target), or none if the model returns its own"
+        ) from error
 
 
 def own_loss(output: Any) -> torch.Tensor:

@@ -47,7 +47,9 @@ _ASKS_GRAD_MODE = frozenset(["mkldnn_rnn_layer"])
 @dataclass(frozen=True)
 class Lowered:
     """A flat function. ``run(*inputs)`` takes the graph's inputs in order, writes new parameters, buffers and state
-    into them, and returns a tuple of the remaining outputs (``outputs``). ``code`` is its Python source.
+    into them, and returns a tuple of the remaining outputs (``outputs``). ``code`` is its Python source. A boxed one is
+    called as ``run([*inputs])`` and empties that list, so that inputs which the caller holds no more are freed after
+    their last use.
 
     It must run without autograd recording (`torch.no_grad`), else it would try to record what it writes.
     """
@@ -57,10 +59,11 @@ class Lowered:
     code: str
 
 
-def lower(graph: TrainingGraph, *, in_place: bool = True) -> Lowered:
-    """Lower ``graph`` to flat Python. With ``in_place=False`` nothing is written and every output is returned."""
+def lower(graph: TrainingGraph, *, in_place: bool = True, boxed: bool = False) -> Lowered:
+    """Lower ``graph`` to flat Python. With ``in_place=False`` nothing is written and every output is returned;
+    ``boxed`` is explained at `Lowered`."""
     decisions = decide(graph) if in_place else InPlace()
-    emitter = _Emitter(graph, decisions)
+    emitter = _Emitter(graph, decisions, boxed)
     returned = [i for i, input_ in enumerate(overwritten(graph)) if input_ is None or not in_place]
     code = emitter.function([graph.results[i] for i in returned])
     name = f"<graphopt step {next(_numbers)}>"
@@ -96,14 +99,18 @@ def binding(target: Any) -> Callable[..., Any]:
 class _Emitter:
     """Writes the source of one graph and collects the objects it refers to."""
 
-    def __init__(self, graph: TrainingGraph, decisions: InPlace):
+    def __init__(self, graph: TrainingGraph, decisions: InPlace, boxed: bool):
         self.graph = graph
         self.decisions = decisions
+        self.boxed = boxed
         self.globals: dict[str, Any] = {}
         self._global_names: dict[Any, str] = {}
 
     def function(self, returned: Sequence[fx.Node | None]) -> str:
-        lines = [f"def step({', '.join(self.name(p) for p in self.graph.placeholders)}):"]
+        inputs = ", ".join(self.name(p) for p in self.graph.placeholders)
+        lines = [f"def step({inputs}):"]
+        if self.boxed:
+            lines = ["def step(inputs_):", f"    [{inputs}] = inputs_", "    inputs_.clear()"]
         dying = self._last_uses(returned)
         for node in self.graph.graph.nodes:
             if node.op in ("placeholder", "output"):
@@ -173,7 +180,8 @@ class _Emitter:
         keep |= {self.decisions.resolve(v) for _, v in self.decisions.copies}
         dying: dict[fx.Node, list[str]] = defaultdict(list)
         for value, node in last.items():
-            if value.op == "call_function" and value not in keep and value not in self.decisions.void:
+            ours = value.op == "call_function" or (self.boxed and value.op == "placeholder")
+            if ours and value not in keep and value not in self.decisions.void:
                 dying[node].append(self.name(value))
         return dying
 

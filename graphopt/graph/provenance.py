@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,6 +87,19 @@ def _user_line() -> str:
             return f"{_short(file)}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+_FRAME = re.compile(r'File "(.+?)", line (\d+)')
+
+
+def line_of(stack_trace: str) -> str:
+    """``package/file.py:line`` of the innermost frame of a printed stack that is not torch's; empty if there is none.
+
+    >>> line_of('  File "/home/me/net.py", line 7, in forward\\n    return self.head(x)')
+    'net.py:7'
+    """
+    frames = [(file, line) for file, line in _FRAME.findall(stack_trace) if not file.startswith(_TORCH)]
+    return f"{_short(frames[-1][0])}:{frames[-1][1]}" if frames else ""
 
 
 _SHORT: dict[str, str] = {}

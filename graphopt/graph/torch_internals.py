@@ -122,9 +122,7 @@ def export_joint(
     fakes.adopt(module)
     with ExitStack() as stack:
         stack.enter_context(_compiling_flag(compiling))
-        stack.enter_context(_recurrent_as_in_eager())
-        stack.enter_context(_upsampling_as_in_eager())
-        stack.enter_context(_dropout_as_in_eager())
+        stack.enter_context(traced_as_in_eager())
         joint = aot_export_joint_with_descriptors(stack, module, tuple(fakes.tensors))
     graph = joint.graph_module.graph
     inputs = tuple(_input_words(n.meta["desc"]) for n in graph.nodes if n.op == "placeholder")
@@ -242,6 +240,13 @@ class _Fakes:
             if lower > 2:
                 found[sympy.Ge(symbol, lower)] = None
         return tuple(found)
+
+
+@contextmanager
+def traced_as_in_eager() -> Iterator[None]:
+    """Let a trace through autograd go to the kernels that eager calls where torch would decompose them."""
+    with _recurrent_as_in_eager(), _upsampling_as_in_eager(), _dropout_as_in_eager():
+        yield
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from graphopt.errors import BatchError, CaptureError, GraphoptError
+from graphopt.errors import BatchError, CaptureError, GraphoptError, LossError
 from graphopt.graph.batch import BatchLayout, ModelLoss, flatten
 from graphopt.graph.provenance import Provenance
 from graphopt.graph.step_module import StepModule, autocast, unchanged
@@ -86,7 +86,7 @@ def trace(
             raise
         except Exception as error:  # the model's own code ran: any exception is possible, the first is raised below
             failure = failure or _explained(error, provenance, model, tensors, layout, loss)
-            if isinstance(failure, BatchError):
+            if isinstance(failure, (BatchError, LossError)):
                 break
     assert failure is not None
     raise failure
@@ -167,42 +167,69 @@ def _explained(
     error: Exception, provenance: Provenance, model: nn.Module, tensors: Sequence[torch.Tensor], layout: BatchLayout,
     loss: Any,
 ) -> GraphoptError:  # fmt: skip
-    """The error of a failed trace as ours: BatchError if the model itself rejects the batch, else CaptureError."""
-    place = f" in module {provenance.module!r}" if provenance.module else ""
-    place += f" at {provenance.source}" if provenance.source else ""
-    first_line = str(error).strip().split("\n")[0] or type(error).__name__
-    if "expected to have an entirely functional graph" in first_line:
-        first_line = (
-            "a tensor that is neither a parameter nor a buffer is changed in place; make it a buffer (register_buffer)"
-        )
-    if "FunctionalTensor on its own" in first_line:
-        first_line = "transforms of torch.func (vmap, grad ...) have no form of whole operators"
-    if isinstance(error, (RuntimeError, ValueError, TypeError, IndexError)) and _model_rejects(
-        model, tensors, layout, loss
-    ):
-        shapes = [f"{n}: {t.dtype} {list(t.shape)}" for n, t in zip(layout.names, tensors, strict=True)]
-        explained: GraphoptError = BatchError(
-            f"batch: the model rejects it{place}: {first_line} (got {'; '.join(shapes)})"
-        )
+    """The error of a failed trace as ours: CaptureError; where forward and loss fail by themselves, the LossError that they
+    raise, or BatchError."""
+    rejected = None
+    if isinstance(error, (RuntimeError, ValueError, TypeError, IndexError)):
+        rejected = _rejection(model, tensors, layout, loss)
+    if rejected is not None and isinstance(rejected[0], GraphoptError):
+        return rejected[0]
+    explained: GraphoptError
+    if rejected is None:
+        explained = CaptureError(f"the step cannot be captured as one graph{_place(provenance)}: {_in_words(error)}")
     else:
-        explained = CaptureError(f"the step cannot be captured as one graph{place}: {first_line}")
+        shapes = [f"{n}: {t.dtype} {list(t.shape)}" for n, t in zip(layout.names, tensors, strict=True)]
+        cause, at = rejected
+        explained = BatchError(
+            f"batch: the model rejects it{_place(at)}: {_first_line(cause)} (got {'; '.join(shapes)})"
+        )
     explained.__cause__ = error
     return explained
 
 
-def _model_rejects(model: nn.Module, tensors: Sequence[torch.Tensor], layout: BatchLayout, loss: Any) -> bool:
-    """Whether forward and loss fail by themselves: on fake tensors, and then really, since fake tensors refuse more."""
-    module = StepModule(model, layout, loss, (), Provenance(model), opaque=True)
+def _place(provenance: Provenance) -> str:
+    """Where a model's code was when it failed."""
+    place = f" in module {provenance.module!r}" if provenance.module else ""
+    return place + (f" at {provenance.source}" if provenance.source else "")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _in_words(error: Exception) -> str:
+    """What hinders a trace, where torch's own words would mislead."""
+    first_line = _first_line(error)
+    if "expected to have an entirely functional graph" in first_line:
+        return (
+            "a tensor that is neither a parameter nor a buffer is changed in place; make it a buffer (register_buffer)"
+        )
+    if "FunctionalTensor on its own" in first_line:
+        return "transforms of torch.func (vmap, grad ...) have no form of whole operators"
+    return first_line
+
+
+def _rejection(
+    model: nn.Module, tensors: Sequence[torch.Tensor], layout: BatchLayout, loss: Any
+) -> tuple[Exception, Provenance] | None:
+    """The error with which forward and loss fail by themselves, and where; None if they do not. They are tried on fake
+    tensors, and then really, since fake tensors refuse more. (A trace fails elsewhere, and with other words.)"""
+    provenance = Provenance(model)
+    module = StepModule(model, layout, loss, (), provenance, opaque=True)
     with unchanged(model, loss):
-        return fails_on_fakes(module, tensors) and _fails(module, tensors)
+        if not fails_on_fakes(module, tensors):
+            return None
+        with provenance.recording():
+            error = _failure(module, tensors)
+    return None if error is None else (error, provenance)
 
 
-def _fails(module: StepModule, tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether ``module(*tensors)`` raises. Writes go into copies of its buffers, random numbers are given back."""
+def _failure(module: StepModule, tensors: Sequence[torch.Tensor]) -> Exception | None:
+    """What ``module(*tensors)`` raises. Writes go into copies of its buffers, random numbers are given back."""
     buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
     try:
         with torch.no_grad(), torch.random.fork_rng():
             torch.func.functional_call(module, buffers, tuple(t.detach() for t in tensors))
-    except Exception:  # the answer itself: the model's own code raised
-        return True
-    return False
+    except Exception as error:  # the answer itself: the model's own code raised
+        return error
+    return None

@@ -220,6 +220,30 @@ def test_values_are_freed_after_their_last_use():
     assert watching.most <= 2 and len(watching.alive) == 1 and len(result) == 1
 
 
+def test_a_boxed_function_frees_inputs_too():
+    def step(s, x, y):
+        kept = aten.exp.default(x)
+        return aten.mul.Tensor(aten.neg.default(kept), y)
+
+    graph = traced(step, (3,), (3,))
+    given = [torch.randn(3), torch.randn(3)]
+    expected = given[0].exp().neg() * given[1]
+    alive = weakref.WeakSet(given)
+    held = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            del args
+            held.append(len(alive))
+            return result
+
+    with torch.no_grad(), Counting():
+        (result,) = lower(graph, boxed=True).run(given)
+    assert given == [] and torch.equal(result, expected)
+    assert held[-2] == 1 and not alive  # the first is gone when the second operator runs, both are at the end
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_step_needs_no_more_memory_than_eager(form):
     model = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(128, 128), nn.ReLU())))
