@@ -17,7 +17,7 @@ from graphopt.elastic.partial_reads import PassOutput, ReadInput
 from graphopt.elastic.prices import Prices, Training
 from graphopt.elastic.progressive import Convergence, Stage, joint_mode, progressive_mode
 from graphopt.elastic.sampler import Sampler, subnets_for
-from graphopt.elastic.select import Budget, Selection
+from graphopt.elastic.select import Budget, Candidate, Selection
 from graphopt.elastic.space import Space, space
 from graphopt.elastic.step import ElasticStep
 from graphopt.elastic.training import restore, train
@@ -25,6 +25,7 @@ from graphopt.elastic.transformations import Identity, InTurn, Linear, NonLinear
 
 __all__ = [
     "Budget",
+    "Candidate",
     "Choice",
     "Convergence",
     "Dimension",
