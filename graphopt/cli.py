@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from graphopt import __version__
 from graphopt.commands import bench, bisect, calibrate, elastic, explain, plan, show
@@ -63,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     try:
         return app(None if arguments is None else list(arguments))
     except GraphoptError as error:
-        Console(stderr=True).print(f"graphopt: {error}", style="red", markup=False)
+        typer.secho(f"graphopt: {error}", fg="red", err=True)
         raise SystemExit(USAGE) from None
     except Exception:  # 1 means no: an error must not
         traceback.print_exc()

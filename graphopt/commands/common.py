@@ -63,7 +63,7 @@ def rendered(table: Table) -> str:
     wide = Console(width=None if console.is_terminal else 160)
     with wide.capture() as captured:
         wide.print(table)
-    return captured.get().rstrip("\n")
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
 
 @contextmanager

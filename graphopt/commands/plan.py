@@ -89,7 +89,7 @@ def _data(plans: list[Plan], machine: str | None) -> dict[str, Any]:
 
 def _compared(plans: list[Plan]) -> str:
     """Plans for several batch sizes side by side."""
-    table = Table(title="seconds of a step (* chosen)", box=None, title_justify="left")
+    table = Table(title="seconds of a step (* chosen, ? no price)", box=None, title_justify="left")
     table.add_column("scheme")
     for one in plans:
         table.add_column(f"batch {one.batch_size}", justify="right")
@@ -101,6 +101,9 @@ def _compared(plans: list[Plan]) -> str:
     if not crossovers:
         lines.append(f"no crossover: {plans[-1].chosen} is best at all of these sizes")
     notes = dict.fromkeys(note for one in plans for note in one.notes)
+    lines += [
+        f"{c.scheme}: {c.lost} at batch size {one.batch_size}" for one in plans for c in one.candidates if c.break_even
+    ]
     lost = dict.fromkeys(f"{c.scheme}: {c.why_not}" for one in plans for c in one.candidates if c.why_not)
     return "\n".join([*lines, *(f"left out, {why}" for why in lost), *(f"note: {note}" for note in notes)])
 

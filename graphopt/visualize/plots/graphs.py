@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -61,11 +61,12 @@ def memory(
             place = at[_schedule(graph).index(found.node)]
             ax.plot([place], [found.total], "v", color=colour, markersize=7, label=f"{label}, peak")
             text = f"{EngFormatter('B', places=2, sep=' ')(found.total)} at {operator_text(found.node.target)}"
-            beside = (
-                {"xytext": (7, 4), "ha": "left"} if place < len(position) / 2 else {"xytext": (-7, 4), "ha": "right"}
-            )
-            ax.annotate(text, (place, found.total), textcoords="offset points", fontsize=8, color=colour,
-                        bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1}, **beside)  # fmt: skip
+            left = place < len(position) / 2
+            ax.annotate(
+                text, (place, found.total), xytext=(7 if left else -7, 4), ha="left" if left else "right",
+                textcoords="offset points", fontsize=8, color=colour,
+                bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1},
+            )  # fmt: skip
         most = max(most, found.total, max(found.timeline, default=0))
     ax.set_ylim(0, 1.2 * most)
     ax.yaxis.set_major_formatter(EngFormatter("B", sep=" "))
@@ -176,7 +177,7 @@ def _label(ax: Axes, nodes: Sequence[fx.Node], x: np.ndarray, y: np.ndarray, sec
         if found := numbers.pop((at_x, at_y), None):
             place = x[which[0]], y[which[0]]
             ax.annotate(", ".join(found), place, (7, 5), textcoords="offset points", fontsize=8)
-    above = {"transform": ax.transAxes, "va": "top", "fontsize": 7.5, "color": SOFT, "linespacing": 1.5}
+    above: dict[str, Any] = {"transform": ax.transAxes, "va": "top", "fontsize": 7.5, "color": SOFT, "linespacing": 1.5}
     ax.text(0.015, 0.985, "\n".join(listed), **above)  # nothing lies above the roof
 
 
