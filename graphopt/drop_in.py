@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from graphopt.dumps import dumped_step, finished
+from graphopt.dumps import dumped_step, finished, write_plan
 from graphopt.errors import BatchError, CaptureError, GraphoptError, GraphoptWarning
 from graphopt.graph.batch import BatchLayout, call_model, flatten
 from graphopt.graph.capture import Captured, capture_step
@@ -162,6 +162,7 @@ class _Compiled:
             self._plans[size] = Plan(
                 size, [Candidate("flat")], "flat", "the drop-in module runs flat halves", facts, self.result, valid
             )
+            write_plan(self._plans[size])
         return self._plans[size]
 
     def backward(self, missing: frozenset[str]) -> Lowered:

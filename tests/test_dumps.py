@@ -78,6 +78,7 @@ def test_a_drop_in_module_is_written(place):
     module(rows()[0]).sum().backward()
     (folder,) = place.iterdir()
     assert "drop-in" in (folder / "about.json").read_text() and (folder / "code.py").exists()
+    assert "flat" in (folder / "plan_batch_5.txt").read_text()
 
 
 def test_a_pass_that_raises_is_named(place):

@@ -8,6 +8,7 @@ agree, the operators in between are the fault: usually those that one rewrite ma
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,13 +83,20 @@ def locate(
     here = sorted({*made, wrong}, key=order.__getitem__)
     there = _gone(mate, set(mates.values()))
     module, source = wrong.meta.get("module", ""), wrong.meta.get("source", "")
-    names, places = {n.name for n in (*here, *there)}, {(n.meta.get("module"), n.meta.get("source")) for n in here}
-    near = [c.what for c in changes if names.intersection(c.nodes)]
-    near = near or [c.what for c in changes if (c.module or c.source) and (c.module, c.source) in places]
     return Location(
         wrong.name, mate.name, str(off(wrong)), tuple(node_text(n, after.symbols) for n in here),
-        tuple(node_text(n, before.symbols) for n in there), module, source, tuple(dict.fromkeys(near)),
+        tuple(node_text(n, before.symbols) for n in there), module, source, _told(changes, [*here, *there]),
     )  # fmt: skip
+
+
+def _told(changes: Sequence[Change], nodes: Sequence[fx.Node]) -> tuple[str, ...]:
+    """What a pass says that it did to these operators: by those that it names, else by their place in the model."""
+    names = {node.name for node in nodes}
+    found = [c.what for c in changes if names.intersection(c.nodes) or names.intersection(re.findall(r"\w+", c.what))]
+    if not found:
+        places = {(node.meta.get("module", ""), node.meta.get("source", "")) for node in nodes} - {("", "")}
+        found = [c.what for c in changes if (c.module, c.source) in places]
+    return tuple(dict.fromkeys(found))
 
 
 def evaluate(graph: TrainingGraph, arguments: Sequence[Any]) -> dict[fx.Node, Any]:
