@@ -125,6 +125,7 @@ def _measured(
             failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     told("measuring, in turn")
     taken = measure(steps, seconds=seconds)
+    step.close()
     base = taken[EAGER]
     rows = [
         Row(name, first[name], m, m.seconds / base.seconds, (m.low / base.high, m.high / base.low))

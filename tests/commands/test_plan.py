@@ -1,12 +1,12 @@
 """``graphopt plan`` and ``graphopt bench``."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from graphopt.commands.pricing import Pricing
+from graphopt.choice import Prices
 from graphopt.cost_model.machine import fingerprint, path_of
-from graphopt.settings import Settings
 from graphopt.visualize.target import load_target
 from tests.commands.program import data, invoke, output
 from tests.cost_model.machines import simple
@@ -33,17 +33,20 @@ def test_prices_of_all_schemes_at_several_sizes(calibrated):
     assert text.index("batch 1 ") < text.index("batch 8 ") < text.index("batch 64")
 
 
-def test_crossovers_are_where_prices_cross(calibrated):
-    """Eager has its launches from a calibration in which they are cheap at first and its kernels dear, by hand."""
-    pricing = Pricing(load_target("my_step.py:step"), Settings(), None)
-    pricing._price = lambda name, size: {"flat": (1e-3 + 1e-6 * size,) * 3, "eager": (2e-4 + 2e-5 * size,) * 3}.get(
-        name
-    )
-    pricing._landscape._price = pricing._price
-    pricing._chosen = {4: "eager", 256: "flat"}
-    pricing._weighed = lambda: ["flat", "eager"]
-    (crossing,) = pricing._landscape.crossovers(pricing._chosen, pricing._weighed())
-    assert crossing == (43, "eager", "flat")
+def test_crossovers_are_where_prices_cross(calibrated, monkeypatch):
+    """Prices by hand: flat has the dearer start and the cheaper sample, and is best from 43 on."""
+    real = Prices.of
+
+    def by_hand(self, scheme, prepared, size):
+        seconds = {"flat": 1e-3 + 1e-6 * size, "eager": 2e-4 + 2e-5 * size}[scheme.name]
+        return replace(real(self, scheme, prepared, size), seconds=seconds, interval=(seconds, seconds))
+
+    monkeypatch.setattr(Prices, "of", by_hand)
+    said = ("plan", "my_step.py:step", "--batch-sizes", "4,256", "--schemes", "flat,eager")
+    found = data(*said)
+    assert [plan["chosen"] for plan in found["plans"]] == ["eager", "flat"]
+    assert found["crossovers"] == [[43, "eager", "flat"]]
+    assert "from batch size 43 on flat instead of eager" in output(*said)
 
 
 def test_a_named_machine_prices_its_own_device(folder):
