@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import Progress
 from scipy.optimize import least_squares
 from scipy.stats import t as student
@@ -71,7 +72,7 @@ def calibrate(*, progress: bool = True, seconds: float | None = None) -> Machine
     """
     began = perf_counter()
     fixed: list[float] = []
-    with Progress(disable=not progress, transient=True) as bar:
+    with Progress(disable=not progress, transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("calibrating this machine", total=100)
         settle_allocator()
         launch = chains()

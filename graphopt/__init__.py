@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING  # noqa: E402
 from typing import Any as _Any  # noqa: E402
 
 if _TYPE_CHECKING:
+    from graphopt.bisection.bisecting import bisect
     from graphopt.errors import (
         AxisError,
         BatchError,
@@ -66,6 +67,7 @@ _HOMES = {
     "Plan": "plan",
     "TrainingGraph": "graph.training_graph",
     "TrainingStep": "step",
+    "bisect": "bisection.bisecting",
     "capture": "graph.capture",
     "capture_forward": "graph.forward",
     "explore": "exploration.exploring",
@@ -121,6 +123,7 @@ __all__ = [
     "VerificationError",
     "WorkerError",
     "__version__",
+    "bisect",
     "capture",
     "capture_forward",
     "explore",

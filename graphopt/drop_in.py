@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from graphopt.dumps import dumped_step, finished, write_plan
 from graphopt.errors import BatchError, CaptureError, GraphoptError, GraphoptWarning
 from graphopt.graph.batch import BatchLayout, call_model, flatten
 from graphopt.graph.capture import Captured, capture_step
@@ -118,7 +119,9 @@ class _Compiled:
     """Forward and backward halves of one captured model, bound to its tensors."""
 
     def __init__(self, captured: Captured, model: nn.Module, passes: Sequence[Pass], start: float, watch: ModelWatch):
-        result = Pipeline(passes)(captured.graph)
+        with dumped_step(f"{type(model).__name__}, drop-in"):
+            result = Pipeline(passes)(captured.graph)
+            finished(result.graph)
         self.captured, self.result, self.watch = captured, result, watch
         self.graph = result.graph
         self.halves = cut_backward(self.graph)
@@ -159,6 +162,7 @@ class _Compiled:
             self._plans[size] = Plan(
                 size, [Candidate("flat")], "flat", "the drop-in module runs flat halves", facts, self.result, valid
             )
+            write_plan(self._plans[size])
         return self._plans[size]
 
     def backward(self, missing: frozenset[str]) -> Lowered:

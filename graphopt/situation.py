@@ -30,6 +30,23 @@ MOMENTS = 0.3
 """Seconds up to which a start is not worth a thought."""
 
 
+def schemes_for(task: Task, prepared: Prepared, settings: Settings) -> tuple[Scheme, ...]:
+    """The schemes that settings let choose from, best guess first, each name once."""
+    found, world = settings.schemes, task.world
+    if found is None and world is not None:
+        found = candidates_in_world(world, task, prepared, precision=settings.precision, batch_norm=settings.batch_norm)
+    if found is None:
+        counts = tuple(dict.fromkeys((torch.get_num_threads(), 1)))
+        saving = settings.memory is not None
+        found = candidates(task, prepared, threads=counts, precision=settings.precision, saving_memory=saving)
+        if (settings.processors or 1) > 1:
+            first, *others = found
+            given = settings.processors or 1, settings.batch_norm
+            owner, reduced = data_parallel(*given)
+            found = (first, owner, hybrid(*given), *others, reduced)
+    return tuple({scheme.name: scheme for scheme in found}.values())
+
+
 class CaptureNow(Exception):
     """A candidate is to run for which the step has to be captured first. Never reaches a user."""
 
@@ -168,24 +185,7 @@ class Situation:
             return SCHEMES["eager"], SCHEMES["flat"]
         key = -1 if index is None else index
         if key not in self._schemes:
-            found, world = self.settings.schemes, self.task.world
-            if found is None and world is not None:
-                found = candidates_in_world(
-                    world, self.task, prepared, precision=self.settings.precision, batch_norm=self.settings.batch_norm
-                )
-            if found is None:
-                threads = torch.get_num_threads()
-                counts = tuple(dict.fromkeys((threads, 1)))
-                found = candidates(
-                    self.task, prepared, threads=counts, precision=self.settings.precision,
-                    saving_memory=self.settings.memory is not None,
-                )  # fmt: skip
-                if (self.settings.processors or 1) > 1:
-                    first, *others = found
-                    given = self.settings.processors or 1, self.settings.batch_norm
-                    owner, reduced = data_parallel(*given)
-                    found = (first, owner, hybrid(*given), *others, reduced)
-            self._schemes[key] = tuple({scheme.name: scheme for scheme in found}.values())
+            self._schemes[key] = schemes_for(self.task, prepared, self.settings)
         return self._schemes[key]
 
     def _stand_in(self, plan: Plan, feasible: dict[str, Scheme], too_large: Mapping[str, tuple[int, Scheme]]) -> None:

@@ -23,10 +23,10 @@ from graphopt.schemes.fused_optimizer import fused
 from graphopt.schemes.low_precision import PRECISIONS, low_precision
 from graphopt.schemes.one_processor import OneProcessor
 from graphopt.schemes.variants import Form
-from graphopt.verify import FACTOR, SEEDS, Values, distance, fresh_batch, reference, run_graph, run_step
+from graphopt.verify import ROOM, SEEDS, Values, first_difference, fresh_batch, reference, run_graph, run_step
 
-ROOM, LOW_ROOM = 16.0, 2.0
-"""Units in the last place, of the largest value, that a form may be off by besides: in full and in low precision."""
+LOW_ROOM = 2.0
+"""Units in the last place, of the largest value, that a form in low precision may be off by besides."""
 
 NOISE = 4.0
 """Units in the last place of the largest gradient by which any gradient may be off: one that is zero but for rounding
@@ -169,24 +169,14 @@ def differs(ours: Values, eager: Values, exact: Values | None, precision: str | 
     judge = (exact or eager).values
     sizes = [float(v.abs().nan_to_num().max()) for n, v in judge.items() if n.startswith("gradient") and v.numel()]
     largest = max(sizes, default=0.0)
-    for name, value in ours.values.items():
-        of_eager = eager.values.get(name)
-        if of_eager is None or not value.numel():
-            continue
-        if not value.is_floating_point():
-            if not torch.equal(value, of_eager):
-                return f"{name} differs from eager's"
-            continue
-        truth = judge[name].double()
-        scale = float(truth.abs().nan_to_num().max())
-        error, own = distance(value, truth), distance(of_eager, truth)
-        epsilon, room = torch.finfo(value.dtype).eps, ROOM
+
+    def room(name: str, value: torch.Tensor, scale: float) -> float:
+        epsilon, units = torch.finfo(value.dtype).eps, ROOM
         if precision is not None and torch.finfo(PRECISIONS[precision]).eps > epsilon:
-            epsilon, room = torch.finfo(PRECISIONS[precision]).eps, LOW_ROOM
-        noise = NOISE * epsilon * largest if name.startswith("gradient") else 0.0
-        if not error <= FACTOR * own + room * epsilon * scale + noise + torch.finfo(value.dtype).tiny:
-            return f"{name} is off by {error:.3g}, eager by {own:.3g} (values up to {scale:.3g})"
-    return None
+            epsilon, units = torch.finfo(PRECISIONS[precision]).eps, LOW_ROOM
+        return epsilon * (units * scale + (NOISE * largest if name.startswith("gradient") else 0.0))
+
+    return first_difference(ours, eager, exact, room)
 
 
 def _in_form(form: Form, prepared: Prepared, batch: Any) -> Any:

@@ -7,21 +7,26 @@ one is the pass's fault and raises a `PassError` with its name.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from time import perf_counter
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from graphopt import dumps
 from graphopt.errors import PassError
 from graphopt.graph.op_rules import is_random
 from graphopt.graph.sizes import expression
 from graphopt.graph.storages import storage_root, tensors
 from graphopt.graph.training_graph import InputKind, TrainingGraph
+
+log = logging.getLogger("graphopt")
 
 
 class Tier(StrEnum):
@@ -134,13 +139,17 @@ class Pass(ABC):
         PassError if the pass breaks an invariant; the graph given is untouched.
         """
         before = graph if isinstance(graph, PassResult) else PassResult(graph)
+        began = perf_counter()
         try:
             result = self.rewrite(before.graph)
-        except PassError as error:
-            error.pass_name = error.pass_name or self.name
+            if result.graph is not before.graph:
+                check(self, before.graph, result.graph)
+        except Exception as error:
+            if isinstance(error, PassError):
+                error.pass_name = error.pass_name or self.name
+            dumps.failed(self.name, before.graph, error)
             raise
-        if result.graph is not before.graph:
-            check(self, before.graph, result.graph)
+        self._tell(before.graph, result, perf_counter() - began)
         return PassResult(
             result.graph,
             before.changes + result.changes,
@@ -148,6 +157,13 @@ class Pass(ABC):
             before=before.graph if before.before is None else before.before,
             removed={**before.removed, **_removed(self.name, before.graph, result.graph)},
         )
+
+    def _tell(self, before: TrainingGraph, result: PassResult, seconds: float) -> None:
+        """Say what was done to the log and, where somebody asked for it, to files (`graphopt.dumps`)."""
+        dumps.ran(self.name, before, result, seconds)
+        if log.isEnabledFor(logging.DEBUG):
+            told = self.name, len(result.changes), len(before), len(result.graph), seconds
+            log.debug("pass %s: %d changes, %d -> %d operators, %.3f s", *told)
 
     @abstractmethod
     def rewrite(self, graph: TrainingGraph) -> PassResult:

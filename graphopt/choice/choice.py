@@ -14,6 +14,7 @@ from graphopt.choice.race import ROUNDS, WIDENED, Race, measurement
 from graphopt.choice.rechecks import Rechecks
 from graphopt.choice.terms import Terms
 from graphopt.choice.verdict import say_drift, say_expected, slower, verdict
+from graphopt.dumps import write_plan
 from graphopt.plan import Plan, duration
 from graphopt.schemes import Runner, Scheme
 from graphopt.schemes.base import UnderWay
@@ -209,6 +210,7 @@ class Choice:
         self.runs_user_code = not self.schemes[name].needs_graph
         self._rechecks.decided(name)
         log.info("batch size %d: %s, %s", plan.batch_size, name, reason)
+        write_plan(plan)
 
     def _lose(self, why: Mapping[str, str]) -> None:
         for name, reason in why.items():

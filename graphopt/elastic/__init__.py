@@ -18,7 +18,7 @@ from graphopt.elastic.progressive import Convergence, Stage, joint_mode, progres
 from graphopt.elastic.region import draws
 from graphopt.elastic.sampler import Sampler, subnets_for
 from graphopt.elastic.saving import save
-from graphopt.elastic.select import Budget, Selection
+from graphopt.elastic.select import Budget, Candidate, Selection
 from graphopt.elastic.space import Space, space
 from graphopt.elastic.step import ElasticStep
 from graphopt.elastic.training import restore, train
@@ -26,6 +26,7 @@ from graphopt.elastic.transformations import Identity, InTurn, Linear, NonLinear
 
 __all__ = [
     "Budget",
+    "Candidate",
     "Choice",
     "Convergence",
     "Dimension",

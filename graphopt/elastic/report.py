@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def table(space: Space) -> str:
     """See `Space`."""
     out = StringIO()
-    console = Console(file=out, width=160, no_color=True)
+    console = Console(file=out, width=160, no_color=True, force_jupyter=False, force_terminal=False)
     elastic = Table("dimension", "kind", "size", "choices", "where", "parameters", "MFLOPs", title="Elastic", box=None)
     for dimension in space.dimensions:
         parameters, operations = governed(space, dimension.name)

@@ -94,7 +94,7 @@ class Selection:
             chosen = " <- chosen" if one.choice == self.choice else ""
             cells = [f"{one.prices[name]:,.4g}" for name in names]
             table.add_row(*cells, f"{one.quality:.4g}", measured, f"{one.choice}{chosen}")
-        console = Console(width=200, no_color=True)
+        console = Console(width=200, no_color=True, force_jupyter=False, force_terminal=False)
         with console.capture() as captured:
             console.print(table)
         return captured.get()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 
+from graphopt.dumps import dumped_step, finished
 from graphopt.graph.assemble import WholeStep, with_update
 from graphopt.graph.capture import capture_step
 from graphopt.graph.hyper_parameters import structure_key
@@ -61,11 +62,13 @@ def finish_step(task: Task, joint: TrainingGraph, passes: Sequence[Pass], *, fus
     ``fused`` the update is made by fused kernels (which must exist: `why_not_fused`)."""
     start = perf_counter()
     structure = structure_key(task.optimizers)
-    part = part_of(task, joint, passes) if task.accumulate > 1 else None
-    whole = with_update(
-        joint, task.model, task.optimizers, clip=task.clip, accumulated=task.accumulate > 1, fused=fused
-    )
-    result = optimised(task, whole, passes)
+    with dumped_step(f"{type(task.model).__name__}{', fused optimizer' if fused else ''}"):
+        part = part_of(task, joint, passes) if task.accumulate > 1 else None
+        whole = with_update(
+            joint, task.model, task.optimizers, clip=task.clip, accumulated=task.accumulate > 1, fused=fused
+        )
+        result = optimised(task, whole, passes)
+        finished(result.graph)
     return CapturedStep(
         replace(whole, graph=result.graph),
         part,
@@ -86,14 +89,14 @@ def part_of(task: Task, joint: TrainingGraph, passes: Sequence[Pass]) -> Trainin
 
 def optimised(task: Task, whole: WholeStep, passes: Sequence[Pass]) -> PassResult:
     """What gradient liveness and ``passes`` make of a whole step."""
-    liveness = _liveness(task, whole)
+    liveness = live(task, whole)
     result = Pipeline(passes)(liveness)
     return LivenessResult(
         result.graph, result.changes, result.refusals, liveness.layers, before=result.before, removed=result.removed
     )
 
 
-def _liveness(task: Task, whole: WholeStep) -> LivenessResult:
+def live(task: Task, whole: WholeStep) -> LivenessResult:
     """Gradient liveness by what this task reads."""
     gradients = [o.name for o in whole.graph.outputs if o.kind is OutputKind.GRADIENT]
     parameters = whole.graph.input_nodes(InputKind.PARAMETER)

@@ -1,5 +1,6 @@
 """The command line, from a script to a table."""
 
+import json
 import os
 import subprocess
 import sys
@@ -46,6 +47,13 @@ def test_a_script_is_searched_and_looked_at(tmp_path):
     assert len(invoke("best", store, "--top", 3).splitlines()) == 4
     assert "x=0.3" in invoke("pareto", store) and "x=0.0" in invoke("pareto", store)
     assert "trial 3" in invoke("why", store, 3)
+    as_json = lambda *arguments: json.loads(invoke(*arguments, "--json"))
+    assert as_json("status", store)["counts"] == {"done": 25}
+    (best,) = as_json("best", store)
+    assert best["score"] == max(row["score"] for row in as_json("best", store, "--top", 25))
+    assert best["number"] in {row["number"] for row in as_json("pareto", store)}
+    assert "trial 3" in as_json("why", store, 3)["why"]
+    assert as_json("run", f"{script}:search", "--store", store, "--trials", 25)["counts"] == {"done": 25}
     invoke("export", store, tmp_path / "s.csv")
     assert len((tmp_path / "s.csv").read_text().splitlines()) == 26
 

@@ -2,14 +2,19 @@
 
 import numpy as np
 import pytest
+import torch
 
+import graphopt.elastic
 from graphopt.choice import Landscape
 from graphopt.cost_model import estimate
 from graphopt.cost_model.measured import Measurement
 from graphopt.cost_model.memory import peak
+from graphopt.elastic import Candidate as SubnetCandidate
+from graphopt.elastic import Choice
 from graphopt.errors import GraphoptError
+from graphopt.exploration import linear
 from graphopt.plan import Candidate, Crossover, Plan
-from graphopt.visualize.plots import memory, predicted_against_measured, roofline, step_times
+from graphopt.visualize.plots import memory, pareto, predicted_against_measured, roofline, step_times
 from tests.cost_model.machines import BANDWIDTH, RATE, simple
 from tests.visualize.steps import head_only
 
@@ -138,3 +143,61 @@ def test_figures_can_be_written(plan, tmp_path):
     for number, figure in enumerate((step_times(plan), memory(head_only()), roofline(head_only(), simple()))):
         figure.savefig(tmp_path / f"{number}.svg")
         assert (tmp_path / f"{number}.svg").stat().st_size > 5000
+
+
+# -- fronts of subnets ------------------------------------------------------------------------------------------------
+
+
+def candidates(rows) -> list[SubnetCandidate]:
+    return [SubnetCandidate(Choice({"width": i}), {"flops": c, "parameters": 1.0}, q) for i, (c, q) in enumerate(rows)]
+
+
+def test_pareto_draws_the_front_of_candidates():
+    figure = pareto(
+        candidates([(3.0, 0.9), (1.0, 0.5), (2.0, 0.4), (2.0, 0.8), (4.0, 0.9)]), quality="accuracy", budget=2.5
+    )
+    found, (ax,) = lines(figure), figure.axes
+    np.testing.assert_array_equal(found["front (3)"], [[1.0, 0.5], [2.0, 0.8], [3.0, 0.9]])
+    np.testing.assert_array_equal(np.sort(found["beaten (2)"], axis=0), [[2.0, 0.4], [4.0, 0.9]])
+    (step,) = [line for line in ax.lines if line.get_gid() == "front"]
+    assert step.get_drawstyle() == "steps-post" and step.get_xydata()[-1].tolist() == [4.0, 0.9]
+    assert set(found["budget"][:, 0]) == {2.5}
+    assert ax.get_xlabel() == "FLOPs" and ax.get_ylabel() == "accuracy"
+
+
+def test_pareto_of_a_selection_marks_the_choice():
+    net = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+    space = graphopt.elastic.space(net, torch.randn(16, 8))
+    selection = space.select({"parameters": 300})
+    found = lines(pareto(selection))
+    assert found["chosen"].tolist() == [[selection.best.prices["parameters"], selection.best.quality]]
+    assert set(found["budget"][:, 0]) == {300}
+    front = [[one.prices["parameters"], one.quality] for one in selection.front]
+    np.testing.assert_allclose(found[f"front ({len(front)})"], front)
+
+
+def test_pareto_of_a_search(tmp_path):
+    """The loss shall be small: the front falls with the seconds."""
+    study = graphopt.explore(
+        None, search_trial, hyper_parameters={"x": linear(0, 1)}, minimize=("loss", "seconds"), trials=8,
+        progress=False, on="inline", store=tmp_path / "s.db", seed=0,
+    )  # fmt: skip
+    found = lines(pareto(study))
+    best = {(t.metrics["seconds"], t.metrics["loss"]) for t in study.pareto()}
+    (name,) = [name for name in found if name.startswith("front (")]
+    assert {tuple(row) for row in found[name]} == best
+    assert np.all(np.diff(found[name][:, 1]) < 0)
+    with pytest.raises(GraphoptError, match="no trial of this study has both"):
+        pareto(study, cost="flops")
+
+
+def search_trial(net, hyper_parameters, context):
+    x = hyper_parameters["x"]
+    return {"loss": (x - 0.7) ** 2, "seconds": 1 + x}
+
+
+def test_pareto_of_nothing_says_so():
+    with pytest.raises(GraphoptError, match="no candidates"):
+        pareto([])
+    with pytest.raises(GraphoptError, match="no price 'speed'"):
+        pareto(candidates([(1.0, 1.0)]), cost="speed")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 from torch import fx
@@ -44,6 +45,7 @@ def memory(
     first = before if before is not None else after
     position = {node.name: i for i, node in enumerate(_schedule(first))}
     _shade(ax, first)
+    most = 0
     for graph, label, colour in (
         (before, "captured", SERIES[1]),
         (after, "after passes" if before else "step", SERIES[0]),
@@ -59,8 +61,14 @@ def memory(
             place = at[_schedule(graph).index(found.node)]
             ax.plot([place], [found.total], "v", color=colour, markersize=7, label=f"{label}, peak")
             text = f"{EngFormatter('B', places=2, sep=' ')(found.total)} at {operator_text(found.node.target)}"
-            ax.annotate(text, (place, found.total), xytext=(6, 5), textcoords="offset points", fontsize=8, color=colour)
-    ax.set_ylim(bottom=0)
+            left = place < len(position) / 2
+            ax.annotate(
+                text, (place, found.total), xytext=(7 if left else -7, 4), ha="left" if left else "right",
+                textcoords="offset points", fontsize=8, color=colour,
+                bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1},
+            )  # fmt: skip
+        most = max(most, found.total, max(found.timeline, default=0))
+    ax.set_ylim(0, 1.2 * most)
     ax.yaxis.set_major_formatter(EngFormatter("B", sep=" "))
     ax.legend(frameon=False, fontsize=8, loc="lower center", ncols=4, bbox_to_anchor=(0.5, 1.0))
     return figure
@@ -72,7 +80,7 @@ def _schedule(graph: TrainingGraph) -> list[fx.Node]:
 
 
 def _shade(ax: Axes, graph: TrainingGraph) -> None:
-    """Phases as bands."""
+    """Phases as bands, with their names where there is room."""
     phases = [node.meta.get("phase") for node in _schedule(graph)]
     begin = 0
     for i in range(1, len(phases) + 1):
@@ -80,6 +88,9 @@ def _shade(ax: Axes, graph: TrainingGraph) -> None:
             colour = PHASES.get(phases[begin])  # type: ignore[arg-type]
             if colour is not None and i - begin > 1:
                 ax.axvspan(begin, i, color=colour, linewidth=0, zorder=0)
+                if i - begin > len(phases) / 12:
+                    ax.text((begin + i) / 2, 0.985, str(phases[begin]), transform=ax.get_xaxis_transform(), fontsize=8,
+                            color=SOFT, ha="center", va="top")  # fmt: skip
             begin = i
 
 
@@ -132,25 +143,42 @@ def roofline(
             edgecolors="white",
             label=name,
         )
-    labels: set[str] = set()
-    for k in np.argsort(-seconds[shown]):
-        node = price.work.nodes[shown[k]]
-        label = f"{operator_text(node.target).removeprefix('aten.')}  {node.meta.get('module') or node.name}"
-        if label in labels or len(labels) == named:
-            continue
-        labels.add(label)
-        ax.annotate(label, (intensity[k], speed[k]), (5, -9), textcoords="offset points", fontsize=7, color=SOFT)
+    _label(ax, [price.work.nodes[i] for i in shown], intensity, speed, seconds[shown], named)
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.set_ylim(bottom=min(speed.min() / 2, rate / 100))
+    steep = np.log(ridge[1] / ends[0]) > 0.4 * np.log(ends[1] / ends[0])  # the list of names fits above the slope
+    ax.set_ylim(min(speed.min() / 2, rate / 100), (2 if steep else 40) * rate)
     ax.yaxis.set_major_formatter(EngFormatter("FLOP/s", sep=" "))
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_minor_formatter(NullFormatter())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     share = seconds[shown].sum() / seconds.sum()
     ax.set_title(f"{share:.0%} of the predicted time is in operators with FLOPs", fontsize=9, color=SOFT, loc="left")
-    ax.legend(frameon=False, fontsize=8, markerscale=0.6)
+    for handle in ax.legend(frameon=False, fontsize=8).legend_handles:
+        if isinstance(handle, PathCollection):  # areas mean seconds in the figure only
+            handle.set_sizes([28])
     return figure
+
+
+def _label(ax: Axes, nodes: Sequence[fx.Node], x: np.ndarray, y: np.ndarray, seconds: np.ndarray, most: int) -> None:
+    """Numbers at the dearest operators, and their names in a list. Those at one place, as layers of one size are, share
+    a number."""
+    places: dict[tuple[float, float, str], list[int]] = {}
+    for k in np.argsort(-seconds):
+        operator = operator_text(nodes[k].target).removeprefix("aten.")
+        places.setdefault((round(np.log10(x[k]), 1), round(np.log10(y[k]), 1), operator), []).append(int(k))
+    dearest = sorted(places.items(), key=lambda item: -seconds[item[1]].sum())[:most]
+    listed, numbers = [], dict[tuple[float, float], list[str]]()
+    for number, ((at_x, at_y, operator), which) in enumerate(dearest, 1):
+        where = nodes[which[0]].meta.get("module") or nodes[which[0]].name
+        listed.append(f"{number}  {operator}  {where}" + (f" and {len(which) - 1} more" if len(which) > 1 else ""))
+        numbers.setdefault((at_x, at_y), []).append(str(number))
+    for (at_x, at_y, _), which in dearest:
+        if found := numbers.pop((at_x, at_y), None):
+            place = x[which[0]], y[which[0]]
+            ax.annotate(", ".join(found), place, (7, 5), textcoords="offset points", fontsize=8)
+    above: dict[str, Any] = {"transform": ax.transAxes, "va": "top", "fontsize": 7.5, "color": SOFT, "linespacing": 1.5}
+    ax.text(0.015, 0.985, "\n".join(listed), **above)  # nothing lies above the roof
 
 
 def _roof(machine: Machine) -> tuple[float, float]:

@@ -1,0 +1,1 @@
+"""What the command ``graphopt`` does, one command a file; `graphopt.cli` puts them together."""
