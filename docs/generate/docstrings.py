@@ -1,0 +1,68 @@
+"""Docstrings as Markdown: literal blocks and interactive examples become fenced code."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+_ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc):`~?([^`]+)`")
+
+
+def to_markdown(text: str) -> str:
+    r"""A docstring of this library, dedented, as Markdown.
+
+    ``::`` opens an indented block that is shown as it is, ``>>>`` an interactive example up to the next empty line;
+    both may stand inside of an indented section.
+
+    >>> print(to_markdown("One.\n\nBefore::\n\n    %a = f(%x)\n\n>>> 1 + 1\n2\n"))
+    One.
+    <BLANKLINE>
+    Before:
+    <BLANKLINE>
+    ```text
+    %a = f(%x)
+    ```
+    <BLANKLINE>
+    ```pycon
+    >>> 1 + 1
+    2
+    ```
+    """
+    lines = _ROLE.sub(r"`\1`", text).splitlines()
+    found: list[str] = []
+    at = 0
+    while at < len(lines):
+        line = lines[at]
+        indent = _indent(line)
+        if line.lstrip().startswith(">>>"):
+            end = at
+            while end < len(lines) and lines[end].strip():
+                end += 1
+            found += _fenced("pycon", lines[at:end], indent)
+            at = end
+        elif line.rstrip().endswith("::"):
+            end = at + 1
+            while end < len(lines) and (not lines[end].strip() or _indent(lines[end]) > indent):
+                end += 1
+            words = line.rstrip().removesuffix(":")
+            found += [words] if words.strip() != ":" else []
+            found += ["", *_fenced("text", _stripped(lines[at + 1 : end]), indent), ""]
+            at = end
+        else:
+            found.append(line)
+            at += 1
+    return "\n".join(found).rstrip() + "\n" * text.endswith("\n")
+
+
+def _indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _stripped(lines: list[str]) -> list[str]:
+    """Without empty lines at both ends."""
+    return "\n".join(lines).strip("\n").splitlines()
+
+
+def _fenced(language: str, lines: list[str], indent: int) -> list[str]:
+    block = textwrap.dedent("\n".join(lines)).splitlines()
+    return [" " * indent + line if line else "" for line in (f"```{language}", *block, "```")]
