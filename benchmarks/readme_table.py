@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,7 +104,10 @@ def example_output(text: str) -> str:
     """What the README's example prints."""
     found = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert found is not None, "README.md holds no example"
-    run = subprocess.run([sys.executable, "-c", found[1]], capture_output=True, text=True, check=True, cwd=ROOT)
+    with TemporaryDirectory() as cache:  # as on a machine where nothing was measured yet
+        environment = os.environ | {"GRAPHOPT_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", found[1]]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=ROOT)
     return f"```\n{run.stdout.rstrip()}\n```"
 
 

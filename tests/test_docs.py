@@ -46,7 +46,9 @@ def is_generated(page):
 
 
 def test_links_are_found():
-    text = "[a](b.md#c), <https://x.org/y>, ![picture](z.png)\n`[no](code)`\n\n```\n[no](block)\n```\n[[n]](d.md)\n"
+    text = (
+        "[a](b.md#c), <https://x.org/y>, ![picture](z.png)\n`[no](code)`\n\n```\n[no](block)\n```\n[two\nlines](d.md)\n"
+    )
     assert links(text) == ["b.md#c", "https://x.org/y", "d.md"]
     assert anchors("# One `two`, three\n## Write a pass\n") == {"one-two-three", "write-a-pass"}
 
@@ -71,7 +73,7 @@ PUBLIC = [name for name in messages.error_classes() if name in graphopt.__all__]
 
 
 def test_all_error_classes_are_public():
-    assert PUBLIC == list(messages.error_classes())
+    assert list(messages.error_classes()) == PUBLIC
 
 
 @pytest.mark.parametrize("name", PUBLIC)
@@ -112,7 +114,11 @@ def test_messages_are_read_off_the_sources():
 def test_every_public_pass_has_a_page():
     from graphopt import passes
 
-    public = {n for n in passes.__all__ if isinstance(getattr(passes, n), type) and issubclass(getattr(passes, n), passes.Pass)}
+    public = {
+        n
+        for n in passes.__all__
+        if isinstance(getattr(passes, n), type) and issubclass(getattr(passes, n), passes.Pass)
+    }
     found = pass_pages.passes()
     assert {each.name for each in found} == public - {"Pass", "Pipeline"}
     for each in found:

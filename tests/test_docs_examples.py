@@ -46,11 +46,14 @@ def test_examples_run(name, tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_looked_for_is_there():
-    assert {"index.md", "axes.md", "extend/pass.md", "extend/operator_rule.md", "extend/scheme.md"} <= set(with_examples())
+    assert {"index.md", "axes.md", "extend/pass.md", "extend/operator_rule.md", "extend/scheme.md"} <= set(
+        with_examples()
+    )
 
 
 def test_an_example_may_have_a_setup_and_an_output():
-    text = "<!-- setup\nx = 1\n-->\n\n```python\nprint(x)\n```\n\n```\n1\n```\n\n```python\nx += 1\n```\nand\n```\n2\n```\n"
+    first = "<!-- setup\nx = 1\n-->\n\n```python\nprint(x)\n```\n\n```\n1\n```\n\n"
+    text = first + "```python\nx += 1\n```\nand\n```\n2\n```\n"
     first, second = examples(text)
     assert (first.code, first.output) == ("x = 1\nprint(x)\n", "1\n")
     assert (second.code, second.output) == ("x += 1\n", None)

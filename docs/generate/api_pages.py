@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from docs.generate.pass_pages import PassFacts
@@ -43,7 +44,7 @@ PAGES = (
 )  # fmt: skip
 
 
-def names(each: ApiPage, apart: list[PassFacts]) -> list[tuple[str, str]]:
+def names(each: ApiPage, apart: Sequence[PassFacts]) -> list[tuple[str, str]]:
     """``(module, name)`` of all entries of a page, in the order of ``__all__``."""
     have_pages = {facts.name for facts in apart} if each.module == "graphopt.passes" else set()
     found = []
@@ -55,7 +56,7 @@ def names(each: ApiPage, apart: list[PassFacts]) -> list[tuple[str, str]]:
     return found
 
 
-def page(each: ApiPage, apart: list[PassFacts]) -> str:
+def page(each: ApiPage, apart: Sequence[PassFacts]) -> str:
     """One page of the reference."""
     entries = []
     for where, name in names(each, apart):

@@ -54,6 +54,38 @@ def to_markdown(text: str) -> str:
     return "\n".join(found).rstrip() + "\n" * text.endswith("\n")
 
 
+def split_entries(text: str) -> str:
+    r"""An entry for each name where one speaks of several: griffe knows parameters one by one.
+
+    >>> print(split_entries("Args:\n    low, high: bounds,\n        in seconds.\n    name: of it.\n"), end="")
+    Args:
+        low: bounds,
+            in seconds.
+        high: bounds,
+            in seconds.
+        name: of it.
+    """
+    found: list[str] = []
+    lines = text.splitlines()
+    at = 0
+    inside = False
+    while at < len(lines):
+        line = lines[at]
+        if line and not line[0].isspace():
+            inside = line.rstrip() in ("Args:", "Attributes:")
+        names = re.match(r"( +)((?:\w+, )+\w+)(: .*)", line) if inside else None
+        end = at + 1
+        if names is None:
+            found.append(line)
+        else:
+            while end < len(lines) and lines[end].strip() and _indent(lines[end]) > len(names[1]):
+                end += 1
+            for name in names[2].split(", "):
+                found += [f"{names[1]}{name}{names[3]}", *lines[at + 1 : end]]
+        at = end
+    return "\n".join(found) + "\n" * text.endswith("\n")
+
+
 def _indent(line: str) -> int:
     return len(line) - len(line.lstrip())
 

@@ -74,7 +74,9 @@ def caption(name: str) -> str:
     """The first line of the module's docstring, as a caption."""
     text = summary(f"graphopt.{name}").replace("`", "")
     before, colon, behind = text.partition(": ")
-    if colon and (before.replace("_", "").lower() == name.replace("_", "") or before[:1].isupper() and " " not in before):
+    if colon and (
+        before.replace("_", "").lower() == name.replace("_", "") or (before[:1].isupper() and " " not in before)
+    ):
         text = behind[:1].upper() + behind[1:]
     text = text.removesuffix(".")
     if len(text) <= LONGEST:
@@ -111,7 +113,9 @@ def svg() -> str:
         )
         for other in sorted(used.get(name, set()) & set(at), key=at.__getitem__):
             x, what = GRID + CELL * at[other] + CELL / 2, f"{name} imports {other}"
-            lines.append(f'<circle class="dot" cx="{x}" cy="{y + CELL / 2}" r="3"><title>{escape(what)}</title></circle>')
+            lines.append(
+                f'<circle class="dot" cx="{x}" cy="{y + CELL / 2}" r="3"><title>{escape(what)}</title></circle>'
+            )
     return "\n".join([*lines, "</svg>", ""])
 
 

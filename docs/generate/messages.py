@@ -7,7 +7,7 @@ from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
-from docs.generate.sources import PACKAGE, files, path_of, tree
+from docs.generate.sources import PACKAGE, files, nodes, path_of, tree
 
 HOLE = "…"
 """What stands for a value in a message."""
@@ -35,23 +35,53 @@ def messages() -> dict[str, dict[str, str]]:
 
 def _of_file(path: Path) -> list[tuple[str, str]]:
     """``(class, message)`` for each place in a file that makes an error or gives a warning."""
-    found = []
-    for node in ast.walk(tree(path)):
+    found, helpers = [], _helpers(path)
+    for node in nodes(path):
         if not isinstance(node, ast.Call):
             continue
         called = _last(node.func)
-        if called == "warn" and any(_last(a) == "GraphoptWarning" for a in node.args):
-            name, arguments = "GraphoptWarning", node.args
-        elif called == "_warn":
+        if (called == "warn" and any(_last(a) == "GraphoptWarning" for a in node.args)) or called == "_warn":
             name, arguments = "GraphoptWarning", node.args
         elif called in error_classes():
             name, arguments = called, node.args
+        elif called in helpers:
+            name, arguments = helpers[called], node.args
         else:
             continue
         text = _text(arguments[0]) if arguments else ""
         if len(text.replace(HOLE, "").split()) >= 2:  # what is only passed on has no words of its own
             found.append((name, text))
     return found
+
+
+def _helpers(path: Path) -> dict[str, str]:
+    """Functions of a file that raise an error with what they are given first: their names, and its class."""
+    found = {}
+    for function in nodes(path):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        if len(function.body) > 3:  # helpers are short
+            continue
+        parameters = [a.arg for a in function.args.args if a.arg != "self"]
+        for node in ast.walk(function):
+            raised = node.exc if isinstance(node, ast.Raise) else None
+            if isinstance(raised, ast.Call) and _last(raised.func) in error_classes() and raised.args:
+                given = raised.args[0]
+                if isinstance(given, ast.Name) and given.id in parameters[:1]:
+                    found[function.name] = _last(raised.func)
+    return found
+
+
+@cache
+def all_texts() -> frozenset[str]:
+    """All texts in the code of graphopt, with `HOLE` for values: reasons that become messages elsewhere."""
+    found = set()
+    for path in files():
+        for node in nodes(path):
+            text = _text(node) if isinstance(node, (ast.Constant, ast.JoinedStr)) else ""
+            if len(text.split()) >= 3 and "\n" not in text.strip():  # docstrings of several lines are no reasons
+                found.add(text)
+    return frozenset(found)
 
 
 def _last(node: ast.expr) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from docs.generate.sources import (
     PACKAGE,
@@ -13,6 +16,7 @@ from docs.generate.sources import (
     files,
     home,
     imported_modules,
+    nodes,
     path_of,
     tree,
 )
@@ -56,24 +60,31 @@ class PassFacts:
         return " ".join(paragraph.split()).partition(". ")[0].removesuffix(".") + "."
 
 
-def passes() -> list[PassFacts]:
+@cache
+def passes() -> tuple[PassFacts, ...]:
     """The public passes, those that `optimize` runs first, in the order in which they run."""
     running = ["GradientLiveness", *_by_default()]
     found = []
     for name in exported("graphopt.passes"):
         module = home("graphopt.passes", name)
         node = definition(module, name)
+        if module.rpartition(".")[2].startswith("_"):
+            continue  # `Pass` itself and what passes share
         if isinstance(node, ast.ClassDef) and any(isinstance(b, ast.Name) and b.id == "Pass" for b in node.bases):
             found.append(PassFacts(name, module, node, _users(name), name in running))
     order = {name: k for k, name in enumerate(running)}
-    return sorted(found, key=lambda each: (order.get(each.name, len(order)), each.title))
+    return tuple(sorted(found, key=lambda each: (order.get(each.name, len(order)), each.title)))
 
 
 def _by_default() -> list[str]:
     """The passes in ``graphopt.step.PASSES``."""
     for node in tree(path_of("graphopt.step")).body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "PASSES":
-            return [call.func.id for call in ast.walk(node) if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)]
+            return [
+                call.func.id
+                for call in ast.walk(node)
+                if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+            ]
     raise LookupError("graphopt.step has no PASSES")
 
 
@@ -84,9 +95,15 @@ def _users(name: str) -> tuple[str, ...]:
         floor = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         if floor in ("passes", "__init__") or not any(m.startswith("graphopt.passes") for m in imported_modules(path)):
             continue
-        if any(isinstance(n, ast.Name) and n.id == name for n in ast.walk(tree(path))):
+        if name in _names(path):
             found.add(floor)
     return tuple(sorted(found))
+
+
+@cache
+def _names(path: Path) -> frozenset[str]:
+    """The names that the code of a file reads."""
+    return frozenset(node.id for node in nodes(path) if isinstance(node, ast.Name))
 
 
 def page(facts: PassFacts) -> str:
@@ -116,12 +133,14 @@ def _siblings(facts: PassFacts) -> list[str]:
     return [n for n in exported("graphopt.passes") if home("graphopt.passes", n) == facts.module and n[0].isupper()]
 
 
-def index(found: list[PassFacts]) -> str:
+def index(found: Sequence[PassFacts]) -> str:
     """The page that lists the passes."""
-    rows = {True: [], False: []}  # type: dict[bool, list[str]]
+    rows: dict[bool, list[str]] = {True: [], False: []}
     for each in found:
         tier = each.tier.partition(":")[0]
-        rows[each.by_default].append(f"| [{each.name}]({each.page.removeprefix('passes/')}) | {each.summary} | {tier} |")
+        rows[each.by_default].append(
+            f"| [{each.name}]({each.page.removeprefix('passes/')}) | {each.summary} | {tier} |"
+        )
     head = "| pass | what it does | tier |\n|---|---|---|\n"
     return f"""# Passes
 

@@ -27,6 +27,12 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """All nodes of a file's tree."""
+    return tuple(ast.walk(tree(path)))
+
+
 def files(folder: Path = PACKAGE) -> Iterator[Path]:
     """All Python files of a folder, through the links to ``passes`` and ``cost_model``, in a fixed order."""
     for path in sorted(folder.iterdir()):
@@ -55,7 +61,7 @@ def home(module: str, name: str) -> str:
     >>> home("graphopt", "optimize")
     'graphopt.step'
     """
-    for node in ast.walk(tree(path_of(module))):
+    for node in nodes(path_of(module)):
         if not isinstance(node, ast.ImportFrom) or node.module is None or not node.module.startswith("graphopt"):
             continue
         for alias in node.names:
@@ -80,6 +86,7 @@ def class_constant(node: ast.ClassDef, name: str) -> str | None:
     return None
 
 
+@cache
 def imported_modules(path: Path) -> set[str]:
     """The modules of graphopt that a file imports when it runs (imports for type checking do not count)."""
     found: set[str] = set()
