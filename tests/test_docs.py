@@ -174,7 +174,7 @@ def test_the_picture_shows_floors_and_imports():
     rows = [name for floor in floors.floors() for name in floor]
     assert rows.index("schemes") < rows.index("passes") < rows.index("cost_model") < rows.index("graph")
     used = floors.imports()
-    assert {"cost_model", "errors", "graph"} <= used["passes"]
+    assert {"errors", "graph"} <= used["passes"] and {"cost_model", "passes"} <= used["schemes"]
     lazy = {("graph", "visualize"), ("plan", "visualize")}  # those that the contract names
     up = {(a, b) for a in rows for b in used.get(a, ()) if b in rows and rows.index(b) < rows.index(a)}
     assert up <= lazy

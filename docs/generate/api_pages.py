@@ -31,17 +31,20 @@ class ApiPage:
 
 
 PAGES = (
-    ApiPage("graphopt", "What most people need: everything here is imported by `import graphopt` when it is first used."),
+    ApiPage("graphopt", "What most people need. A name is imported when it is first used."),
     ApiPage("graphopt", "Each is explained by message in [troubleshooting](../troubleshooting.md).", errors=True),
-    ApiPage("graphopt.passes", "What passes share. The passes themselves have [pages of their own](../passes/index.md)."),
+    ApiPage("graphopt.passes", "What passes share; the passes have [pages of their own](../passes/index.md)."),
     ApiPage("graphopt.cost_model", "Prices of a step before it is run: [how they are made](../prices.md)."),
-    ApiPage("graphopt.schemes", "Ways to run a step: [what they do](../schemes.md), [how one is chosen](../choice.md)."),
-    ApiPage("graphopt.elastic", "One set of weights, many sizes: [the space](../elastic.md), [training it](../elastic_training.md)."),
+    ApiPage("graphopt.schemes", "Ways to run a step: [what they do](../schemes.md), [the choice](../choice.md)."),
+    ApiPage(
+        "graphopt.elastic",
+        "One set of weights, many sizes: [spaces](../elastic.md), [training](../elastic_training.md)",
+    ),
     ApiPage("graphopt.exploration", "Search with many workers: [how it works](../exploration.md)."),
     ApiPage("graphopt.visualize", "[Pages, graphs and traces](../show.md)."),
     ApiPage("graphopt.visualize.plots", "[Figures](../plots.md), by matplotlib."),
     ApiPage("graphopt.graph.axes", "[Identities of tensor dimensions](../axes.md)."),
-)  # fmt: skip
+)
 
 
 def names(each: ApiPage, apart: Sequence[PassFacts]) -> list[tuple[str, str]]:

@@ -3,8 +3,8 @@
     python -m docs.generate.floors            # writes docs/assets/floors.svg
     python -m docs.generate.floors --check    # exit code 1 if it is not what the contract and the imports give
 
-A row is a floor of the contract in ``pyproject.toml`` (`tool.importlinter`), from the top. The square of a module stands
-on the diagonal; a dot to the right of it is a floor below that it imports.
+A row is a floor of the contract in ``pyproject.toml`` (`tool.importlinter`), from the top. The square of a module
+stands on the diagonal; a dot to the right of it is a floor below that it imports.
 """
 
 from __future__ import annotations

@@ -20,6 +20,9 @@ SOURCES = ROOT / "build" / "docs-sources"
 
 _OUTSIDE = re.compile(r"\[([^\]]+)\]\((?!https?:|#|docs/)([^)]+)\)")
 
+_FENCE = re.compile(r"^```\n.*?^```$", re.DOTALL | re.MULTILINE)
+_PAGE = re.compile(r"\[([\w./]+\.md)\]\([\w./#-]+\)")
+
 
 def on_config(config: Any) -> Any:
     """Copies the sources that mkdocstrings reads, and puts the generated pages into the navigation."""
@@ -61,7 +64,9 @@ def _of_the_top(name: str) -> str:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Lists the messages of a class where a page asks for them: ``<!-- messages: BatchError -->``."""
+    """Lists the messages of a class where a page asks for them, ``<!-- messages: BatchError -->``; takes links out of
+    blocks of code, in which they are no links."""
+    markdown = _FENCE.sub(lambda found: _PAGE.sub(r"\1", found[0]), markdown)
     return re.sub(r"<!-- messages: (\w+) -->", lambda found: messages.listed(found[1]), markdown)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
@@ -49,7 +50,7 @@ def _of_file(path: Path) -> list[tuple[str, str]]:
         else:
             continue
         text = _text(arguments[0]) if arguments else ""
-        if len(text.replace(HOLE, "").split()) >= 2:  # what is only passed on has no words of its own
+        if re.search(r"\w", text):  # what is only passed on has no words of its own
             found.append((name, text))
     return found
 

@@ -115,16 +115,15 @@ def page(facts: PassFacts) -> str:
 
 {lead if len(_siblings(facts)) == 1 else ""}
 
-| | |
-|---|---|
-| tier | {facts.tier} |
-| runs | {run} |
-| source | `{facts.module.removeprefix("graphopt.").replace(".", "/")}.py` |
+- **Tier**: {facts.tier}
+- **Runs**: {run}
+- **Source**: `{facts.module.removeprefix("graphopt.").replace(".", "/")}.py`
 
 ::: {facts.module}.{facts.name}
     options:
       heading_level: 2
       members: false
+      show_root_full_path: false
 """
 
 
