@@ -30,7 +30,8 @@ BATCH = 8
 
 def results() -> str:
     """The tables, in Markdown."""
-    parts = [_reach(RESULTS / "reach.json"), _bytes(RESULTS / "bytes_kept.json")]
+    counts = [_reach(RESULTS / "reach.json"), _axes(RESULTS / "axes.json"), _elastic(RESULTS / "elastic_convert.json")]
+    parts = [" ".join(filter(None, counts)), _bytes(RESULTS / "bytes_kept.json")]
     parts += [_steps(path) for path in sorted(RESULTS.glob("training_step_*.json"))]
     return "\n\n".join(part for part in parts if part)
 
@@ -44,6 +45,30 @@ def _reach(path: Path) -> str:
     return (
         f"**Same numbers as eager.** Of {len(rows)} architectures (torchvision, timm, transformers, our own), stepped "
         f"three times with an optimizer beside eager: {told} ([docs/models.md](docs/models.md), `make reach`)."
+    )
+
+
+def _axes(path: Path) -> str:
+    if not path.exists():
+        return ""
+    rows = json.loads(path.read_text())["results"]
+    right = [r for r in rows if r.get("forward", {}).get("permutation") == "ok"]
+    reached = sum(r["forward"]["fixed"] <= 0.1 for r in right)
+    return (
+        f"**Axes.** Permuting every free axis everywhere at once left the outputs of {len(right)} of them as they were; "
+        f"in {reached} free axes reach at least 90 % of the parameters ([docs/axes.md](docs/axes.md))."
+    )
+
+
+def _elastic(path: Path) -> str:
+    if not path.exists():
+        return ""
+    rows = json.loads(path.read_text())["results"]
+    right = [row for row in rows if row["result"] == "ok"]
+    rigid = sum(row["rigid"] <= 0.1 for row in right)
+    return (
+        f"**Elastic.** Of {len(rows)} made elastic without configuration {len(right)} passed all checks, {rigid} with at "
+        "most 10 % of their parameters rigid ([docs/elastic.md](docs/elastic.md))."
     )
 
 

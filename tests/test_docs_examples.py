@@ -27,9 +27,9 @@ def with_examples() -> list[str]:
 
 
 def same_text(printed: str, shown: str) -> None:
-    """The lines agree, but for spaces at their ends."""
-    assert [line.rstrip() for line in printed.rstrip().splitlines()] == [
-        line.rstrip() for line in shown.rstrip().splitlines()
+    """The lines agree, but for numbers of spaces: tables are laid out for the width of a terminal."""
+    assert [line.split() for line in printed.strip().splitlines()] == [
+        line.split() for line in shown.strip().splitlines()
     ]
 
 
@@ -46,9 +46,7 @@ def test_examples_run(name, tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_looked_for_is_there():
-    assert {"index.md", "axes.md", "extend/pass.md", "extend/operator_rule.md", "extend/scheme.md"} <= set(
-        with_examples()
-    )
+    assert {"index.md", "extend/pass.md", "extend/operator_rule.md", "extend/scheme.md"} <= set(with_examples())
 
 
 def test_an_example_may_have_a_setup_and_an_output():
