@@ -31,7 +31,7 @@ BATCH = 8
 def results() -> str:
     """The tables, in Markdown."""
     counts = [_reach(RESULTS / "reach.json"), _axes(RESULTS / "axes.json"), _elastic(RESULTS / "elastic_convert.json")]
-    parts = [" ".join(filter(None, counts)), _bytes(RESULTS / "bytes_kept.json")]
+    parts = [*counts, _bytes(RESULTS / "bytes_kept.json")]
     parts += [_steps(path) for path in sorted(RESULTS.glob("training_step_*.json"))]
     return "\n\n".join(part for part in parts if part)
 
@@ -55,8 +55,8 @@ def _axes(path: Path) -> str:
     right = [r for r in rows if r.get("forward", {}).get("permutation") == "ok"]
     reached = sum(r["forward"]["fixed"] <= 0.1 for r in right)
     return (
-        f"**Axes.** Permuting every free axis everywhere at once left the outputs of {len(right)} of them as they were; "
-        f"in {reached} free axes reach at least 90 % of the parameters ([docs/axes.md](docs/axes.md))."
+        f"**Axes.** Permuting every free axis everywhere at once left the outputs of {len(right)} of {len(rows)} as "
+        f"they were; in {reached} free axes reach at least 90 % of the parameters ([docs/axes.md](docs/axes.md))."
     )
 
 
@@ -67,8 +67,8 @@ def _elastic(path: Path) -> str:
     right = [row for row in rows if row["result"] == "ok"]
     rigid = sum(row["rigid"] <= 0.1 for row in right)
     return (
-        f"**Elastic.** Of {len(rows)} made elastic without configuration {len(right)} passed all checks, {rigid} with at "
-        "most 10 % of their parameters rigid ([docs/elastic.md](docs/elastic.md))."
+        f"**Elastic.** Of {len(rows)} made elastic without configuration {len(right)} passed all checks, {rigid} with "
+        "at most 10 % of their parameters rigid ([docs/elastic.md](docs/elastic.md))."
     )
 
 

@@ -66,6 +66,8 @@ def _of_the_top(name: str) -> str:
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Lists the messages of a class where a page asks for them, ``<!-- messages: BatchError -->``; takes links out of
     blocks of code, in which they are no links."""
+    if page.file.src_uri == "troubleshooting.md":
+        page.meta["search"] = {"boost": 4}  # who searches for a message finds it there first
     markdown = _FENCE.sub(lambda found: _PAGE.sub(r"\1", found[0]), markdown)
     return re.sub(r"<!-- messages: (\w+) -->", lambda found: messages.listed(found[1]), markdown)
 

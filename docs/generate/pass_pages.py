@@ -123,7 +123,6 @@ def page(facts: PassFacts) -> str:
     options:
       heading_level: 2
       members: false
-      show_root_full_path: false
 """
 
 
@@ -144,7 +143,7 @@ def index(found: Sequence[PassFacts]) -> str:
     return f"""# Passes
 
 A pass takes a graph and gives a graph, with what it changed, what it left alone, and why. These pages are made from the
-docstrings of the passes, so each says why its rewrite is legal, next to the code that does it.
+docstrings of the passes, so what says why a rewrite is legal stands next to the code that does it.
 
 - **exact**: results are the same bits. `optimize` runs these alone.
 - **reorders arithmetic**: results may round differently, or are another function on purpose (a subnet). These run where
