@@ -18,6 +18,9 @@ from docs.generate import api_pages, floors, messages, pass_pages  # noqa: E402
 SOURCES = ROOT / "build" / "docs-sources"
 """A copy of the package with real folders: griffe does not follow the links to ``passes`` and ``cost_model``."""
 
+AWAITED = ("commands.md", "integrations.md")
+"""Pages that have a place in the navigation and may not be written yet."""
+
 _OUTSIDE = re.compile(r"\[([^\]]+)\]\((?!https?:|#|docs/)([^)]+)\)")
 
 _FENCE = re.compile(r"^```\n.*?^```$", re.DOTALL | re.MULTILINE)
@@ -36,14 +39,14 @@ def on_config(config: Any) -> Any:
 def _filled(entry: Any) -> Any:
     """An entry of the navigation; ``passes/`` and ``api/`` stand for what is generated there."""
     if isinstance(entry, list):
-        return [_filled(one) for one in entry]
+        return [there for one in entry if (there := _filled(one))]
     if isinstance(entry, dict):
-        return {title: _filled(inner) for title, inner in entry.items()}
+        return {title: there for title, inner in entry.items() if (there := _filled(inner))}
     if entry == "passes/":
         return ["passes/index.md", *({each.name: each.page} for each in pass_pages.passes())]
     if entry == "api/":
         return [{each.title: each.page} for each in api_pages.PAGES]
-    return entry
+    return None if entry in AWAITED and not (ROOT / "docs" / entry).exists() else entry
 
 
 def on_files(files: Any, config: Any) -> Any:
