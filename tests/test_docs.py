@@ -171,13 +171,14 @@ def test_the_picture_of_the_floors_is_that_of_the_contract():
 
 
 def test_the_picture_shows_floors_and_imports():
-    rows = [name for floor in floors.floors() for name in floor]
-    assert rows.index("schemes") < rows.index("passes") < rows.index("cost_model") < rows.index("graph")
+    floor_of = {name: k for k, floor in enumerate(floors.floors()) for name in floor}
+    assert floor_of["schemes"] < floor_of["passes"] < floor_of["cost_model"] < floor_of["graph"] < floor_of["errors"]
     used = floors.imports()
     assert {"errors", "graph"} <= used["passes"] and {"cost_model", "passes"} <= used["schemes"]
+    drawn = [(a, b) for a in floor_of for b in used.get(a, ()) if b in floor_of]
     lazy = {("graph", "visualize"), ("plan", "visualize")}  # those that the contract names
-    up = {(a, b) for a in rows for b in used.get(a, ()) if b in rows and rows.index(b) < rows.index(a)}
-    assert up <= lazy
+    assert {(a, b) for a, b in drawn if floor_of[b] < floor_of[a]} <= lazy
+    assert all(f"<title>{a} imports {b}</title>" in floors.svg() for a, b in drawn[:20])
 
 
 def test_texts_on_pages_are_no_templates():

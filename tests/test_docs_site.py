@@ -90,5 +90,15 @@ def test_the_search_finds_messages(site):
     assert "has lost" in index and "gradient_liveness" in index
 
 
+def test_links_to_the_sources_become_pages_or_text():
+    from docs.generate import hooks
+
+    link = lambda text: hooks._UP.search(text)
+    assert hooks._inside(link("[a](../passes/no_ops.py)"), "page.md") == "[a](passes/no_ops.md)"
+    assert hooks._inside(link("[a](../../passes/no_ops.py)"), "extend/pass.md") == "[a](../passes/no_ops.md)"
+    assert hooks._inside(link("[a](../LICENSE)"), "page.md") == "a"
+    assert hooks._inside(link("[a](../axes.md)"), "extend/pass.md") == "[a](../axes.md)"
+
+
 def test_sources_of_the_generator_are_not_on_the_site(site):
     assert not list(site.rglob("*.py"))

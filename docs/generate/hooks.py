@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 import shutil
 import sys
@@ -23,6 +24,7 @@ AWAITED = ("commands.md", "integrations.md")
 
 _OUTSIDE = re.compile(r"\[([^\]]+)\]\((?!https?:|#|docs/)([^)]+)\)")
 
+_UP = re.compile(r"\[([^\]]+)\]\((\.\./[^)\s]+)\)")
 _FENCE = re.compile(r"^```\n.*?^```$", re.DOTALL | re.MULTILINE)
 _PAGE = re.compile(r"\[([\w./]+\.md)\]\([\w./#-]+\)")
 
@@ -68,11 +70,23 @@ def _of_the_top(name: str) -> str:
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Lists the messages of a class where a page asks for them, ``<!-- messages: BatchError -->``; takes links out of
-    blocks of code, in which they are no links."""
+    blocks of code, in which they are no links, and out of the site those to files that are not on it."""
     if page.file.src_uri == "troubleshooting.md":
         page.meta["search"] = {"boost": 4}  # who searches for a message finds it there first
+    markdown = _UP.sub(lambda found: _inside(found, page.file.src_uri), markdown)
     markdown = _FENCE.sub(lambda found: _PAGE.sub(r"\1", found[0]), markdown)
     return re.sub(r"<!-- messages: (\w+) -->", lambda found: messages.listed(found[1]), markdown)
+
+
+def _inside(link: re.Match[str], uri: str) -> str:
+    """A link of the page ``uri`` to a file beside ``docs``: to the page of a pass where it is one, else its text."""
+    target = posixpath.normpath(posixpath.join("docs", posixpath.dirname(uri), link[2]))
+    if target.startswith("docs/"):
+        return link[0]
+    for facts in pass_pages.passes():
+        if target == f"{facts.module.removeprefix('graphopt.').replace('.', '/')}.py":
+            return f"[{link[1]}]({posixpath.relpath(facts.page, posixpath.dirname(uri) or '.')})"
+    return link[1]
 
 
 def on_page_content(html: str, *, page: Any, **_: Any) -> str:
