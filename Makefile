@@ -49,7 +49,7 @@ check: $(STAMP) ## Formatting, lint, types, layers and the examples in docstring
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest -q --doctest-modules graphopt
+	$(BIN)/python -m pytest -q --doctest-modules graphopt docs/generate
 
 .PHONY: test
 test: check ## All checks and all tests
