@@ -112,9 +112,9 @@ def svg() -> str:
             f"<title>{escape(name)}</title></rect>"
         )
         for other in sorted(used.get(name, set()) & set(at), key=at.__getitem__):
-            x, what = GRID + CELL * at[other] + CELL / 2, f"{name} imports {other}"
+            across, what = GRID + CELL * at[other] + CELL / 2, f"{name} imports {other}"
             lines.append(
-                f'<circle class="dot" cx="{x}" cy="{y + CELL / 2}" r="3"><title>{escape(what)}</title></circle>'
+                f'<circle class="dot" cx="{across}" cy="{y + CELL / 2}" r="3"><title>{escape(what)}</title></circle>'
             )
     return "\n".join([*lines, "</svg>", ""])
 
