@@ -4,6 +4,7 @@ import re
 from urllib.parse import urlparse
 
 import pytest
+import yaml
 
 import graphopt
 from docs.generate import api_pages, floors, messages, pass_pages
@@ -179,6 +180,16 @@ def test_the_picture_shows_floors_and_imports():
     lazy = {("graph", "visualize"), ("plan", "visualize")}  # those that the contract names
     assert {(a, b) for a, b in drawn if floor_of[b] < floor_of[a]} <= lazy
     assert all(f"<title>{a} imports {b}</title>" in floors.svg() for a, b in drawn[:20])
+
+
+def test_the_citation_is_of_this_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(cited)
+    assert cited["version"] == graphopt.__version__ and cited["license"] == "Apache-2.0"
+    assert (ROOT / "LICENSE").read_text().split()[:4] == ["Apache", "License", "Version", "2.0,"]
+    titles = " ".join((DOCS / "references.md").read_text().split())
+    for source in cited["references"]:
+        assert source["title"] in titles and source["authors"], source["title"]
 
 
 def test_texts_on_pages_are_no_templates():
