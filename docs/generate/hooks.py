@@ -34,7 +34,7 @@ def on_config(config: Any) -> Any:
     shutil.rmtree(SOURCES, ignore_errors=True)
     ignored = shutil.ignore_patterns("__pycache__", "*.js", "*.css", "*.html")
     shutil.copytree(ROOT / "graphopt", SOURCES / "graphopt", ignore=ignored)
-    config.nav = [_filled(entry) for entry in config.nav]
+    config.nav = _filled(config.nav)
     return config
 
 
