@@ -11,6 +11,7 @@ import pytest
 
 from docs.generate import messages, pass_pages
 from tests.pages import ROOT
+from tests.visualize.browser import NEEDS_BROWSER, Viewer, browser
 
 pytest.importorskip("material", reason="mkdocs-material is not installed: pip install 'graphopt[docs]'")
 pytestmark = pytest.mark.slow
@@ -88,6 +89,20 @@ def test_generated_pages_hold_what_they_are_made_from(site):
 def test_the_search_finds_messages(site):
     index = (site / "search" / "search_index.json").read_text()
     assert "has lost" in index and "gradient_liveness" in index
+
+
+@NEEDS_BROWSER
+def test_a_page_opened_from_disk_finds_a_message(site):
+    with browser() as started:
+        tab = started.new_page(viewport={"width": 1400, "height": 1000})
+        viewer = Viewer(tab)
+        tab.goto((site / "passes" / "no_ops.html").as_uri())
+        tab.locator(".md-search__input").fill("lost since optimize")
+        first = tab.locator(".md-search-result__item h1").first
+        first.wait_for(timeout=60_000)
+        assert first.inner_text() == "Troubleshooting, by message"
+        assert viewer.problems == []
+        viewer.picture("documentation_search")
 
 
 def test_links_to_the_sources_become_pages_or_text():
