@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := graphopt passes cost_model tests benchmarks $(wildcard demo)
+SOURCES := graphopt passes cost_model tests benchmarks docs $(wildcard demo)
 
 SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
@@ -49,7 +49,7 @@ check: $(STAMP) ## Formatting, lint, types, layers and the examples in docstring
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest -q --doctest-modules graphopt --ignore graphopt/integrations/lightning.py
+	$(BIN)/python -m pytest -q --doctest-modules graphopt docs/generate --ignore graphopt/integrations/lightning.py
 
 .PHONY: test
 test: check ## All checks and all tests
@@ -73,6 +73,12 @@ bench: $(STAMP) ## Time training steps against eager and torch.compile, count by
 	$(BIN)/python -m benchmarks.training_step
 	$(BIN)/python -m benchmarks.bytes_kept
 	$(BIN)/python -m benchmarks.readme_table
+
+.PHONY: docs
+docs: $(STAMP) ## Build the documentation into build/site; a warning is an error
+	$(BIN)/python -m docs.generate.floors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/site/index.html opens from disk"
 
 .PHONY: format
 format: $(STAMP) ## Format the sources and repair what the linter can repair

@@ -1,0 +1,1 @@
+"""The graph of a training step: capture, operator rules, axes, sizes, drafts, lowering to a callable, files."""
