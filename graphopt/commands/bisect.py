@@ -12,7 +12,7 @@ from graphopt.bisection import bisect as search
 from graphopt.commands.common import NO, AsJson, TargetName, bar, emit, load_step
 from graphopt.errors import GraphoptError
 from graphopt.passes import Pass
-from graphopt.visualize.target import _module
+from graphopt.scripts import module_of
 
 
 def bisect(
@@ -70,7 +70,7 @@ def _object(text: str) -> Any:
     place, _, name = text.rpartition(":")
     if not place or not name:
         raise GraphoptError(f"expected module:name or file.py:name, got {text!r}")
-    module = _module(place)
+    module = module_of(place)
     if not hasattr(module, name):
         raise GraphoptError(f"{place} has no {name!r}")
     return getattr(module, name)

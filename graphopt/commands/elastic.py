@@ -14,7 +14,7 @@ from torch import nn
 from graphopt.commands.common import NO, AsJson, MachineName, TargetName, bar, chosen_machine, emit
 from graphopt.elastic import Budget, Choice, Prices, Selection, Space, save, space
 from graphopt.elastic.batch_norm_statistics import without_target
-from graphopt.elastic.extract import tensor_arguments
+from graphopt.elastic.forward_arguments import tensor_arguments
 from graphopt.elastic.prices import METRICS
 from graphopt.elastic.report import governed
 from graphopt.errors import ElasticError, GraphoptError

@@ -78,6 +78,11 @@ class Gate:
         self._known: dict[str, dict[str, Prediction] | str] = {}
         self.cheap = bool(getattr(predictor, "cheap", True))
 
+    @property
+    def open(self) -> bool:
+        """Whether it admits everything."""
+        return not self.budget
+
     def judge(self, point: Point, key: str) -> Verdict:
         """Whether the model of ``point`` may be built."""
         if self._predictor is None:

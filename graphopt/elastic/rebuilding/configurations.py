@@ -80,7 +80,7 @@ def _fill(made: nn.Module, written: nn.Module) -> None:
 
 def _configuration(space: Space, choice: Choice) -> Any:
     """The model's configuration with the numbers of the subnet."""
-    config = copy.deepcopy(space.model.config)
+    config: Any = copy.deepcopy(space.model.config)
     fields = {name: value for name, value in config.to_dict().items() if _kinds(name)}
     active = [d for d in space.dimensions if d.name not in choice.inactive]
     depths: dict[int, int] = {}
