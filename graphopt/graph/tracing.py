@@ -167,8 +167,8 @@ def _explained(
     error: Exception, provenance: Provenance, model: nn.Module, tensors: Sequence[torch.Tensor], layout: BatchLayout,
     loss: Any,
 ) -> GraphoptError:  # fmt: skip
-    """The error of a failed trace as ours: CaptureError; where forward and loss fail by themselves, the LossError that they
-    raise, or BatchError."""
+    """The error of a failed trace as ours: CaptureError; where forward and loss fail by themselves, the LossError that
+    they raise, or BatchError."""
     rejected = None
     if isinstance(error, (RuntimeError, ValueError, TypeError, IndexError)):
         rejected = _rejection(model, tensors, layout, loss)

@@ -23,49 +23,51 @@ from torch.utils import _pytree as pytree
 from graphopt.graph.torch_internals import traced_as_in_eager
 
 Rewrite = Callable[[fx.GraphModule, int], fx.GraphModule]
-"""What happens to a joint graph, of which so many results are forward's, before it is cut."""
+"""What happens to a graph, of which so many results are forward's, before it is cut and compiled."""
 
 Compile = Callable[[fx.GraphModule], Callable[[list[Any]], Sequence[Any]]]
 """What makes a half callable: the function takes its arguments in one list, which it empties."""
 
 
 def compile_eager(
-    piece: fx.GraphModule, inputs: Sequence[Any], *, joint: Rewrite, forward: Rewrite, half: Compile
+    piece: fx.GraphModule, inputs: Sequence[Any], *, rewrite: Rewrite, compile_half: Compile
 ) -> Callable[..., Any]:
     """A piece through AOTAutograd, traced to the kernels that eager calls.
 
-    ``joint`` rewrites its joint graph, ``forward`` that of a piece without gradients (of which all results are
-    forward's), ``half`` makes what comes of them callable. Forward keeps what backward reads and nothing is recomputed,
-    as the graph says.
+    ``rewrite`` is given its joint graph, or where no gradient is asked for that of forward alone, all of whose results
+    are forward's. The joint graph is cut where it says: forward keeps what backward reads, nothing is recomputed.
     """
 
     def cut(graph: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **others: Any) -> Any:
-        return default_partition(joint(graph, num_fwd_outputs), joint_inputs, num_fwd_outputs=num_fwd_outputs, **others)
+        return default_partition(
+            rewrite(graph, num_fwd_outputs), joint_inputs, num_fwd_outputs=num_fwd_outputs, **others
+        )
 
-    def compile_half(graph: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+    def half(graph: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         _keep_saved_values()
-        return _boxed(half(graph))
+        return _boxed(compile_half(graph))
 
-    def compile_forward(graph: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        return _boxed(half(forward(graph, len(pytree.arg_tree_leaves(*_output(graph).args)))))
+    def forward_alone(graph: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        results = pytree.arg_tree_leaves(*graph.graph.find_nodes(op="output")[0].args)
+        return _boxed(compile_half(rewrite(graph, len(results))))
 
     with traced_as_in_eager():
-        return aot_autograd(
-            fw_compiler=compile_half, bw_compiler=compile_half, inference_compiler=compile_forward, partition_fn=cut
-        )(piece, list(inputs))
+        return aot_autograd(fw_compiler=half, bw_compiler=half, inference_compiler=forward_alone, partition_fn=cut)(
+            piece, list(inputs)
+        )
 
 
 def compile_inductor(
-    piece: fx.GraphModule, inputs: Sequence[Any], *, joint: Rewrite, key: str | None, options: Mapping[str, Any]
+    piece: fx.GraphModule, inputs: Sequence[Any], *, rewrite: Rewrite, key: str | None, options: Mapping[str, Any]
 ) -> Callable[..., Any]:
-    """A piece through Inductor, whose min-cut partitioner is given the joint graph as ``joint`` rewrote it.
+    """A piece through Inductor, whose min-cut partitioner is given the joint graph as ``rewrite`` leaves it.
 
-    ``key`` says all that ``joint`` depends on, for Inductor's caches; None: they are not used. ``options`` are
+    ``key`` says all that ``rewrite`` depends on, for Inductor's caches; None: they are not used. ``options`` are
     Inductor's own.
     """
     from torch._inductor.compile_fx import compile_fx  # loads what a user of eager kernels does not need
 
-    patches = {"fallback_random": True, **options, "custom_partitioner_fn": _Partitioner(joint, key)}
+    patches = {"fallback_random": True, **options, "custom_partitioner_fn": _Partitioner(rewrite, key)}
     if key is None:
         patches["force_disable_caches"] = True
     compiled: Any = compile_fx(piece, list(inputs), config_patches=patches)
@@ -75,12 +77,12 @@ def compile_inductor(
 class _Partitioner(CustomPartitionerFn):
     """Rewrites a joint graph, then cuts it as Inductor does."""
 
-    def __init__(self, joint: Rewrite, key: str | None):
-        self._joint = joint
+    def __init__(self, rewrite: Rewrite, key: str | None):
+        self._rewrite = rewrite
         self._key = key
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
-        graph = self._joint(gm, kwargs["num_fwd_outputs"])
+        graph = self._rewrite(gm, kwargs["num_fwd_outputs"])
         return min_cut_rematerialization_partition(graph, joint_inputs, **kwargs)
 
     def uuid(self) -> str | None:
@@ -132,7 +134,3 @@ def _boxed(function: Callable[[list[Any]], Sequence[Any]]) -> Callable[..., Any]
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
-
-
-def _output(graph: fx.GraphModule) -> fx.Node:
-    return graph.graph.find_nodes(op="output")[0]

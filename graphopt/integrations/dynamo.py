@@ -61,8 +61,8 @@ def backend(
     chosen = Options.parse(options, mode)
     rewrite = partial(optimized, name=_name(piece), inputs=_inputs(piece, inputs), passes=chosen.passes)
     if chosen.lower == "eager":
-        return compile_eager(piece, inputs, joint=rewrite, forward=rewrite, half=_flat)
-    return compile_inductor(piece, inputs, joint=rewrite, key=chosen.key(), options=chosen.inductor)
+        return compile_eager(piece, inputs, rewrite=rewrite, compile_half=_flat)
+    return compile_inductor(piece, inputs, rewrite=rewrite, key=chosen.key(), options=chosen.inductor)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ def partly_frozen() -> nn.Module:
 
 
 @pytest.mark.slow
-def test_trains_like_eager_up_to_rounding() -> None:
+def test_trains_like_eager_up_to_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model, x = partly_frozen(), torch.randn(4, 4, 6, 6)
     twin = copy.deepcopy(model)
     for round_ in ("compiled", "from Inductor's cache"):
