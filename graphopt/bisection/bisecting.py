@@ -63,8 +63,8 @@ def bisect(
     The step is captured and its passes are run one by one, as `graphopt.optimize` runs them. After each, loss,
     gradients and new buffers are held against eager and a float64 reference, and all outputs of the whole step against
     those before the pass (`graphopt.verify`). Behind the last pass come the code that writes in place, and the other
-    forms of the step (fused update, channels-last). Nothing is trained: model, optimizer and random numbers stay as
-    they are.
+    forms of the step (fused update, channels-last). Nothing is trained: model and random numbers stay as they are, and
+    the optimizer gets the state that its first step would make.
 
     Args:
         model: in the mode in which it is trained.

@@ -89,19 +89,17 @@ def _measured(
     told("eager")
     found = load_step(target)
     batch = resized(found.batch, size)
-    models = {id(found.model)}
+    made = [found]
 
     def another() -> Target:
-        made = load_step(target)
-        if id(made.model) in models:
+        one = load_step(target)
+        if any(one.model is other.model for other in made):
             raise GraphoptError(
                 f"{target} gave the same model twice; each candidate trains one of its own: build it in the function"
             )
-        models.add(id(made.model))
-        kept.append(made)  # so that no other one gets its address
-        return made
+        made.append(one)
+        return one
 
-    kept: list[Target] = [found]
     steps: dict[str, Step] = {EAGER: _eager(found, batch)}
     first = {EAGER: _seconds(steps[EAGER], batch)}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from graphopt.choice import Landscape, Prices
 from graphopt.commands.common import Bar, resized, task_of
-from graphopt.cost_model import Machine
+from graphopt.cost_model import Estimate, Machine
 from graphopt.cost_model.machine import kept
 from graphopt.errors import GraphoptError
 from graphopt.graph.batch import flatten, normalise
@@ -40,7 +41,7 @@ class Pricing:
         self._device = None if machine is None else torch.device(machine.device)
         self._prices = Prices(kept if machine is None else lambda threads: machine)
         self._prepared: list[tuple[Prepared, dict[str, Scheme]]] = []
-        self._landscape = Landscape(self._price)
+        self._landscape, self._costs = Landscape(self._price), Landscape(self._cost)
         self._chosen: dict[int, str] = {}
 
     def plan(self, size: int) -> Plan:
@@ -58,7 +59,7 @@ class Pricing:
             size, candidates, chosen.scheme, "by price, nothing was run",
             graph=lambda: GraphFacts.of(step.before, step.graph, size, step.seconds), passes=step.result,
             valid_where=tuple(step.graph.symbols.rename(g) for g in step.graph.symbols.guards),
-            over_sizes=lambda: self._landscape.crossovers(self._chosen, self._weighed()), landscape=self._landscape,
+            over_sizes=lambda: self._costs.crossovers(self._chosen, self._weighed()), landscape=self._landscape,
         )  # fmt: skip
 
     def _at(self, size: int) -> tuple[Prepared, dict[str, Scheme]]:
@@ -91,7 +92,8 @@ class Pricing:
     def _cheapest(self, candidates: Sequence[Candidate]) -> Candidate:
         """The one with the least seconds a step, a compilation shared among the steps to come; without their number
         nobody knows whether it pays back."""
-        priced = [c for c in candidates if c.why_not is None and c.estimate is not None]
+        able = [(c, c.estimate) for c in candidates if c.why_not is None]
+        priced = [(found.seconds + self._share(found), c) for c, found in able if found is not None]
         if not priced:
             raise GraphoptError(
                 "no scheme has a price: this machine is not calibrated; run `graphopt calibrate` (a minute), name a "
@@ -100,24 +102,36 @@ class Pricing:
                 else f"no scheme can run: {'; '.join(str(c.why_not) for c in candidates if c.why_not)}"
             )
 
-        def cost(candidate: Candidate) -> float:
-            assert candidate.estimate is not None
-            once, steps = candidate.estimate.compile_seconds, self.settings.steps
-            return candidate.estimate.seconds + (once / steps if steps else float("inf") if once else 0.0)
+        return min(priced, key=lambda pair: pair[0])[1]
 
-        return min(priced, key=cost)
+    def _share(self, found: Estimate) -> float:
+        """What a step bears of the compilation before the first one."""
+        steps = self.settings.steps
+        return found.compile_seconds / steps if steps else math.inf if found.compile_seconds else 0.0
 
     def _weighed(self) -> list[str]:
         """Schemes between which batch sizes decide."""
-        every = {name: scheme for _, schemes in self._prepared for name, scheme in schemes.items()}
-        return [name for name, scheme in every.items() if not scheme.compiles]
+        names = dict.fromkeys(name for _, schemes in self._prepared for name in schemes)
+        costs = {name: self._cost(name, max(self._chosen)) for name in names}
+        return [name for name, cost in costs.items() if cost is not None and cost[0] < math.inf]
 
-    def _price(self, name: str, size: int) -> tuple[float, float, float] | None:
+    def _estimate(self, name: str, size: int) -> Estimate | None:
         prepared, schemes = self._at(size)
         if name not in schemes or schemes[name].why_not(prepared, size) is not None:
             return None
-        found = self._prices.of(schemes[name], prepared, size)
+        return self._prices.of(schemes[name], prepared, size)
+
+    def _price(self, name: str, size: int) -> tuple[float, float, float] | None:
+        found = self._estimate(name, size)
         return None if found is None else (found.seconds, *found.interval)
+
+    def _cost(self, name: str, size: int) -> tuple[float, float, float] | None:
+        """The price with the share of the compilation."""
+        found = self._estimate(name, size)
+        if found is None:
+            return None
+        share = self._share(found)
+        return found.seconds + share, found.interval[0] + share, found.interval[1] + share
 
 
 def _reasons(candidates: Sequence[Candidate], chosen: Candidate) -> None:

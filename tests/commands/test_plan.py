@@ -67,6 +67,13 @@ def test_steps_weigh_a_compilation(calibrated):
     assert many["chosen"] == by_price["scheme"]
 
 
+def test_crossovers_bear_the_compilation(calibrated):
+    """Where a compiled scheme is best at all sizes there is no crossover, whatever others take between them."""
+    found = data("plan", "my_step.py:step", "--batch-sizes", "4,64", "--steps", 10**12)
+    chosen = {plan["chosen"] for plan in found["plans"]}
+    assert all(name.startswith("inductor") for name in chosen) and found["crossovers"] == []
+
+
 def test_measured_plans_come_from_real_steps(folder):
     found = data("plan", "my_step.py:step", "--batch-sizes", "4,8", "--measure", "--schemes", "flat,eager")
     first, second = found["plans"]
