@@ -73,6 +73,8 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     blocks of code, in which they are no links, and out of the site those to files that are not on it."""
     if page.file.src_uri == "troubleshooting.md":
         page.meta["search"] = {"boost": 4}  # who searches for a message finds it there first
+    if page.file.src_uri == "models.md":
+        page.meta["hide"] = ["toc"]  # its tables are wide
     markdown = _UP.sub(lambda found: _inside(found, page.file.src_uri), markdown)
     markdown = _FENCE.sub(lambda found: _PAGE.sub(r"\1", found[0]), markdown)
     return re.sub(r"<!-- messages: (\w+) -->", lambda found: messages.listed(found[1]), markdown)
