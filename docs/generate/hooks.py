@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 import shutil
@@ -16,8 +17,9 @@ sys.path.insert(0, str(ROOT))  # mkdocs loads this file by its path
 
 from docs.generate import api_pages, floors, messages, pass_pages  # noqa: E402
 
-SOURCES = ROOT / "build" / "docs-sources"
-"""A copy of the package with real folders: griffe does not follow the links to ``passes`` and ``cost_model``."""
+SOURCES = Path(os.environ.get("GRAPHOPT_DOCS_SOURCES", ROOT / "build" / "docs-sources"))
+"""A copy of the package with real folders, as griffe follows no links (``passes``, ``cost_model``). Builds that
+run at once need one each; ``mkdocs.yml`` reads the same variable."""
 
 AWAITED = ("commands.md", "integrations.md")
 """Pages that have a place in the navigation and may not be written yet."""
