@@ -1,4 +1,4 @@
-"""The site builds without a warning, and nothing on it is loaded from the network."""
+"""The site builds without a warning, nothing on it is loaded from the network, and it works from disk."""
 
 import os
 import re
@@ -11,27 +11,34 @@ import pytest
 
 from docs.generate import messages, pass_pages
 from tests.pages import ROOT
-from tests.visualize.browser import NEEDS_BROWSER, Viewer, browser
+from tests.visualize.browser import Viewer, browser, executable
 
 pytest.importorskip("material", reason="mkdocs-material is not installed: pip install 'graphopt[docs]'")
-pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    """The site, built as by ``make docs``."""
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    run = subprocess.run(command, cwd=ROOT, env=offline(), capture_output=True, text=True, timeout=300)
+@pytest.mark.slow
+def test_the_site(tmp_path):
+    """One test, so that the site is built once, whatever number of processes the tests run in."""
+    site = built(tmp_path)
+    assert_nothing_is_loaded_from_the_network(site)
+    assert_generated_pages_hold_what_they_are_made_from(site)
+    assert not list(site.rglob("*.py")), "sources of the generator are on the site"
+    if executable() is not None:  # without a browser the tests of pages say what is left out
+        assert_a_page_opened_from_disk_finds_a_message(site)
+
+
+def built(folder: Path) -> Path:
+    """The site, built as by ``make docs``; whoever asks for something from the network fails."""
+    nobody = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    environment = os.environ | nobody | {"GRAPHOPT_DOCS_SOURCES": str(folder / "sources"), "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder / "site")]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert "WARNING" not in run.stderr, run.stderr
-    return folder
+    return folder / "site"
 
 
-def offline() -> dict[str, str]:
-    """The environment, with a proxy that nobody answers at: who asks for anything fails."""
-    nobody = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-    return os.environ | nobody | {"NO_MKDOCS_2_WARNING": "1"}
+# -- what pages load -------------------------------------------------------------------------------------------------
 
 
 class Loads(HTMLParser):
@@ -59,7 +66,7 @@ def is_foreign(address: str) -> bool:
     return re.match(r"(https?:)?//", address.strip()) is not None
 
 
-def test_nothing_is_loaded_from_the_network(site):
+def assert_nothing_is_loaded_from_the_network(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 40
     for page in pages:
@@ -74,11 +81,14 @@ def test_foreign_loads_would_be_seen():
     assert [is_foreign(address) for address in loads(page)] == [True, False]
 
 
-def test_generated_pages_hold_what_they_are_made_from(site):
+# -- what pages hold -------------------------------------------------------------------------------------------------
+
+
+def assert_generated_pages_hold_what_they_are_made_from(site: Path) -> None:
     for each in pass_pages.passes():
         html = (site / each.page.replace(".md", ".html")).read_text()
         assert each.name in html, each.name
-        assert "&gt;&gt;&gt; &gt;" not in html and "::</p>" not in html, each.name
+        assert "&gt;&gt;&gt; &gt;" not in html and "::</p>" not in html, f"{each.name}: markup of docstrings is left"
     troubles = (site / "troubleshooting.html").read_text()
     assert "<!-- messages" not in troubles
     for name in messages.messages():
@@ -86,13 +96,7 @@ def test_generated_pages_hold_what_they_are_made_from(site):
     assert '<svg xmlns="http://www.w3.org/2000/svg" class="floors"' in (site / "architecture.html").read_text()
 
 
-def test_the_search_finds_messages(site):
-    index = (site / "search" / "search_index.json").read_text()
-    assert "has lost" in index and "gradient_liveness" in index
-
-
-@NEEDS_BROWSER
-def test_a_page_opened_from_disk_finds_a_message(site):
+def assert_a_page_opened_from_disk_finds_a_message(site: Path) -> None:
     with browser() as started:
         tab = started.new_page(viewport={"width": 1400, "height": 1000})
         viewer = Viewer(tab)
@@ -108,12 +112,10 @@ def test_a_page_opened_from_disk_finds_a_message(site):
 def test_links_to_the_sources_become_pages_or_text():
     from docs.generate import hooks
 
-    link = lambda text: hooks._UP.search(text)
-    assert hooks._inside(link("[a](../passes/no_ops.py)"), "page.md") == "[a](passes/no_ops.md)"
-    assert hooks._inside(link("[a](../../passes/no_ops.py)"), "extend/pass.md") == "[a](../passes/no_ops.md)"
-    assert hooks._inside(link("[a](../LICENSE)"), "page.md") == "a"
-    assert hooks._inside(link("[a](../axes.md)"), "extend/pass.md") == "[a](../axes.md)"
+    def inside(text: str, page: str) -> str:
+        return hooks._inside(hooks._UP.search(text), page)
 
-
-def test_sources_of_the_generator_are_not_on_the_site(site):
-    assert not list(site.rglob("*.py"))
+    assert inside("[a](../passes/no_ops.py)", "page.md") == "[a](passes/no_ops.md)"
+    assert inside("[a](../../passes/no_ops.py)", "extend/pass.md") == "[a](../passes/no_ops.md)"
+    assert inside("[a](../LICENSE)", "page.md") == "a"
+    assert inside("[a](../axes.md)", "extend/pass.md") == "[a](../axes.md)"

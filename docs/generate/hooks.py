@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 import shutil
@@ -16,8 +17,9 @@ sys.path.insert(0, str(ROOT))  # mkdocs loads this file by its path
 
 from docs.generate import api_pages, floors, messages, pass_pages  # noqa: E402
 
-SOURCES = ROOT / "build" / "docs-sources"
-"""A copy of the package with real folders: griffe does not follow the links to ``passes`` and ``cost_model``."""
+SOURCES = Path(os.environ.get("GRAPHOPT_DOCS_SOURCES", ROOT / "build" / "docs-sources"))
+"""A copy of the package with real folders, as griffe follows no links (``passes``, ``cost_model``). Builds that
+run at once need one each; ``mkdocs.yml`` reads the same variable."""
 
 AWAITED = ("commands.md", "integrations.md")
 """Pages that have a place in the navigation and may not be written yet."""
@@ -73,6 +75,8 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     blocks of code, in which they are no links, and out of the site those to files that are not on it."""
     if page.file.src_uri == "troubleshooting.md":
         page.meta["search"] = {"boost": 4}  # who searches for a message finds it there first
+    if page.file.src_uri == "models.md":
+        page.meta["hide"] = ["toc"]  # its tables are wide
     markdown = _UP.sub(lambda found: _inside(found, page.file.src_uri), markdown)
     markdown = _FENCE.sub(lambda found: _PAGE.sub(r"\1", found[0]), markdown)
     return re.sub(r"<!-- messages: (\w+) -->", lambda found: messages.listed(found[1]), markdown)
