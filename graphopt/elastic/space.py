@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -15,10 +16,12 @@ from graphopt.elastic.dimension import Dimension, Kind, Refused, Value
 from graphopt.elastic.handles import Handle
 from graphopt.elastic.layers import Layers
 from graphopt.elastic.options import Sizes
+from graphopt.elastic.own_backward import same_buffers, same_gradients
 from graphopt.elastic.subnet import Subnet
 from graphopt.elastic.supergraph import Supergraph
 from graphopt.errors import BatchError, CaptureError, ElasticError
 from graphopt.graph.batch import call_model, flatten, normalise, one_batch
+from graphopt.graph.capture import Captured
 from graphopt.graph.forward import capture_forward_call
 from graphopt.graph.step_module import UnsettledBuffer
 from graphopt.graph.tracing import FreeSizes, check_arguments
@@ -66,7 +69,7 @@ def space(
 
     Raises:
         ElasticError: nothing is elastic (with the reasons), a pattern means nothing, a size is out of range, tied
-            dimensions differ, or the model's backward is its own.
+            dimensions differ, or a backward of the model's own is no derivative.
         CaptureError: the forward pass cannot become one graph.
         BatchError: the model rejects the batch.
 
@@ -107,6 +110,7 @@ class Space:
         self.layers = Layers(model, layers)
         self.notes: list[str] = []
         self._states: dict[Hashable, list[tuple[ModelWatch, Supergraph]]] = {}
+        self._derivatives: set[str] = set()  # functions with a backward of their own that is the derivative
         self.primary = self._captured(batch, None)
         refused = list(self.primary.found.refused)
         tied_up = options.tie(self.primary.found.handles, tied)
@@ -310,10 +314,29 @@ class Space:
                 raise
             _run_once(self.model, batch)
             captured = capture_forward_call(self.model, batch, free=self.free)
+        captured = self._with_derivative(captured, batch, loss)
         watch = ModelWatch(self.model)
         made = Supergraph(captured, self.model, self.layers)
         self._states.setdefault((layout, loss), []).append((watch, made))
         return made
+
+    def _with_derivative(self, captured: Captured, batch: Any, loss: Any) -> Captured:
+        """The captured graph, if the derivative of its operators is the model's own backward where it has one."""
+        graph = captured.graph
+        own = graph.signature.tree.get("own_backward")
+        if not own:
+            return captured
+        if not self._derivatives.issuperset(own):
+            whole = Supergraph(captured, self.model, self.layers).subnet(Choice({}))
+            data = not any(p.is_meta for p in self.model.parameters())
+            if loss is not None or not data or not same_gradients(whole, self.model, batch):
+                raise ElasticError(
+                    f"model: it runs through {', '.join(own)}, whose own backward is not known to be the derivative of "
+                    "its forward; subnets would get other gradients"
+                )
+            self._derivatives.update(own)
+        signature = replace(graph.signature, tree={**graph.signature.tree, "own_backward": []})
+        return replace(captured, graph=TrainingGraph(graph.graph, signature, graph.constants))
 
     def _set(self, found: Mapping[str, tuple[Handle, Dimension]]) -> None:
         self.primary.handles = {name: handle for name, (handle, _) in found.items()}
@@ -378,12 +401,8 @@ class Space:
 
 def _run_once(model: nn.Module, batch: Any) -> None:
     """The first forward pass of a model, which makes buffers in the shape of the batch; all else stays as it was."""
-    before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    with torch.no_grad(), torch.random.fork_rng():
+    with same_buffers(model), torch.no_grad(), torch.random.fork_rng():
         call_model(model, normalise(batch))
-        for name, buffer in model.named_buffers():
-            if name in before and buffer.shape == before[name].shape and buffer.dtype == before[name].dtype:
-                buffer.copy_(before[name])
 
 
 _TRIES = 1000
