@@ -67,8 +67,9 @@ class Converted:
 
 
 def convert(name: str, *, checked: bool = True, limit: int = 900) -> Converted:
-    """Make a space of one architecture and check it, in at most ``limit`` seconds. Not ``checked``: it is only described,
-    as it is, without another type of numbers or weights."""
+    """Make a space of one architecture and check it, in at most ``limit`` seconds.
+
+    Not ``checked``: it is only described, as it is, without another type of numbers or other weights."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, _too_long)

@@ -23,8 +23,9 @@ _TOLERANCE = 1e-3
 
 
 def same_gradients(whole: Subnet, model: nn.Module, batch: Any) -> bool:
-    """Whether the graph of the whole model has the gradients that the model has on a batch. Buffers and the state of the
-    random generator stay."""
+    """Whether the graph of the whole model has the gradients that the model has on a batch.
+
+    Buffers and the state of the random generator stay."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     tensors, *_ = flatten(batch)
     ours = _gradients(model, parameters, lambda: whole(tensors))

@@ -1,4 +1,4 @@
-"""Structures that hindered real architectures: sizes computed from sizes, cells, aliases, weights that nothing reads."""
+"""Structures that hindered real architectures: sizes computed from sizes, cells, aliases, weights nothing reads."""
 
 import pytest
 import torch
@@ -111,7 +111,9 @@ def test_a_buffer_made_by_the_first_forward_pass_is_made():
     space = elastic.space(model, torch.randn(3, 5, 4))
     assert model.ramp.shape == (5,) and int(model.norm.num_batches_tracked) == 0
     assert space.run(space.smallest, torch.randn(3, 5, 4)).shape == (3, 5, 2)
-    assert len(space._states) == 1 and [len(several) for several in space._states.values()] == [2]  # nothing captured anew
+    assert len(space._states) == 1 and [len(several) for several in space._states.values()] == [
+        2
+    ]  # nothing captured anew
 
 
 class Squared(torch.autograd.Function):
