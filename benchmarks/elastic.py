@@ -32,8 +32,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import zoo
 from benchmarks.conversion import CASES, OK, WRONG, convert
 from benchmarks.measure import machine_description, print_table, write_json
-from graphopt.elastic import Space
 from graphopt.elastic import space as make_space
+from graphopt.elastic.captures import Captures
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CONVERTED, SPEED = RESULTS / "elastic_convert.json", RESULTS / "elastic_speed.json"
@@ -68,21 +68,21 @@ def speed(names: Sequence[str]) -> list[Speed]:
     from unittest import mock
 
     rows = []
-    space_module = sys.modules[Space.__module__]
+    captures = sys.modules[Captures.__module__]
     for name in names:
         torch.manual_seed(0)
         model, batch = BIG[name]()
-        captures: list[float] = []
-        real = space_module.capture_forward_call  # type: ignore[attr-defined]
+        seconds: list[float] = []
+        real = captures.capture_forward_call  # type: ignore[attr-defined]
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = process_time()
             found = real(*args, **kwargs)  # noqa: B023  (called before the next round)
-            captures.append(process_time() - start)  # noqa: B023
+            seconds.append(process_time() - start)  # noqa: B023
             return found
 
         start = process_time()
-        with mock.patch.object(space_module, "capture_forward_call", timed):
+        with mock.patch.object(captures, "capture_forward_call", timed):
             made = make_space(model.eval(), batch)
         total = process_time() - start
         choices = [made.sample(seed=seed, where=_several_heads) for seed in range(12)]
@@ -94,7 +94,7 @@ def speed(names: Sequence[str]) -> list[Speed]:
         for c in choices:
             made.graph(c, backward=True)
         cached = (perf_counter() - begin) / len(choices)
-        spent = sum(captures)
+        spent = sum(seconds)
         rows.append(
             Speed(
                 name, len(made.primary.graph), round(1e3 * spent), round(1e3 * (total - spent)),

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import replace
 from random import Random
 from typing import Any
 
-import torch
 from torch import nn
 
-from graphopt.elastic import options
+from graphopt.elastic import captures, options
 from graphopt.elastic.choice import Choice
 from graphopt.elastic.dimension import Dimension, Kind, Refused, Value
 from graphopt.elastic.handles import Handle
 from graphopt.elastic.layers import Layers
 from graphopt.elastic.options import Sizes
-from graphopt.elastic.own_backward import same_buffers, same_gradients
 from graphopt.elastic.subnet import Subnet
 from graphopt.elastic.supergraph import Supergraph
 from graphopt.errors import BatchError, CaptureError, ElasticError
-from graphopt.graph.batch import call_model, flatten, normalise, one_batch
-from graphopt.graph.capture import Captured
-from graphopt.graph.forward import capture_forward_call
-from graphopt.graph.step_module import UnsettledBuffer
+from graphopt.graph.batch import flatten, one_batch
 from graphopt.graph.tracing import FreeSizes, check_arguments
 from graphopt.graph.training_graph import TrainingGraph
 from graphopt.schemes import ModelWatch
@@ -110,7 +104,7 @@ class Space:
         self.layers = Layers(model, layers)
         self.notes: list[str] = []
         self._states: dict[Hashable, list[tuple[ModelWatch, Supergraph]]] = {}
-        self._derivatives: set[str] = set()  # functions with a backward of their own that is the derivative
+        self._captures = captures.Captures(model, self.layers, free)
         self.primary = self._captured(batch, None)
         refused = list(self.primary.found.refused)
         tied_up = options.tie(self.primary.found.handles, tied)
@@ -127,7 +121,7 @@ class Space:
         self._set({named[h]: (h, Dimension(named[h], h.kind, values[h], h.where)) for h in handles})
         refused += self._in_the_other_mode()
         refused += self._that_fit()
-        self.notes += self._of_outputs()
+        self.notes += captures.notes(self.primary)
         self.refusals: tuple[Refused, ...] = tuple(refused)
         if not self.dimensions:
             reasons = "; ".join(f"{r.name}: {r.why}" for r in self.refusals[:5]) or "no parameter has a free axis"
@@ -307,36 +301,10 @@ class Space:
 
     def _captured(self, batch: Any, loss: Any) -> Supergraph:
         _, layout, _ = flatten(batch)
-        try:
-            captured = capture_forward_call(self.model, batch, loss=loss, free=self.free)
-        except UnsettledBuffer:
-            if loss is not None:
-                raise
-            _run_once(self.model, batch)
-            captured = capture_forward_call(self.model, batch, free=self.free)
-        captured = self._with_derivative(captured, batch, loss)
+        made = self._captures.supergraph(batch, loss)
         watch = ModelWatch(self.model)
-        made = Supergraph(captured, self.model, self.layers)
         self._states.setdefault((layout, loss), []).append((watch, made))
         return made
-
-    def _with_derivative(self, captured: Captured, batch: Any, loss: Any) -> Captured:
-        """The captured graph, if the derivative of its operators is the model's own backward where it has one."""
-        graph = captured.graph
-        own = graph.signature.tree.get("own_backward")
-        if not own:
-            return captured
-        if not self._derivatives.issuperset(own):
-            whole = Supergraph(captured, self.model, self.layers).subnet(Choice({}))
-            data = not any(p.is_meta for p in self.model.parameters())
-            if loss is not None or not data or not same_gradients(whole, self.model, batch):
-                raise ElasticError(
-                    f"model: it runs through {', '.join(own)}, whose own backward is not known to be the derivative of "
-                    "its forward; subnets would get other gradients"
-                )
-            self._derivatives.update(own)
-        signature = replace(graph.signature, tree={**graph.signature.tree, "own_backward": []})
-        return replace(captured, graph=TrainingGraph(graph.graph, signature, graph.constants))
 
     def _set(self, found: Mapping[str, tuple[Handle, Dimension]]) -> None:
         self.primary.handles = {name: handle for name, (handle, _) in found.items()}
@@ -376,19 +344,6 @@ class Space:
                 refused += self._drop(misfits(found, self.dimensions))
         return refused
 
-    def _of_outputs(self) -> list[str]:
-        """What there is to say about outputs: those that subnets do not have, and those that vary with them."""
-        captured, axes = self.primary.captured, self.primary.axes
-        varying = set(self.primary.elastic_axes())
-        return [
-            f"the output {name} is a {kind}, which no graph holds: subnets give None in its place"
-            for name, kind in captured.left_out.items()
-        ] + [
-            f"the output {name}, which the model itself works on further, has the sizes that it has in the subnet"
-            for name, node in axes.hidden_states.items()
-            if not varying.isdisjoint(axis for dim in axes.of(node) for axis in dim.axes())
-        ]
-
     def __str__(self) -> str:
         from graphopt.elastic.report import table
 
@@ -397,12 +352,6 @@ class Space:
     def __repr__(self) -> str:
         many = {kind: sum(d.kind is kind for d in self.dimensions) for kind in Kind}
         return f"Space({', '.join(f'{n} {kind}' for kind, n in many.items() if n)}; {len(self.refusals)} refused)"
-
-
-def _run_once(model: nn.Module, batch: Any) -> None:
-    """The first forward pass of a model, which makes buffers in the shape of the batch; all else stays as it was."""
-    with same_buffers(model), torch.no_grad(), torch.random.fork_rng():
-        call_model(model, normalise(batch))
 
 
 _TRIES = 1000
