@@ -37,8 +37,8 @@ class Captures:
     def supergraph(self, batch: Any, loss: Any) -> Supergraph:
         """The supergraph for this batch.
 
-        Raises CaptureError and BatchError as `graphopt.capture`, and ElasticError for a backward of the model's own that
-        is not known to be the derivative."""
+        Raises CaptureError and BatchError as `graphopt.capture`, and ElasticError for a backward of the model's own
+        that is not known to be the derivative."""
         captured = self._captured(batch, loss)
         own = captured.graph.signature.tree.get("own_backward") or ()
         if not self._derivatives.issuperset(own):
