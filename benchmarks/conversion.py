@@ -67,8 +67,9 @@ class Converted:
 
 
 def convert(name: str, *, checked: bool = True, limit: int = 900) -> Converted:
-    """Make a space of one architecture and check it, in at most ``limit`` seconds. Not ``checked``: it is only described,
-    as it is, without another type of numbers or weights."""
+    """Make a space of one architecture and check it, in at most ``limit`` seconds.
+
+    Not ``checked``: it is only described, as it is, without another type of numbers or other weights."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, _too_long)
@@ -109,7 +110,7 @@ def _convert(case: zoo.Case, row: Converted, checked: bool) -> None:
         return
     try:
         made = make_space(wide(model), cast(inputs))
-    except graphopt.CaptureError:  # an operator has no float64 kernel
+    except (graphopt.CaptureError, graphopt.BatchError):  # an operator has no float64 kernel
         made = make_space(model, inputs)
         describe(made, row)
         row.checks["all"] = row.note = "not checked: no float64 form"

@@ -55,7 +55,9 @@ def sort_by_importance(
     supergraph = space.primary
     tensors = {**dict(space.model.named_parameters()), **dict(space.model.named_buffers())}  # as they are now
     constants = set(supergraph.graph.constants)
-    outward = {axis for n in supergraph.axes.hidden_states.values() for dim in supergraph.axes.of(n) for axis in dim.axes()}
+    outward = {
+        axis for n in supergraph.axes.hidden_states.values() for dim in supergraph.axes.of(n) for axis in dim.axes()
+    }
     orders: dict[Axis, torch.Tensor] = {}
     found: dict[str, torch.Tensor] = {}
     for dimension in space.dimensions:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Hashable, Mapping
 from random import Random
 from typing import Any
 
-import torch
 from torch import nn
 
-from graphopt.elastic import options
+from graphopt.elastic import captures, options
 from graphopt.elastic.choice import Choice
 from graphopt.elastic.dimension import Dimension, Kind, Refused, Value
 from graphopt.elastic.handles import Handle
@@ -19,9 +18,7 @@ from graphopt.elastic.options import Sizes
 from graphopt.elastic.subnet import Subnet
 from graphopt.elastic.supergraph import Supergraph
 from graphopt.errors import BatchError, CaptureError, ElasticError
-from graphopt.graph.batch import call_model, flatten, normalise, one_batch
-from graphopt.graph.forward import capture_forward_call
-from graphopt.graph.step_module import UnsettledBuffer
+from graphopt.graph.batch import flatten, one_batch
 from graphopt.graph.tracing import FreeSizes, check_arguments
 from graphopt.graph.training_graph import TrainingGraph
 from graphopt.schemes import ModelWatch
@@ -67,7 +64,7 @@ def space(
 
     Raises:
         ElasticError: nothing is elastic (with the reasons), a pattern means nothing, a size is out of range, tied
-            dimensions differ, or the model's backward is its own.
+            dimensions differ, or a backward of the model's own is no derivative.
         CaptureError: the forward pass cannot become one graph.
         BatchError: the model rejects the batch.
 
@@ -108,6 +105,7 @@ class Space:
         self.layers = Layers(model, layers)
         self.notes: list[str] = []
         self._states: dict[Hashable, list[tuple[ModelWatch, Supergraph]]] = {}
+        self._captures = captures.Captures(model, self.layers, free)
         self.primary = self._captured(batch, None)
         refused = list(self.primary.found.refused)
         tied_up = options.tie(self.primary.found.handles, tied)
@@ -124,7 +122,7 @@ class Space:
         self._set({named[h]: (h, Dimension(named[h], h.kind, values[h], h.where)) for h in handles})
         refused += self._in_the_other_mode()
         refused += self._that_fit()
-        self.notes += self._of_outputs()
+        self.notes += captures.notes(self.primary)
         self.refusals: tuple[Refused, ...] = tuple(refused)
         if not self.dimensions:
             reasons = "; ".join(f"{r.name}: {r.why}" for r in self.refusals[:5]) or "no parameter has a free axis"
@@ -304,15 +302,8 @@ class Space:
 
     def _captured(self, batch: Any, loss: Any) -> Supergraph:
         _, layout, _ = flatten(batch)
-        try:
-            captured = capture_forward_call(self.model, batch, loss=loss, free=self.free)
-        except UnsettledBuffer:
-            if loss is not None:
-                raise
-            _run_once(self.model, batch)
-            captured = capture_forward_call(self.model, batch, free=self.free)
+        made = self._captures.supergraph(batch, loss)
         watch = ModelWatch(self.model)
-        made = Supergraph(captured, self.model, self.layers)
         self._states.setdefault((layout, loss), []).append((watch, made))
         return made
 
@@ -351,19 +342,6 @@ class Space:
                 refused += self._drop(misfits(found, self.dimensions))
         return refused
 
-    def _of_outputs(self) -> list[str]:
-        """What there is to say about outputs: those that subnets do not have, and those that vary with them."""
-        captured, axes = self.primary.captured, self.primary.axes
-        varying = set(self.primary.elastic_axes())
-        return [
-            f"the output {name} is a {kind}, which no graph holds: subnets give None in its place"
-            for name, kind in captured.left_out.items()
-        ] + [
-            f"the output {name}, which the model itself works on further, has the sizes that it has in the subnet"
-            for name, node in axes.hidden_states.items()
-            if not varying.isdisjoint(axis for dim in axes.of(node) for axis in dim.axes())
-        ]
-
     def __str__(self) -> str:
         from graphopt.elastic.report import table
 
@@ -372,16 +350,6 @@ class Space:
     def __repr__(self) -> str:
         many = {kind: sum(d.kind is kind for d in self.dimensions) for kind in Kind}
         return f"Space({', '.join(f'{n} {kind}' for kind, n in many.items() if n)}; {len(self.refusals)} refused)"
-
-
-def _run_once(model: nn.Module, batch: Any) -> None:
-    """The first forward pass of a model, which makes buffers in the shape of the batch; all else stays as it was."""
-    before = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    with torch.no_grad(), torch.random.fork_rng():
-        call_model(model, normalise(batch))
-        for name, buffer in model.named_buffers():
-            if name in before and buffer.shape == before[name].shape and buffer.dtype == before[name].dtype:
-                buffer.copy_(before[name])
 
 
 _TRIES = 1000

@@ -41,11 +41,6 @@ class Supergraph:
 
     def __init__(self, captured: Captured, model: nn.Module, layers: Layers):
         self.captured, self.graph = captured, captured.graph
-        if own := self.graph.signature.tree.get("own_backward"):
-            raise ElasticError(
-                f"model: it runs through {', '.join(own)}, whose own backward no graph of operators holds; subnets "
-                "would get other gradients"
-            )
         self.axes = self.graph.axes
         self.resizer = Resizer(self.axes)
         self.found = layers.complete(sum((find(self.axes, self.resizer) for find in FINDERS), Found()), self.axes)

@@ -25,8 +25,8 @@ class StepModule(nn.Module):
 
     Tied weights are one parameter here, so that their gradients are added in autograd's own order. With a loss the
     result is ``(loss,)`` or, when gradients are accumulated over ``accumulate`` batches, ``(loss / accumulate, loss)``.
-    Without one it is the flat tuple of the model's output tensors; ``output_spec`` then tells their nesting. Leaves that
-    are neither tensors nor plain data (caches) are refused or, with ``opaque``, None; ``left_out`` then says which.
+    Without one it is the flat tuple of the model's output tensors; ``output_spec`` then tells their nesting. Leaves
+    that are neither tensors nor plain data (caches) are refused or, with ``opaque``, None: ``left_out`` says which.
     """
 
     def __init__(

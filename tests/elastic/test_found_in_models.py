@@ -1,5 +1,6 @@
-"""Structures that hindered real architectures: sizes computed from sizes, cells, aliases, weights that nothing reads."""
+"""Structures that hindered real architectures: sizes computed from sizes, cells, aliases, weights nothing reads."""
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -8,6 +9,7 @@ import graphopt.elastic as elastic
 from graphopt.elastic import Kind
 from graphopt.elastic.importance import sort_by_importance
 from graphopt.elastic.report import rigid
+from graphopt.errors import ElasticError
 from tests.axes_oracles import cast, wide
 from tests.elastic.oracles import assert_is_slice
 
@@ -109,4 +111,44 @@ def test_a_buffer_made_by_the_first_forward_pass_is_made():
     space = elastic.space(model, torch.randn(3, 5, 4))
     assert model.ramp.shape == (5,) and int(model.norm.num_batches_tracked) == 0
     assert space.run(space.smallest, torch.randn(3, 5, 4)).shape == (3, 5, 2)
-    assert len(space._states) == 1 and [len(several) for several in space._states.values()] == [2]  # nothing captured anew
+    assert len(space._states) == 1 and [len(several) for several in space._states.values()] == [
+        2
+    ]  # nothing captured anew
+
+
+class Squared(torch.autograd.Function):
+    """With a backward that is its derivative, times ``factor``."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.save_for_backward(x)
+        ctx.factor = factor
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 2 * x * gradient * ctx.factor, None
+
+
+class Own(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.a, self.b, self.factor = nn.Linear(4, 8), nn.Linear(8, 2), factor
+
+    def forward(self, x):
+        return self.b(Squared.apply(self.a(x), self.factor) if self.training else self.a(x) ** 2)
+
+
+def test_a_backward_of_its_own_that_is_the_derivative_is_taken():
+    """In train mode; the joint graph is derived of it too."""
+    space = elastic.space(Own(1.0).eval(), torch.randn(3, 4))
+    space.model.train()
+    x = torch.randn(3, 4)
+    theirs = torch.autograd.grad(space.model(x).sum(), list(space.model.parameters()))
+    ours = torch.autograd.grad(space.run(space.full, x).sum(), list(space.model.parameters()))
+    assert all(torch.allclose(a, b) for a, b in zip(ours, theirs, strict=True))
+    graph = space.graph(space.smallest, loss=F.mse_loss, batch=(x, torch.randn(3, 2)), backward=True)
+    assert any(o.kind == "gradient" for o in graph.outputs)
+    with pytest.raises(ElasticError, match="backward is not known to be the derivative"):
+        elastic.space(Own(0.5).eval(), torch.randn(3, 4))

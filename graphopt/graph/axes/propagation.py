@@ -52,8 +52,8 @@ _PRIMES = tuple(10**n + k for n, k in ((6, 3), (9, 7), (12, 39), (15, 37), (18, 
 class Propagation(Factors):
     """The analysis at work: what axis rules see. See `Factors` for merging and refining.
 
-    ``unknown_nodes`` are the nodes whose operators have no rule, ``adds`` the forward sums of two activations, ``hidden``
-    the outputs that are hidden states (`hidden_states`).
+    ``unknown_nodes`` are the nodes whose operators have no rule, ``adds`` the forward sums of two activations,
+    ``hidden`` the outputs that are hidden states (`hidden_states`).
     """
 
     one = ONE

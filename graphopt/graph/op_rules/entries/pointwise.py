@@ -18,8 +18,8 @@ ENTRIES = (
     entry("addcmul", "pointwise", linear="self + tensor1 | self + tensor2"),
     entry("addcdiv", "pointwise", linear="self + tensor1"),
     entry("__and__ __or__ __xor__ floor_divide", "pointwise"),
-    entry("absolute arccos arccosh arcsin arcsinh arctan arctan2 arctanh divide fix greater greater_equal isclose isreal "
-          "less less_equal multiply negative not_equal special_digamma special_erf special_erfc special_exp2 "
+    entry("absolute arccos arccosh arcsin arcsinh arctan arctan2 arctanh divide fix greater greater_equal isclose "
+          "isreal less less_equal multiply negative not_equal special_digamma special_erf special_erfc special_exp2 "
           "special_expit special_expm1 special_gammaln special_i0 special_log1p special_logit special_ndtr "
           "special_round special_sinc special_xlogy subtract true_divide", "pointwise"),  # without a tag of torch
 
