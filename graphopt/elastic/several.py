@@ -36,6 +36,8 @@ class Several(nn.Module):
         losses: a buffer, ``[subnets]``: the loss of each in the last step.
     """
 
+    losses: torch.Tensor
+
     def __init__(
         self, space: Space, choices: Sequence[Choice], loss: Callable[..., Any] | str, combine: str, batch: Any
     ):
