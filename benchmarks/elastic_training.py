@@ -205,6 +205,9 @@ def tied_space_of(name: str, seed: int) -> Space:
 Way = Callable[[str, int, int], tuple[Space, Sequence[Stage]]]
 """Of a model's name, a seed and a number of steps: a supernet and the stages of its training."""
 
+ONE_SCHEDULE = "progressive, one schedule"
+"""The way in which the learning rate does not begin anew with each stage."""
+
 
 def _progressive(name: str, seed: int, steps: int) -> tuple[Space, Sequence[Stage]]:
     space = space_of(name, seed)
@@ -216,6 +219,7 @@ def _progressive(name: str, seed: int, steps: int) -> tuple[Space, Sequence[Stag
 WAYS: dict[str, Way] = {
     "joint": lambda name, seed, steps: (space_of(name, seed), joint_mode(steps)),
     "progressive": _progressive,
+    ONE_SCHEDULE: _progressive,
     "joint, tied sizes": lambda name, seed, steps: (tied_space_of(name, seed), joint_mode(steps)),
     "joint, leaning draws": lambda name, seed, steps: (
         space_of(name, seed), joint_mode(steps, strategy=Sandwich(rest=Leaning()))
@@ -261,9 +265,13 @@ def accuracy(
                 space, stages = WAYS[way](name, seed, steps)
                 sizes = sizes_of(space, random)
 
-                def run(space: Any = space, stages: Any = stages, sizes: Any = sizes, seed: int = seed) -> Any:
-                    optimizer = adamw(space.model.parameters())
-                    train(space, Batches(seed), F.cross_entropy, optimizer, stages, scheduler=cosine, seed=seed)
+                def run(
+                    space: Any = space, stages: Any = stages, sizes: Any = sizes, seed: int = seed, way: str = way
+                ) -> Any:  # fmt: skip
+                    train(
+                        space, Batches(seed), F.cross_entropy, adamw(space.model.parameters()), stages,
+                        scheduler=cosine, restart=way != ONE_SCHEDULE, seed=seed,
+                    )  # fmt: skip
                     return {size: accuracy_of(space, choice) for size, choice in sizes.items()}
 
                 together = kept.of([name, way, seed, steps, random], run)
