@@ -205,6 +205,9 @@ def tied_space_of(name: str, seed: int) -> Space:
 Way = Callable[[str, int, int], tuple[Space, Sequence[Stage]]]
 """Of a model's name, a seed and a number of steps: a supernet and the stages of its training."""
 
+ONE_SCHEDULE = "progressive, one schedule"
+"""The way in which the learning rate does not begin anew with each stage."""
+
 
 def _progressive(name: str, seed: int, steps: int) -> tuple[Space, Sequence[Stage]]:
     space = space_of(name, seed)
@@ -216,6 +219,7 @@ def _progressive(name: str, seed: int, steps: int) -> tuple[Space, Sequence[Stag
 WAYS: dict[str, Way] = {
     "joint": lambda name, seed, steps: (space_of(name, seed), joint_mode(steps)),
     "progressive": _progressive,
+    ONE_SCHEDULE: _progressive,
     "joint, tied sizes": lambda name, seed, steps: (tied_space_of(name, seed), joint_mode(steps)),
     "joint, leaning draws": lambda name, seed, steps: (
         space_of(name, seed), joint_mode(steps, strategy=Sandwich(rest=Leaning()))
@@ -261,9 +265,13 @@ def accuracy(
                 space, stages = WAYS[way](name, seed, steps)
                 sizes = sizes_of(space, random)
 
-                def run(space: Any = space, stages: Any = stages, sizes: Any = sizes, seed: int = seed) -> Any:
-                    optimizer = adamw(space.model.parameters())
-                    train(space, Batches(seed), F.cross_entropy, optimizer, stages, scheduler=cosine, seed=seed)
+                def run(
+                    space: Any = space, stages: Any = stages, sizes: Any = sizes, seed: int = seed, way: str = way
+                ) -> Any:  # fmt: skip
+                    train(
+                        space, Batches(seed), F.cross_entropy, adamw(space.model.parameters()), stages,
+                        scheduler=cosine, restart=way != ONE_SCHEDULE, seed=seed,
+                    )  # fmt: skip
                     return {size: accuracy_of(space, choice) for size, choice in sizes.items()}
 
                 together = kept.of([name, way, seed, steps, random], run)
@@ -302,20 +310,20 @@ SETS = 3
 """Sets of subnets that ``cost`` goes through in turn."""
 
 
-def cost(rounds: int) -> list[dict[str, Any]]:
+def cost(rounds: int, models: Sequence[str], graphs: bool) -> list[dict[str, Any]]:
     """Rows: steps over four subnets (forward, backward, one update) against the same subnets as plain modules, each
     with an optimizer of its own, one by one: sets that come again and again, by autograd and as graphs, and sets that
     nobody has run before."""
     rows = []
     images, labels, *_ = digits()
     x, y = images[:BATCH], labels[:BATCH]
-    for name in MODELS:
+    for name in models:
         space = space_of(name, 0)
         strategy = Recurring(sets=SETS)
-        step, graphs = (
-            ElasticStep(space, F.cross_entropy, adamw(space.model.parameters()), strategy=strategy, schemes=schemes)
-            for schemes in (None, "flat")
-        )
+        steps = {
+            by: ElasticStep(space, F.cross_entropy, adamw(space.model.parameters()), strategy=strategy, schemes=schemes)
+            for by, schemes in ({"autograd": None} | ({"graphs": "flat"} if graphs else {})).items()
+        }
         sampler = Sampler(Region.of(space), strategy)
         sets = [sampler.draw() for _ in range(SETS)]
         singles = [_alone_steps(space, choices) for choices in sets]
@@ -332,9 +340,10 @@ def cost(rounds: int) -> list[dict[str, Any]]:
 
             return run
 
-        candidates = {"one by one": one_by_one, "autograd": together(step), "graphs": together(graphs)}
+        candidates = {"one by one": one_by_one, **{by: together(step) for by, step in steps.items()}}
         for _ in range(2):
-            candidates["graphs"]()  # they are made
+            for candidate in candidates.values():
+                candidate()  # graphs are made when a set comes for the second time
         counted = {}
         for what, candidate in candidates.items():
             with FlopCounterMode(display=False) as counter:
@@ -347,6 +356,7 @@ def cost(rounds: int) -> list[dict[str, Any]]:
                  "low": timing.ratio_low, "high": timing.ratio_high, "rounds": rounds}
             )  # fmt: skip
         rows.append({"model": name, "subnets": "never run before", "by": "autograd", **_fresh(space, x, y, rounds)})
+        print(*rows, sep="\n", file=sys.stderr)
     print_table(rows, title="steps over four subnets, relative to the four alone (plain modules, eager)")
     return rows
 
@@ -444,14 +454,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000, help="of each training (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each kind (%(default)s)")
     parser.add_argument("--random", type=int, default=5, help="random subnets trained alone too (%(default)s)")
-    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="for accuracy")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS), help="for accuracy and cost")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS)[:2], help="for accuracy")
     parser.add_argument("--kept", type=Path, default=KEPT, help="trainings that are over; they are not repeated")
+    parser.add_argument("--no-graphs", dest="graphs", action="store_false", help="cost: autograd alone")
     parser.add_argument("--rounds", type=int, default=20, help="of timings (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where results go (%(default)s)")
     options = parser.parse_args(arguments)
     parts = {
-        "cost": lambda: cost(options.rounds),
+        "cost": lambda: cost(options.rounds, options.models, options.graphs),
         "prices": lambda: prices(30, options.rounds),
         "search": search,
         "accuracy": lambda: accuracy(

@@ -61,12 +61,12 @@ class Slice:
             elif len(along) == 1:
                 view.index_add_(along[0], self._indices(along[0], target.device), part)
             else:
-                self._put(target, self._gathered(target) + part)
+                self.put(target, self._gathered(target) + part)
 
     def write(self, target: torch.Tensor, part: torch.Tensor) -> None:
         """``target``'s part becomes ``part``, in place, without autograd: new values of buffers."""
         with torch.no_grad():
-            self._put(target, part)
+            self.put(target, part)
 
     def _gathered(self, tensor: torch.Tensor) -> torch.Tensor:
         for d, row in enumerate(self.rows):
@@ -91,7 +91,8 @@ class Slice:
         assert isinstance(row, torch.Tensor)
         return row.to(device)
 
-    def _put(self, target: torch.Tensor, part: torch.Tensor) -> None:
+    def put(self, target: torch.Tensor, part: torch.Tensor) -> None:
+        """`write` in the caller's own grad mode."""
         view, along = self._reached(target)
         if along is None:
             view.copy_(part)
@@ -127,7 +128,7 @@ class _Put(torch.autograd.Function):
         ctx.part = part
         dense = _dense_strides(shape, strides)
         whole = torch.empty_strided(shape, dense, dtype=gradient.dtype, device=gradient.device).zero_()
-        part._put(whole, gradient)
+        part.put(whole, gradient)
         return whole
 
     @staticmethod

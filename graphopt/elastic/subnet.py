@@ -86,11 +86,14 @@ class Subnet:
         shared ones, which ``part_of`` tells."""
         leaves: list[Any] = []
         buffers = self.origin.tensors if shared is None else shared
-        for output, value in zip(lowered.outputs, results, strict=True):
-            if output.kind is OutputKind.BUFFER:
-                _write(buffers[output.name], value, part_of(output.name))
-            else:
-                leaves.append(value)
+        with torch.no_grad():
+            for output, value in zip(lowered.outputs, results, strict=True):
+                if output.kind is not OutputKind.BUFFER:
+                    leaves.append(value)
+                elif (part := part_of(output.name)) is not None:
+                    part.put(buffers[output.name], value)
+                else:
+                    buffers[output.name].copy_(value)
         captured = self.origin.captured
         if captured.output_spec is None:
             return leaves[0]
@@ -104,16 +107,6 @@ class Subnet:
             self.derived[key] = lower(for_autograd(self.graph, norm), in_place=False)
         found: Lowered = self.derived[key]
         return found
-
-
-def _write(shared: torch.Tensor, value: torch.Tensor, part: Slice | None) -> None:
-    """A new value of a buffer, into its part of the shared one."""
-    value = value.detach()
-    if part is not None:
-        part.write(shared, value)
-    else:
-        with torch.no_grad():
-            shared.copy_(value)
 
 
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default

@@ -52,6 +52,7 @@ def train(
     clip: Any = None,
     seed: int = 0,
     scheduler: Scheduler | None = None,
+    restart: bool = True,
     schemes: str | Sequence[str | Scheme] | None = None,
     processors: int | None = None,
     batch_norm: Norms = "synchronized",
@@ -71,6 +72,8 @@ def train(
         clip: largest norm of the gradient, as in `graphopt.optimize`.
         seed: of the draws; each stage has its own from it.
         scheduler: gives a scheduler of the learning rate for each stage, which starts from the rate of the first one.
+        restart: False: one scheduler for the steps of all stages together, which does not begin anew with each. (A
+            stage that has converged early leaves its remaining steps of the schedule out.)
         schemes, processors, batch_norm: as in `ElasticStep`. In a world of ranks each has a loader with its own rows.
         checkpoint: a folder. A checkpoint of each finished stage is kept there (`restore` reads it), and a running one,
             written every so many steps, from which a training that was killed goes on, in the stage and at the step it
@@ -102,7 +105,7 @@ def train(
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ElasticError(f"every: expected a positive number of steps, got {every!r}")
     shared = {"schemes": schemes, "processors": processors, "batch_norm": batch_norm}
-    run = _Training(space, loader, loss, optimizer, stages, clip, seed, scheduler, every, shared)
+    run = _Training(space, loader, loss, optimizer, stages, clip, seed, scheduler, restart, every, shared)
     run.checkpoints = Checkpoints(checkpoint, stages) if checkpoint is not None else None
     run.resume()
     try:
@@ -133,13 +136,14 @@ class _Training:
 
     def __init__(
         self, space: Space, loader: Iterable[Any], loss: Any, optimizer: Any, stages: tuple[Stage, ...], clip: Any,
-        seed: int, scheduler: Scheduler | None, every: int, shared: Mapping[str, Any],
+        seed: int, scheduler: Scheduler | None, restart: bool, every: int, shared: Mapping[str, Any],
     ):  # fmt: skip
         self.space, self.loader, self.stages, self.seed, self.every = space, loader, stages, seed, every
         self.optimizers = as_optimizers(optimizer)
         self.step = ElasticStep(space, loss, optimizer, clip=clip, seed=seed, **shared)
         self.samplers = [self._sampler(index) for index in range(len(stages))]  # errors in any stage come at once
-        self.make_scheduler = scheduler
+        self.make_scheduler, self.restart = scheduler, restart
+        self.schedulers: list[Any] = []
         self.rates = [[group["lr"] for group in o.param_groups] for o in self.optimizers]
         self.checkpoints: Checkpoints | None = None
         self.stage = 0
@@ -156,12 +160,13 @@ class _Training:
         self.watch = Watch()
         self.step.sampler = self.samplers[self.stage]
         self.step.combine, self.step.distillation = stage.combine, stage.distillation
-        self.schedulers: list[Any] = []
-        if self.make_scheduler is not None:
+        if self.make_scheduler is not None and (self.restart or not self.schedulers):
+            steps = stage.steps if self.restart else sum(one.steps for one in self.stages)
+            self.schedulers = []
             for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = group["initial_lr"] = rate
-                self.schedulers.append(self.make_scheduler(optimizer, stage.steps))
+                self.schedulers.append(self.make_scheduler(optimizer, steps))
 
     def run(self, bars: Progress | None) -> list[StageReport]:
         """All stages from where it is."""

@@ -118,8 +118,28 @@ def test_a_trained_model_needs_no_stage_of_its_own(space, monkeypatch):
     assert len(seen) == 2 and all(len(drawn) > 1 for drawn in seen)
 
 
-@pytest.mark.parametrize("killed_at", [1, 5, 8])
-def test_a_killed_training_goes_on_in_its_stage(space, tmp_path, killed_at):
+def test_a_schedule_begins_anew_with_each_stage_or_spans_them(space):
+    stages = progressive_mode(space, ["width", "depth"], [2, 3], full=1)
+    seen = {}
+    for restart in (True, False):
+        optimizer = adam(space)
+        rates = seen[restart] = []
+
+        def loss(output, target, rates=rates, optimizer=optimizer):
+            rates.append(optimizer.param_groups[0]["lr"])
+            return F.cross_entropy(output, target)
+
+        def linear(optimizer, steps):
+            return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+
+        train(space, Loader(), loss, optimizer, stages, scheduler=linear, restart=restart, progress=False)
+    descending = {restart: list(dict.fromkeys(rates)) for restart, rates in seen.items()}
+    assert descending[False] == pytest.approx([0.01 * (1 - k / 6) for k in range(6)])
+    assert max(descending[True][1:]) == pytest.approx(0.01 * 2 / 3) and seen[True].count(0.01) > 5  # a first step each
+
+
+@pytest.mark.parametrize(("killed_at", "restart"), [(1, True), (5, False), (8, True)])
+def test_a_killed_training_goes_on_in_its_stage(space, tmp_path, killed_at, restart):
     """Weights in the end are those of a training that nobody killed, bit for bit."""
     stages = progressive_mode(space, ["width", "depth"], [5, 4], full=3)
     start = weights(space)
@@ -130,7 +150,7 @@ def test_a_killed_training_goes_on_in_its_stage(space, tmp_path, killed_at):
     def run(loader, folder, optimizer):
         return train(
             space, loader, F.cross_entropy, optimizer, stages, progress=False, checkpoint=folder, every=1,
-            scheduler=scheduler, seed=2,
+            scheduler=scheduler, restart=restart, seed=2,
         )  # fmt: skip
 
     run(Loader(), tmp_path / "whole", adam(space))
