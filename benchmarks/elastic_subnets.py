@@ -205,7 +205,7 @@ def prices(names: Sequence[str], count: int, rounds: int) -> list[Row]:
     for name in names:
         space, batch, optimizer = _priced(name)
         training = Training(batch, F.cross_entropy, optimizer(space.model.parameters()))
-        table = Prices(space, Machine.current(), mode="eager", training=training)
+        table = Prices(space, Machine.current(), mode="eager", batch_size=len(batch[1]), training=training)
         choices = [space.full, space.smallest, *(space.sample(seed=i) for i in range(count - 2))]
         predicted = table.of(choices, "step_seconds").tolist()
         measured = _measured(space, choices, batch, optimizer, rounds)
