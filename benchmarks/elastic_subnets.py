@@ -6,7 +6,7 @@ The parts ``speed``, ``emit`` and ``prices`` of `benchmarks.elastic`; each gives
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations
 from statistics import mean, median
 from time import perf_counter, process_time
@@ -196,7 +196,7 @@ def _milliseconds(call: Callable[[], Any]) -> float:
 
 
 def prices(names: Sequence[str], count: int, rounds: int) -> list[Row]:
-    """Predicted against measured training steps of ``count`` subnets as extracted modules in eager mode.
+    """Predicted against measured training steps of ``count`` subnets as extracted modules in eager mode, on one thread.
 
     ``error``: mean of the predictions as they are. ``corrected``: of predictions that pass through the measured times
     of the full and the smallest net, which `Prices.corrected` makes; those two are not counted. ``tau``: Kendall's, of
@@ -206,10 +206,10 @@ def prices(names: Sequence[str], count: int, rounds: int) -> list[Row]:
     for name in names:
         space, batch, optimizer = _priced(name)
         training = Training(batch, F.cross_entropy, optimizer(space.model.parameters()))
-        table = Prices(space, Machine.current(), mode="eager", training=training)
+        table = Prices(space, Machine.current(), mode="eager", batch_size=len(batch[1]), training=training)
         choices = [space.full, space.smallest, *(space.sample(seed=i) for i in range(count - 2))]
         predicted = table.of(choices, "step_seconds").tolist()
-        measured = list(_measured(space, choices, batch, optimizer, rounds))
+        measured = _measured(space, choices, batch, optimizer, rounds)
         ends = dict(zip(choices[:2], measured[:2]))
         corrected = table.corrected("step_seconds", ends).of(choices, "step_seconds").tolist()
         scale = median(m / p for m, p in zip(measured, predicted))
@@ -239,19 +239,29 @@ PRICED = ("resnet18", "vit_small", "digits resnet", "digits vit")
 
 def _measured(
     space: Space, choices: Sequence[Choice], batch: Any, optimizer: Callable[[Any], Any], rounds: int
-) -> Iterator[float]:
-    """Seconds of a step of each: its ratio to the full net next to it, times the full net's median; a machine that is
-    slower for a minute slows both. One subnet at a time is in memory."""
+) -> list[float]:
+    """Seconds of a step of each, as processor time of one thread, which other processes disturb least: its ratio to the
+    full net next to it, times the full net's median. One subnet at a time is in memory."""
     reference = space.extract(space.full).train()
     whole = _bound(eager_step(reference, optimizer(reference.parameters()), F.cross_entropy), *batch)
     ratios, times = [], []
     for choice in choices:
         net = space.extract(choice).train()
         step = _bound(eager_step(net, optimizer(net.parameters()), F.cross_entropy), *batch)
-        full, timing = interleaved({"full": whole, "subnet": step}, rounds=rounds, warmup=2)
-        ratios.append(timing.ratio)
-        times.append(full.seconds)
-    yield from (ratio * median(times) for ratio in ratios)
+        step()
+        pairs = [(_processor_seconds(step), _processor_seconds(whole)) for _ in range(rounds)]
+        ratios.append(median(one / full for one, full in pairs))
+        times += [full for _, full in pairs]
+    return [ratio * median(times) for ratio in ratios]
+
+
+def _processor_seconds(step: Callable[[], Any]) -> float:
+    """Of one call, by as many as take 20 ms together."""
+    calls, start = 0, process_time()
+    while not calls or process_time() - start < 0.02:
+        step()
+        calls += 1
+    return (process_time() - start) / calls
 
 
 def _error(predicted: Sequence[float], measured: Sequence[float]) -> float:

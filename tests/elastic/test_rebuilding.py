@@ -258,3 +258,16 @@ def test_a_loss_of_the_model_is_kept(gpt2):
     loss = model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
     right = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
     torch.testing.assert_close(loss, right)
+
+
+def test_numbers_that_a_configuration_leaves_open(gpt2):
+    """Without ``n_inner`` GPT-2 has four times the width: another share of the hidden features is said."""
+    space, _ = gpt2
+    inner = {d.name: 0.75 for d in space.dimensions if d.kind == "width"}
+    model = space.extract({**halves(space), **inner}, rebuild=True)
+    before = space.model.config
+    assert (
+        before.n_inner is None
+        and model.config.n_inner == 3 * before.n_embd
+        and before.n_embd == 2 * model.config.n_embd
+    )

@@ -80,22 +80,23 @@ def _fill(made: nn.Module, written: nn.Module) -> None:
 
 def _configuration(space: Space, choice: Choice) -> Any:
     """The model's configuration with the numbers of the subnet."""
-    config: Any = copy.deepcopy(space.model.config)
+    before: Any = space.model.config
+    config: Any = copy.deepcopy(before)
     fields = {name: value for name, value in config.to_dict().items() if _kinds(name)}
     active = [d for d in space.dimensions if d.name not in choice.inactive]
     depths: dict[int, int] = {}
     for name, value in fields.items():
-        full = value if value is not None else _unsaid(name, config)
+        full = value if value is not None else _unsaid(name, before)
         if type(full) is not int:
             continue
         mine = [d for d in active if _concerns(name, d, fields)]
-        new = _number(name, full, mine, choice, config)
+        new = _number(name, full, mine, choice, before)
         if new != full:
             setattr(config, name, new)
             if Kind.DEPTH in _kinds(name):
                 depths[full] = new
     for name, value in config.to_dict().items():  # what there is of each layer, such as `layer_types`
-        if isinstance(value, (list, tuple)) and len(value) in depths and not _kinds(name):
+        if isinstance(value, (list, tuple)) and len(value) in depths and "layer" in name:
             setattr(config, name, value[: depths[len(value)]])
     return config
 
