@@ -67,7 +67,7 @@ class Host:
         paths = {kind: Path(f"/proc/{os.getpid()}/fd/{file.fileno()}") for kind, file in self._files.items()}
         # Its children import what it can import itself: what Ray brought here, and what is installed here.
         environment = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._processes = LocalProcesses(paths, logs, [environment], owns_payloads=False)
+        self._processes = LocalProcesses(paths, logs, {slot: environment}, owns_payloads=False)
         self._watched = False
 
     async def spawn(self, number: int, kind: str) -> None:
@@ -76,7 +76,7 @@ class Host:
             asyncio.get_running_loop().add_reader(self._processes.fileno(), self._hear)
             self._watched = True
         try:
-            child = self._processes.spawn(kind, 0)
+            child = self._processes.spawn(kind, self._slot)
         except ExplorationError as error:
             self._tell([(number, Lost(str(error), False))])
             return

@@ -82,7 +82,8 @@ def _local(where: Where, setups: Mapping[str, Any], here: Generator | None, fold
     payloads = {kind: folder / f"{kind}.payload" for kind in setups}
     for kind, setup in setups.items():
         write(payloads[kind], of_here(setup))
-    return WorkersEngine(LocalProcesses(payloads, folder / "logs", environment), workers=workers, here=here)
+    processes = LocalProcesses(payloads, folder / "logs", dict(enumerate(environment)))
+    return WorkersEngine(processes, workers=workers, here=here)
 
 
 def _ray(where: Where, setups: Mapping[str, Any], here: Generator | None, folder: Path) -> Engine:
