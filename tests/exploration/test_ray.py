@@ -60,6 +60,23 @@ def parent_of(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+@pytest.mark.skipif(not os.environ.get("GRAPHOPT_SOAK"), reason="takes minutes: make soak")
+def test_soak_a_cluster_of_its_own_is_begun_and_ended(tmp_path):
+    """Where none runs on this machine: before the one of this module is begun."""
+    code = (
+        "import ray\n"
+        "from graphopt.exploration import explore\n"
+        "from tests.exploration.searches import BOWL, bowl\n"
+        "study = explore(None, bowl, hyper_parameters=BOWL, trials=20, workers=3, on='ray', progress=False)\n"
+        "print(study.counts(), ray.is_initialized())\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)},
+                         capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert run.stdout.strip() == "{'done': 20} False", run.stderr
+    assert not on_ray()
+
+
 def test_a_search_is_the_same_though_its_host_a_node_and_a_generator_die_and_a_node_comes_late(cluster, tmp_path):
     """F1 and F10. One of two workers waits for its node from the beginning."""
     store, known, seen = tmp_path / "s.db", {}, {}
@@ -163,6 +180,20 @@ def test_what_a_script_defines_travels_and_its_workers_end_with_it(cluster, tmp_
     out, error = again.communicate(timeout=60)
     assert again.returncode == 0, error
     assert out.strip() == f"{{'done': {len(ended(store))}}}" and known.items() <= ended(store).items()
+
+
+def test_a_token_that_the_cluster_does_not_know_is_told(cluster):
+    """F10. This cluster has none. Ray lets such a driver in, and then its actors never begin."""
+    code = (
+        "from graphopt.exploration import explore\n"
+        "from tests.exploration.searches import BOWL, bowl\n"
+        "explore(None, bowl, hyper_parameters=BOWL, trials=2, workers=1, on='ray', progress=False)\n"
+    )
+    environment = os.environ | {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True,
+                         timeout=120)  # fmt: skip
+    assert run.returncode == 1 and "ExplorationError" in run.stderr, run.stderr
+    assert "RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN" in run.stderr
 
 
 def test_workers_that_find_no_place_are_told(cluster, monkeypatch):

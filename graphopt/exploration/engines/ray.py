@@ -40,6 +40,10 @@ __all__ = ["RayProcesses", "join", "room_for"]
 _STORE_BYTES = 80 * 2**20  # the least that Ray takes; payloads that do not fit go to disk
 _SAY_AFTER = 30.0
 _GOODBYE = 3.0
+_TOKENS = (
+    ". If Ray uses tokens, set RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN for the cluster, all its machines and "
+    "this process; else set RAY_AUTH_MODE=disabled everywhere"
+)
 
 
 class Host:
@@ -219,7 +223,7 @@ class RayProcesses:
                 ray.wait(goodbyes, num_returns=len(goodbyes), timeout=_GOODBYE)
         finally:
             for placed in hosts:  # also those that still wait for a place
-                ray.kill(placed.actor)
+                _end(placed.actor)
             self._placed.clear()
             self._of.clear()
             self._listening.clear()
@@ -237,11 +241,14 @@ class RayProcesses:
 
     def _host_lost(self, placed: _Placed, error: RayError) -> list[tuple[int, Message | Lost]]:
         """Its processes are gone too, or will be at once: they end with their connection to it."""
-        ray.kill(placed.actor)  # it may be out of reach only: it must not go on with a trial that is begun elsewhere
+        _end(placed.actor)  # it may be out of reach only: it must not go on with a trial that is begun elsewhere
         del self._placed[placed.slot]
         # An actor that could not be made at all will not be made elsewhere either.
         killed = isinstance(error, RayActorError) and placed.reached
-        heard = [(number, Lost(f"its host is gone: {error}", killed)) for number in sorted(placed.numbers)]
+        cause = f"its host is gone: {error}"
+        if "all references to the actor were removed" in cause:  # they were not: the cluster cannot ask this process
+            cause += f"\nThe cluster cannot reach this process, or does not trust it{_TOKENS}"
+        heard = [(number, Lost(cause, killed)) for number in sorted(placed.numbers)]
         for number in list(placed.numbers):
             self._forget(number)
         return list(heard)
@@ -292,14 +299,19 @@ def room_for(resources: Mapping[str, float]) -> int:
     return max(1, int(min((there.get(name, 0) // amount for name, amount in resources.items() if amount), default=1)))
 
 
+def _end(actor: Any) -> None:
+    """End an actor, wherever it is and whether it has begun."""
+    try:
+        ray.kill(actor)
+    except RayError:
+        pass  # it never began, and will not
+
+
 def _refused(error: BaseException) -> ExplorationError:
     text = str(error).strip()
     hint = ""
     if "token" in text.lower() or "auth" in text.lower():
-        hint = (
-            ". The cluster asks for a token: set RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN for the cluster, all "
-            "its machines and this process"
-        )
+        hint = _TOKENS
     where = os.environ.get("RAY_ADDRESS")
     return ExplorationError(
         f"on='ray': the cluster{f' at {where} (RAY_ADDRESS)' if where else ''} cannot be joined: {text}{hint}"

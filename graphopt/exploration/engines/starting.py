@@ -93,6 +93,7 @@ def _ray(where: Where, setups: Mapping[str, Any], here: Generator | None, folder
         from graphopt.exploration.engines.ray import RayProcesses, join, room_for
     except ImportError as error:
         raise ExplorationError(f"on='ray' needs Ray: pip install 'graphopt[ray]' ({error})") from error
+    folder.mkdir(parents=True, exist_ok=True)  # hosts that find it write their logs there
     resources = dict(where.resources or {})
     cpus = float(resources.setdefault("CPU", where.threads or 1))
     begun_here = join(where.workers, cpus)
