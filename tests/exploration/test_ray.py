@@ -207,7 +207,7 @@ def test_workers_that_find_no_place_are_told(cluster, monkeypatch):
 
 
 def test_a_cluster_that_cannot_be_joined_is_told(monkeypatch):
-    from graphopt.exploration.engines import ray as engine
+    from graphopt.exploration.engines import joining
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
@@ -221,11 +221,12 @@ def test_a_cluster_that_cannot_be_joined_is_told(monkeypatch):
 
         monkeypatch.setattr(ray, "init", init)
         with pytest.raises(ExplorationError, match=told):
-            engine.join(1, 1.0)
+            joining.join(1, 1.0)
 
 
 def test_without_ray_it_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "graphopt.exploration.engines.ray", raising=False)
+    for name in ("joining", "ray"):
+        monkeypatch.delitem(sys.modules, f"graphopt.exploration.engines.{name}", raising=False)
     with pytest.raises(ExplorationError, match=r"pip install 'graphopt\[ray\]'"):
         explore(None, troubled, hyper_parameters={"do": choice("a", "b")}, trials=1, on="ray", progress=False)

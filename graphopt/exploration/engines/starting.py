@@ -90,7 +90,8 @@ def _ray(where: Where, setups: Mapping[str, Any], here: Generator | None, folder
     try:
         import ray
 
-        from graphopt.exploration.engines.ray import RayProcesses, join, room_for
+        from graphopt.exploration.engines.joining import join, room_for
+        from graphopt.exploration.engines.ray import RayProcesses
     except ImportError as error:
         raise ExplorationError(f"on='ray' needs Ray: pip install 'graphopt[ray]' ({error})") from error
     folder.mkdir(parents=True, exist_ok=True)  # hosts that find it write their logs there
