@@ -57,7 +57,7 @@ def test_the_end_of_a_process_is_noticed_at_once(tmp_path):
     """F1. Of one that is at work and says nothing."""
     setup = TrainerSetup(small_space(), None, slow_bowl, Objectives("score"), ASHA(), tmp_path)
     write(tmp_path / "payload", of_here(setup))
-    processes = LocalProcesses({"trainer": tmp_path / "payload"}, tmp_path / "logs", [{}])
+    processes = LocalProcesses({"trainer": tmp_path / "payload"}, tmp_path / "logs", {0: {}})
     try:
         process = processes.spawn("trainer", 0)
         assert processes.wait(30) == [(process, ("ready",))]

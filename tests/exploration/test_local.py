@@ -206,13 +206,12 @@ def test_soak(tmp_path):
     import random
 
     store, chance = tmp_path / "s.db", random.Random(0)
-    expected = explore(
-        None, bowl, hyper_parameters=BOWL, trials=800, on="inline", reproducible=True, window=6, progress=False
-    )
+    options = {"trials": 800, "reproducible": True, "window": 6, "proposer": "evolve", "progress": False}
+    expected = explore(None, bowl, hyper_parameters=BOWL, on="inline", **options)
     kills, masters, known, slowest = 0, 0, {}, 0.0
     while masters < 20 or kills < 100:
         assert len(known) < 780, "the study ended before all was killed"
-        master = script(tmp_path, trials=800)
+        master = script(tmp_path, **options)
         try:
             begun = len(done(store))
             wait_for(lambda begun=begun: len(done(store)) > begun, 60)
@@ -236,14 +235,10 @@ def test_soak(tmp_path):
             master.kill()
             master.communicate()
         assert known.items() <= done(store).items()
-    assert slowest < 1.0
-    study = explore(
-        None, slow_bowl, hyper_parameters=BOWL, trials=800, store=store, workers=2, reproducible=True, window=6,
-        progress=False,
-    )  # fmt: skip
-    assert known.items() <= {t.number: t.scores for t in study.trials("done")}.items()
-    assert [(t.key, t.scores) for t in study.trials()] == [(t.key, t.scores) for t in expected.trials()]
+    study = explore(None, slow_bowl, hyper_parameters=BOWL, store=store, workers=2, **options)
     again = sum(t.attempts for t in study.trials()) - len(study)
-    assert again <= kills + 2 * masters
     print(f"\n{kills} workers and {masters} masters killed: {len(known)} results known before the end, none lost; "
           f"{again} attempts repeated; the last orphan ended after {slowest:.2f} s")  # fmt: skip
+    assert known.items() <= {t.number: t.scores for t in study.trials("done")}.items()
+    assert [(t.key, t.scores) for t in study.trials()] == [(t.key, t.scores) for t in expected.trials()]
+    assert slowest < 1.0 and again <= kills + 2 * masters

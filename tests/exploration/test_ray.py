@@ -60,6 +60,23 @@ def parent_of(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+@pytest.mark.skipif(not os.environ.get("GRAPHOPT_SOAK"), reason="takes minutes: make soak")
+def test_soak_a_cluster_of_its_own_is_begun_and_ended(tmp_path):
+    """Where none runs on this machine: before the one of this module is begun."""
+    code = (
+        "import ray\n"
+        "from graphopt.exploration import explore\n"
+        "from tests.exploration.searches import BOWL, bowl\n"
+        "study = explore(None, bowl, hyper_parameters=BOWL, trials=20, workers=3, on='ray', progress=False)\n"
+        "print(study.counts(), ray.is_initialized())\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)},
+                         capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert run.stdout.strip() == "{'done': 20} False", run.stderr
+    assert not on_ray()
+
+
 def test_a_search_is_the_same_though_its_host_a_node_and_a_generator_die_and_a_node_comes_late(cluster, tmp_path):
     """F1 and F10. One of two workers waits for its node from the beginning."""
     store, known, seen = tmp_path / "s.db", {}, {}
@@ -165,6 +182,20 @@ def test_what_a_script_defines_travels_and_its_workers_end_with_it(cluster, tmp_
     assert out.strip() == f"{{'done': {len(ended(store))}}}" and known.items() <= ended(store).items()
 
 
+def test_a_token_that_the_cluster_does_not_know_is_told(cluster):
+    """F10. This cluster has none. Ray lets such a driver in, and then its actors never begin."""
+    code = (
+        "from graphopt.exploration import explore\n"
+        "from tests.exploration.searches import BOWL, bowl\n"
+        "explore(None, bowl, hyper_parameters=BOWL, trials=2, workers=1, on='ray', progress=False)\n"
+    )
+    environment = os.environ | {"RAY_ADDRESS": cluster.address, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a" * 64}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True,
+                         timeout=120)  # fmt: skip
+    assert run.returncode == 1 and "ExplorationError" in run.stderr, run.stderr
+    assert "RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN" in run.stderr
+
+
 def test_workers_that_find_no_place_are_told(cluster, monkeypatch):
     from graphopt.exploration.engines import ray as engine
 
@@ -176,7 +207,7 @@ def test_workers_that_find_no_place_are_told(cluster, monkeypatch):
 
 
 def test_a_cluster_that_cannot_be_joined_is_told(monkeypatch):
-    from graphopt.exploration.engines import ray as engine
+    from graphopt.exploration.engines import joining
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
@@ -190,11 +221,12 @@ def test_a_cluster_that_cannot_be_joined_is_told(monkeypatch):
 
         monkeypatch.setattr(ray, "init", init)
         with pytest.raises(ExplorationError, match=told):
-            engine.join(1, 1.0)
+            joining.join(1, 1.0)
 
 
 def test_without_ray_it_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "graphopt.exploration.engines.ray", raising=False)
+    for name in ("joining", "ray"):
+        monkeypatch.delitem(sys.modules, f"graphopt.exploration.engines.{name}", raising=False)
     with pytest.raises(ExplorationError, match=r"pip install 'graphopt\[ray\]'"):
         explore(None, troubled, hyper_parameters={"do": choice("a", "b")}, trials=1, on="ray", progress=False)

@@ -23,7 +23,7 @@ class LocalProcesses:
     Args:
         payloads: files with what each kind of process needs (`payload.write`).
         logs: folder for what they write.
-        environment: variables for the processes of each slot: a device of its own, for example.
+        environment: variables for the processes of a slot, by its number: a device of its own, for example.
         owns_payloads: whether the files are removed at the end.
     """
 
@@ -31,7 +31,7 @@ class LocalProcesses:
         self,
         payloads: Mapping[str, Path],
         logs: Path,
-        environment: Sequence[Mapping[str, str]],
+        environment: Mapping[int, Mapping[str, str]],
         *,
         owns_payloads: bool = True,
     ):

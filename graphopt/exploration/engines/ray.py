@@ -14,7 +14,6 @@ cluster can hold, for machines that join later.
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import sys
 import tempfile
@@ -30,14 +29,14 @@ from ray import cloudpickle
 from ray.exceptions import RayActorError, RayError
 
 from graphopt.errors import ExplorationError, GraphoptWarning
+from graphopt.exploration.engines.joining import TOKENS, held
 from graphopt.exploration.engines.local import LocalProcesses
 from graphopt.exploration.engines.workers import Lost, Message
 from graphopt.exploration.payload import of_afar
 from graphopt.exploration.processes import Child
 
-__all__ = ["RayProcesses", "join", "room_for"]
+__all__ = ["RayProcesses"]
 
-_STORE_BYTES = 80 * 2**20  # the least that Ray takes; payloads that do not fit go to disk
 _SAY_AFTER = 30.0
 _GOODBYE = 3.0
 
@@ -67,7 +66,7 @@ class Host:
         paths = {kind: Path(f"/proc/{os.getpid()}/fd/{file.fileno()}") for kind, file in self._files.items()}
         # Its children import what it can import itself: what Ray brought here, and what is installed here.
         environment = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        self._processes = LocalProcesses(paths, logs, [environment], owns_payloads=False)
+        self._processes = LocalProcesses(paths, logs, {slot: environment}, owns_payloads=False)
         self._watched = False
 
     async def spawn(self, number: int, kind: str) -> None:
@@ -76,7 +75,7 @@ class Host:
             asyncio.get_running_loop().add_reader(self._processes.fileno(), self._hear)
             self._watched = True
         try:
-            child = self._processes.spawn(kind, 0)
+            child = self._processes.spawn(kind, self._slot)
         except ExplorationError as error:
             self._tell([(number, Lost(str(error), False))])
             return
@@ -219,7 +218,7 @@ class RayProcesses:
                 ray.wait(goodbyes, num_returns=len(goodbyes), timeout=_GOODBYE)
         finally:
             for placed in hosts:  # also those that still wait for a place
-                ray.kill(placed.actor)
+                _end(placed.actor)
             self._placed.clear()
             self._of.clear()
             self._listening.clear()
@@ -237,11 +236,14 @@ class RayProcesses:
 
     def _host_lost(self, placed: _Placed, error: RayError) -> list[tuple[int, Message | Lost]]:
         """Its processes are gone too, or will be at once: they end with their connection to it."""
-        ray.kill(placed.actor)  # it may be out of reach only: it must not go on with a trial that is begun elsewhere
+        _end(placed.actor)  # it may be out of reach only: it must not go on with a trial that is begun elsewhere
         del self._placed[placed.slot]
         # An actor that could not be made at all will not be made elsewhere either.
         killed = isinstance(error, RayActorError) and placed.reached
-        heard = [(number, Lost(f"its host is gone: {error}", killed)) for number in sorted(placed.numbers)]
+        cause = f"its host is gone: {error}"
+        if "all references to the actor were removed" in cause:  # they were not: the cluster cannot ask this process
+            cause += f"\nThe cluster cannot reach this process, or does not trust it{TOKENS}"
+        heard = [(number, Lost(cause, killed)) for number in sorted(placed.numbers)]
         for number in list(placed.numbers):
             self._forget(number)
         return list(heard)
@@ -254,58 +256,15 @@ class RayProcesses:
         if waiting:
             warnings.warn(
                 f"{waiting} of {len(self._placed)} workers wait for a place in the Ray cluster: each takes "
-                f"{self._resources}, and the cluster has {_of_cluster()}. They begin when machines join, or "
+                f"{self._resources}, and the cluster has {held()}. They begin when machines join, or "
                 "others end; resources= says what a worker takes",
                 GraphoptWarning,
             )
 
 
-def join(workers: int | None, cpus: float) -> bool:
-    """Join a Ray cluster: the one that this process is connected to already; that of ``RAY_ADDRESS``; one that runs on
-    this machine; else begin one here, for ``workers`` of so many ``cpus``. Returns whether it was begun here.
-
-    Raises ExplorationError where the cluster cannot be joined.
-    """
-    if ray.is_initialized():
-        return False
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
+def _end(actor: Any) -> None:
+    """End an actor, wherever it is and whether it has begun."""
     try:
-        ray.init(address="auto", **quiet)
-        return False
-    except ConnectionError as error:
-        if os.environ.get("RAY_ADDRESS"):
-            raise _refused(error) from error
-    except (RayError, RuntimeError, ValueError) as error:
-        raise _refused(error) from error
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(
-        address="local", num_cpus=max(cores, math.ceil((workers or 1) * cpus)), include_dashboard=False,
-        object_store_memory=_STORE_BYTES, **quiet,
-    )  # fmt: skip
-    return True
-
-
-def room_for(resources: Mapping[str, float]) -> int:
-    """How many workers that take ``resources`` each the cluster has room for now; at least 1."""
-    there = ray.cluster_resources()
-    return max(1, int(min((there.get(name, 0) // amount for name, amount in resources.items() if amount), default=1)))
-
-
-def _refused(error: BaseException) -> ExplorationError:
-    text = str(error).strip()
-    hint = ""
-    if "token" in text.lower() or "auth" in text.lower():
-        hint = (
-            ". The cluster asks for a token: set RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN for the cluster, all "
-            "its machines and this process"
-        )
-    where = os.environ.get("RAY_ADDRESS")
-    return ExplorationError(
-        f"on='ray': the cluster{f' at {where} (RAY_ADDRESS)' if where else ''} cannot be joined: {text}{hint}"
-    )
-
-
-def _of_cluster() -> dict[str, float]:
-    found = ray.cluster_resources()
-    return {name: found[name] for name in sorted(found) if not name.startswith(("node:", "object_store", "memory"))}
+        ray.kill(actor)
+    except RayError:
+        pass  # it never began, and will not

@@ -95,16 +95,19 @@ def _local(where: Where, setups: Mapping[str, Any], here: Generator | None, fold
     payloads = {kind: folder / f"{kind}.payload" for kind in setups}
     for kind, setup in setups.items():
         write(payloads[kind], of_here(setup))
-    return WorkersEngine(LocalProcesses(payloads, folder / "logs", environment), workers=workers, here=here)
+    processes = LocalProcesses(payloads, folder / "logs", dict(enumerate(environment)))
+    return WorkersEngine(processes, workers=workers, here=here)
 
 
 def _ray(where: Where, setups: Mapping[str, Any], here: Generator | None, folder: Path) -> Engine:
     try:
         import ray
 
-        from graphopt.exploration.engines.ray import RayProcesses, join, room_for
+        from graphopt.exploration.engines.joining import join, room_for
+        from graphopt.exploration.engines.ray import RayProcesses
     except ImportError as error:
         raise ExplorationError(f"on='ray' needs Ray: pip install 'graphopt[ray]' ({error})") from error
+    folder.mkdir(parents=True, exist_ok=True)  # hosts that find it write their logs there
     resources = dict(where.resources or {})
     cpus = float(resources.setdefault("CPU", where.threads or 1))
     begun_here = join(where.workers, cpus)
