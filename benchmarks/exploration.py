@@ -77,7 +77,7 @@ def picked(problem: Problem, history: History, results: int | None = None) -> fl
 
 
 def quality(rows: list[dict[str, Any]], seeds: int, trials: int, space: str, proposer: str) -> Iterator[None]:
-    """Add to the row of a space and a proposer in ``rows`` the seeds that it lacks, one after the other: what was picked
+    """Add to the row of a space and a proposer in ``rows`` the seeds that it lacks, one after another: what was picked
     after all results and after a quarter of them."""
     row = next((r for r in rows if (r["space"], r["proposer"], r["trials"]) == (space, proposer, trials)), None)
     if row is None:

@@ -138,7 +138,7 @@ def _trained(
     space: Space, trial: Training, sizes: Mapping[str, Any], hyper_parameters: Mapping[str, Any], unseen: Images,
     seed: int,
 ) -> tuple[float, float]:  # fmt: skip
-    """Percentages on the validation images and on unseen ones of a subnet that is trained as in the final retraining."""
+    """Percentages on validation images and on unseen ones of a subnet that is trained as in the final retraining."""
     net = space.extract(space.choice(sizes))
     with tempfile.TemporaryDirectory(prefix="graphopt-real-") as folder:
         found = trial(net, hyper_parameters, Context(0, 1000 * seed, Path(folder), effort=EFFORT, final=True))

@@ -276,7 +276,7 @@ class SearchSpace:
     def neighbours(self, point: Point, random: np.random.Generator, most: int = 8) -> list[Point]:
         """All points that differ from ``point``, a canonical one, in one knob that counts; of a knob with more than
         ``most`` other values the next ones to both sides, and some by chance."""
-        found = []
+        found: list[Point] = []
         for place in self._able(self.active(point), None):
             now, size = point[place], self.knobs[place].size
             values = [value for value in range(size) if value != now]
