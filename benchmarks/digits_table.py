@@ -67,7 +67,8 @@ def supernet(channels: int = 16, blocks: int = 3) -> Space:
     shares = (0.25, 0.5, 1.0)
     sizes = {Kind.EMBEDDING: shares, Kind.WIDTH: shares}
     return graphopt.elastic.space(
-        model, torch.randn(BATCH, 1, 8, 8), choices={**sizes, Kind.DEPTH: tuple(range(1, blocks + 1)), "kernel": (3, 5)},
+        model, torch.randn(BATCH, 1, 8, 8),
+        choices={**sizes, Kind.DEPTH: tuple(range(1, blocks + 1)), "kernel": (3, 5)},
         tied={"hidden": Kind.WIDTH, "kernel": "3.*.kernel"}, names={Kind.DEPTH: "depth"},
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ from scipy.linalg import LinAlgError, cho_solve, cholesky, solve_triangular
 
 __all__ = ["LARGEST", "Kernel", "Surrogate", "choose_kernel", "first_kernel", "rows_to_keep"]
 
-LARGEST = 300
+LARGEST = 200
 """Rows that a surrogate is made from at most: the best, the latest, and some of the others."""
 
 _CONSTANT = 1.0  # variance of what all results have in common, in units of that of the rest
