@@ -21,9 +21,6 @@ SOURCES = Path(os.environ.get("GRAPHOPT_DOCS_SOURCES", ROOT / "build" / "docs-so
 """A copy of the package with real folders, as griffe follows no links (``passes``, ``cost_model``). Builds that
 run at once need one each; ``mkdocs.yml`` reads the same variable."""
 
-AWAITED = ("commands.md", "integrations.md")
-"""Pages that have a place in the navigation and may not be written yet."""
-
 _OUTSIDE = re.compile(r"\[([^\]]+)\]\((?!https?:|#|docs/)([^)]+)\)")
 
 _UP = re.compile(r"\[([^\]]+)\]\((\.\./[^)\s]+)\)")
@@ -43,14 +40,14 @@ def on_config(config: Any) -> Any:
 def _filled(entry: Any) -> Any:
     """An entry of the navigation; ``passes/`` and ``api/`` stand for what is generated there."""
     if isinstance(entry, list):
-        return [there for one in entry if (there := _filled(one))]
+        return [_filled(one) for one in entry]
     if isinstance(entry, dict):
-        return {title: there for title, inner in entry.items() if (there := _filled(inner))}
+        return {title: _filled(inner) for title, inner in entry.items()}
     if entry == "passes/":
         return ["passes/index.md", *({each.name: each.page} for each in pass_pages.passes())]
     if entry == "api/":
         return [{each.title: each.page} for each in api_pages.PAGES]
-    return None if entry in AWAITED and not (ROOT / "docs" / entry).exists() else entry
+    return entry
 
 
 def on_files(files: Any, config: Any) -> Any:
