@@ -19,9 +19,7 @@ from tests.cost_model.machines import simple
 from tests.training import counted_captures, cross_entropy, mlp
 
 
-def run(
-    seconds: float, calls: int, machine: Machine | None = None, **settings: Any
-) -> tuple[TrainingStep, list[int]]:
+def run(seconds: float, calls: int, machine: Machine | None = None, **settings: Any) -> tuple[TrainingStep, list[int]]:
     """So many steps, of which each takes so many seconds; and the batch sizes at which they were captured."""
     torch.manual_seed(0)
     model = mlp()
