@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +16,7 @@ from graphopt.exploration.history import Trial
 from graphopt.exploration.progress import line
 from graphopt.exploration.store import read_study
 from graphopt.exploration.study import Study, open_study
+from graphopt.scripts import module_of
 
 __all__ = ["app"]
 
@@ -99,19 +98,13 @@ def _show(study: Study, trials: list[Trial]) -> None:
 
 
 def _arguments(target: str) -> dict[str, Any]:
-    """The arguments that ``SCRIPT.py:NAME`` says. The script is imported under its own name, from its own folder, so
-    that workers find its functions."""
+    """The arguments that ``SCRIPT.py:NAME`` says. Workers find the script's functions: it is imported under its own
+    name, from its own folder."""
     path, _, name = target.rpartition(":")
     script = Path(path)
     if not name or script.suffix != ".py" or not script.is_file():
         raise ExplorationError(f"target: expected SCRIPT.py:NAME of a file that exists, got {target!r}")
-    sys.path.insert(0, str(script.parent.absolute()))
-    spec = importlib.util.spec_from_file_location(script.stem, script)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[script.stem] = module
-    spec.loader.exec_module(module)
-    found = getattr(module, name, None)
+    found = getattr(module_of(path), name, None)
     if callable(found):
         found = found()
     if not isinstance(found, Mapping):

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -20,6 +15,7 @@ from graphopt.graph.capture import capture
 from graphopt.passes import GradientLiveness, PassResult, Pipeline
 from graphopt.schemes import Task
 from graphopt.schemes.captured_step import capture_task
+from graphopt.scripts import module_of
 from graphopt.step import PASSES
 
 FORM = "(model, batch), (model, batch, loss), (model, batch, loss, optimizer), or a dict with those keys"
@@ -55,7 +51,7 @@ def load_target(text: str) -> Target:
     place, _, name = text.rpartition(":")
     if not place or not name:
         raise GraphoptError(f"expected module:function or file.py:function, got {text!r}")
-    function = getattr(_module(place), name, None)
+    function = getattr(module_of(place), name, None)
     if not callable(function):
         raise GraphoptError(f"{place} has no function {name!r}")
     given = function()
@@ -70,24 +66,3 @@ def load_target(text: str) -> Target:
     if not isinstance(values.get("model"), nn.Module) or values.get("batch") is None:
         raise GraphoptError(f"{text} gave no model or no batch; expected {FORM}")
     return Target(text, **values)
-
-
-def _module(place: str) -> Any:
-    if place.endswith(".py"):
-        path = Path(place)
-        if not path.is_file():
-            raise GraphoptError(f"there is no file {place}")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module  # as an import does: classes of it can be looked up
-        spec.loader.exec_module(module)
-        return module
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (place == error.name or place.startswith(error.name + ".")):
-            raise GraphoptError(f"there is no module {place!r} here or on the Python path") from None
-        raise
