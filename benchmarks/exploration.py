@@ -1,37 +1,41 @@
 """How well and how cheaply a search finds good models.
 
-    python -m benchmarks.exploration                # quality, overhead, 10,000 trials; some minutes
-    python -m benchmarks.exploration quality --seeds 10 --trials 200
+    python -m benchmarks.exploration                # quality, overhead, scale; an hour, of which Optuna takes most
+    python -m benchmarks.exploration quality --spaces digits --proposers anneal evolve
+    python -m benchmarks.exploration real --seconds 300
 
-**Quality** on two spaces made by a formula, with eight simulated workers whose trials take different times (a fake
-clock: nothing is trained): ``interactions``, where knobs matter in products of two and three, so that no knob is good
-by itself; and ``elastic``, a net of stages with depth and widths (those of layers that are left out do not count),
-hyper-parameters that depend on its size, noise in the scores, and a budget of seconds a step that a third of all points
-keep. Each proposer runs with each seed; the figure is the true score of the model it would pick.
+**Quality** on the spaces of `benchmarks.exploration_spaces`, with eight simulated workers whose trials take different
+times (a fake clock: nothing is trained). Each proposer runs with each seed; the figure is the true score of the model
+that it would pick by the scores it saw.
 
 **Overhead**: seconds a trial for trials that do nothing. **Scale**: proposal, store and resume at 10,000 trials.
+**Real**: a search on digits with two workers, see `benchmarks.exploration_real`.
+
+Each part replaces its own part of the results; of quality only seeds that are missing are run, unless ``--anew``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 
+from benchmarks.exploration_spaces import SPACES, Problem, elastic
 from benchmarks.measure import machine_description, print_table, write_json
 from benchmarks.simulated_engine import SimulatedEngine
 from graphopt.errors import ExplorationError
-from graphopt.exploration import choice, linear, log
+from graphopt.exploration import linear
 from graphopt.exploration.gate import Gate
 from graphopt.exploration.generator import GeneratorSetup
 from graphopt.exploration.history import History
@@ -41,133 +45,67 @@ from graphopt.exploration.master import Master
 from graphopt.exploration.outcome import Objectives, Outcome
 from graphopt.exploration.pool import Model, Pool, Result
 from graphopt.exploration.proposers import answer, as_proposer
-from graphopt.exploration.search_space import Knob, SearchSpace
 from graphopt.exploration.sieve import Request
 
 RESULTS = Path(__file__).resolve().parent / "results" / "exploration.json"
 PROPOSERS = ("random", "evolve", "anneal_plain", "anneal", "optuna:TPESampler")
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A space, the true score of its points, the noise of a trial, and what a step costs (the budget is 1)."""
-
-    space: SearchSpace
-    score: Callable[[tuple[int, ...]], float]
-    noise: float = 0.0
-    seconds: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]] | None = None
-
-
-def interactions(seed: int) -> Problem:
-    """20 knobs of 4 values. The score is a sum of 40 tables over two or three knobs each, drawn by chance: what a knob
-    does depends on others, and averages of one knob tell little."""
-    random = np.random.default_rng([seed, 1])
-    knobs = [Knob(f"k{i}", "net", choice(0, 1, 2, 3)) for i in range(20)]
-    tables = []
-    for i in range(40):
-        places = random.choice(20, size=2 + i % 2, replace=False)
-        table = random.normal(size=(4,) * len(places))
-        for axis in range(table.ndim):  # no effect of a single knob
-            table -= table.mean(axis=axis, keepdims=True)
-        tables.append((places, table))
-
-    def score(point: tuple[int, ...]) -> float:
-        return sum(float(table[tuple(point[p] for p in places)]) for places, table in tables) / math.sqrt(40)
-
-    return Problem(SearchSpace(knobs), score)
-
-
-def elastic(seed: int) -> Problem:
-    """4 stages of up to 4 layers, a width each, and three hyper-parameters: 23 knobs."""
-    random = np.random.default_rng([seed, 2])
-    knobs = []
-    for s in range(4):
-        knobs.append(Knob(f"depth{s}", "net", choice(1, 2, 3, 4)))
-        for layer in range(4):
-            when = {f"depth{s}": list(range(layer + 1, 5))}
-            knobs.append(Knob(f"width{s}.{layer}", "net", choice(0.25, 0.5, 0.75, 1.0, when=when)))
-    knobs += [
-        Knob("lr", "hp", log(1e-4, 1e-1, steps=31)),
-        Knob("decay", "hp", linear(0, 0.1, steps=11)),
-        Knob("batch", "hp", choice(32, 64, 128, 256)),
-    ]
-    space = SearchSpace(knobs)
-    gain, decay = random.uniform(0.5, 2.0, (4, 4)), float(random.uniform(0.02, 0.08))
-    cost = random.uniform(0.5, 1.5, (4, 4)) * np.array([1.0, 1.5, 2.0, 3.0])[:, None]
-
-    def widths(sizes: Mapping[str, Any]) -> np.ndarray:
-        return np.array(
-            [[sizes[f"width{s}.{i}"] if i < sizes[f"depth{s}"] else 0.0 for i in range(4)] for s in range(4)]
-        )
-
-    def score(point: tuple[int, ...]) -> float:
-        sizes, hp = space.sizes(point), space.hyper_parameters(point)
-        w = widths(sizes)
-        capacity = float((gain * np.sqrt(w)).sum())
-        # A narrow layer between wide ones holds all back; the best rate falls with size and rises with the batch.
-        neck = min(float(w[s][: sizes[f"depth{s}"]].min()) for s in range(4))
-        best_lr = math.log10(0.03) - 0.05 * capacity + 0.5 * math.log10(hp["batch"] / 64)
-        off = (math.log10(hp["lr"]) - best_lr) ** 2
-        return 10 * math.log1p(capacity) + 4 * neck - 3 * off - 200 * (hp["decay"] - decay) ** 2 - (2 if off > 1 else 0)
-
-    def seconds(sizes: Mapping[str, Any], hp: Mapping[str, Any]) -> dict[str, Any]:
-        return {"step_seconds": float((cost * widths(sizes)).sum()) * (0.5 + hp["batch"] / 128)}
-
-    draws = [seconds(space.sizes(p), space.hyper_parameters(p))["step_seconds"]
-             for p in (space.sample(random) for _ in range(500))]  # fmt: skip
-    limit = float(np.quantile(draws, 0.35))
-    return Problem(space, score, 0.3, lambda sizes, hp: {"step_seconds": seconds(sizes, hp)["step_seconds"] / limit})
-
-
-SPACES: dict[str, Callable[[int], Problem]] = {"interactions": interactions, "elastic": elastic}
-
-
-def search(problem: Problem, proposer: str, trials: int, seed: int, workers: int = 8) -> tuple[float, History, float]:
-    """The true score of the model that a search picks, its history, and seconds of the proposer for each model."""
-    random = np.random.default_rng([seed, 3])
+def search(problem: Problem, proposer: str, trials: int, seed: int, workers: int = 8) -> tuple[History, float]:
+    """The history of a search on simulated workers, and seconds of the proposer for each model."""
     objectives = Objectives("score")
 
     def trial(number: int, point: tuple[int, ...]) -> tuple[Outcome, float]:
-        noisy = problem.score(point) + problem.noise * float(np.random.default_rng([seed, 4, number]).normal())
-        return Outcome("done", {"score": noisy}, "", 1.0), float(random.uniform(0.5, 2.0))
+        random = np.random.default_rng([seed, 4, number])
+        found, seconds = problem.measured(point, random), problem.seconds(point, random)
+        return objectives.outcome(found, {}, seconds), seconds
 
-    budget = {"step_seconds": 1.0} if problem.seconds is not None else {}
-    setup = GeneratorSetup(problem.space, as_proposer(proposer), seed, budget, problem.seconds, 0.9, learns=False)
+    budget = {name: 1.0 for name in ("step_seconds", "peak_bytes")} if problem.needs is not None else {}
+    setup = GeneratorSetup(problem.space, as_proposer(proposer), seed, budget, problem.needs, 0.9, learns=False)
     engine = SimulatedEngine(setup, trial, speeds=[1.0] * workers)
     history = History(problem.space, objectives)
     Master(engine, history, Limits(trials=trials, ahead=workers), seed, lambda events: None).run()
-    best = max(history.done(), key=lambda t: t.metrics["score"])
-    return problem.score(best.point), history, engine.proposing / trials
+    assert len({t.key for t in history.trials}) == len(history.trials), "a model was tried twice"
+    return history, engine.proposing / trials
 
 
-def quality(seeds: int, trials: int, proposers: Sequence[str] = PROPOSERS) -> list[dict[str, Any]]:
-    """A row for each space and proposer: mean true score, and its gain over random search within the same seed."""
-    rows = []
-    for name, make in SPACES.items():
-        found: dict[str, list[float]] = {}
-        took: dict[str, float] = {}
-        for proposer in proposers:
-            try:
-                as_proposer(proposer)
-            except ExplorationError as error:
-                print(f"{proposer} is left out: {error}")
-                continue
-            runs = [search(make(seed), proposer, trials, seed) for seed in range(seeds)]
-            found[proposer] = [score for score, _, _ in runs]
-            took[proposer] = mean(seconds for _, _, seconds in runs)
-            for _, history, _ in runs:
-                assert len({t.key for t in history.trials}) == trials, "a model was tried twice"
-        for proposer, scores in found.items():
-            behind = [a - b for a, b in zip(found["anneal"], scores)]
-            rows.append(
-                {
-                    "space": name, "proposer": proposer, "score": mean(scores), "gain over random":
-                    mean(s - r for s, r in zip(scores, found["random"])), "anneal is ahead by": mean(behind),
-                    "standard error": _standard_error(behind), "seconds a model": took[proposer],
-                    "seeds": seeds, "trials": trials,
-                }
-            )  # fmt: skip
-    return rows
+def picked(problem: Problem, history: History, results: int | None = None) -> float:
+    """The true score of the model with the best score of the first ``results`` results (of all)."""
+    trials = [history.trials[number] for number in history.ended[:results]]
+    best = max((trial for trial in trials if trial.scores), key=lambda trial: trial.scores[0])
+    return problem.score(best.point)
+
+
+def quality(rows: list[dict[str, Any]], seeds: int, trials: int, space: str, proposer: str) -> Iterator[None]:
+    """Add to the row of a space and a proposer in ``rows`` the seeds that it lacks, one after another: what was picked
+    after all results and after a quarter of them."""
+    row = next((r for r in rows if (r["space"], r["proposer"], r["trials"]) == (space, proposer, trials)), None)
+    if row is None:
+        row = {"space": space, "proposer": proposer, "trials": trials, "seeds": [], "scores": [], "after a quarter": [],
+               "seconds a model": []}  # fmt: skip
+        rows.append(row)
+    for seed in sorted({*range(seeds)} - {*row["seeds"]}):
+        problem = SPACES[space](seed)
+        history, seconds = search(problem, proposer, trials, seed)
+        found = picked(problem, history), picked(problem, history, trials // 4), seconds
+        for name, value in zip(("seeds", "scores", "after a quarter", "seconds a model"), (seed, *found)):
+            row[name].append(float(f"{value:.6g}") if name != "seeds" else value)
+        yield
+
+
+def compared(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The table of `quality`: means, and how far `anneal` is ahead in the seeds that both have."""
+    found = []
+    for row in rows:
+        ours = next((r for r in rows if r["space"] == row["space"] and r["proposer"] == "anneal"), row)
+        line = {"space": row["space"], "proposer": row["proposer"], "seeds": len(row["seeds"])}
+        for name, told in (("scores", "score"), ("after a quarter", "after a quarter")):
+            theirs = dict(zip(row["seeds"], row[name]))
+            ahead = [score - theirs[seed] for seed, score in zip(ours["seeds"], ours[name]) if seed in theirs]
+            line |= {told: mean(row[name]), "anneal is ahead" if told == "score" else "ahead":
+                     f"{mean(ahead):.3g} +- {_standard_error(ahead):.2g}" if row is not ours else ""}  # fmt: skip
+        found.append(line | {"ms a model": 1e3 * mean(row["seconds a model"])})
+    return found
 
 
 def _standard_error(values: Sequence[float]) -> float:
@@ -252,11 +190,12 @@ def _proposal(trials: int) -> dict[str, float]:
             pool.add_result(Result(number, "done", (problem.score(point),)))
     proposer, taken, used = as_proposer("anneal"), [], []
     for i in range(12):
-        gate = Gate(problem.space, {"step_seconds": 1.0}, problem.seconds)
+        gate = Gate(problem.space, {"step_seconds": 1.0}, problem.needs)
         start, before = time.perf_counter(), _cpu()
-        answer(proposer, 0, Request(i, 2, trials, trials), pool.view(trials, trials), gate)
+        found = answer(proposer, 0, Request(i, 2, trials, trials), pool.view(trials, trials), gate)
         taken.append((time.perf_counter() - start) / 2)
         used.append((_cpu() - before) / 2)
+        assert len(found.models) == 2
     return {"first": taken[0], "median": float(np.median(taken)), "median cpu": float(np.median(used))}
 
 
@@ -266,19 +205,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("parts", nargs="*", default=["quality", "overhead", "scale"])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--trials", type=int, default=200)
-    parser.add_argument("--proposers", nargs="+", default=PROPOSERS, help="random and anneal among them")
+    parser.add_argument("--spaces", nargs="+", default=list(SPACES), choices=list(SPACES))
+    parser.add_argument("--proposers", nargs="+", default=PROPOSERS)
+    parser.add_argument("--anew", action="store_true", help="all seeds again, not only those that are missing")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of the real run, with its supernet")
+    parser.add_argument("--busy", action="store_true", help="the real run on a machine whose clocks mean nothing")
     parser.add_argument("--json", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
-    found: dict[str, Any] = {"machine": machine_description()}
+    found: dict[str, Any] = json.loads(given.json.read_text()) if given.json.exists() else {}
+    found["machine"] = machine_description()
     if "quality" in given.parts:
-        found["quality"] = quality(given.seeds, given.trials, given.proposers)
-        print_table(found["quality"], title=f"{given.trials} trials, 8 simulated workers, {given.seeds} seeds")
+        asked = [(space, proposer) for space, proposer in product(given.spaces, given.proposers)]
+        rows = [
+            row for row in found.get("quality", ()) if not given.anew or (row["space"], row["proposer"]) not in asked
+        ]
+        found["quality"] = rows
+        for space, proposer in asked:
+            try:
+                as_proposer(proposer)
+            except ExplorationError as error:
+                print(f"{proposer} is left out: {error}")
+                continue
+            for _ in quality(rows, given.seeds, given.trials, space, proposer):
+                write_json(given.json, found)  # an interrupted run loses nothing
+        print_table(compared(rows), title=f"{given.trials} trials, 8 simulated workers")
     if "overhead" in given.parts:
         found["overhead"] = overhead()
         print_table(found["overhead"], title="trials that do nothing")
     if "scale" in given.parts:
         found["scale"] = scale()
         print(found["scale"])
+    if "real" in given.parts:
+        from benchmarks.exploration_real import real
+
+        found["real"] = real(given.seconds, given.busy)
+        print(json.dumps(found["real"], indent=1))
     write_json(given.json, found)
 
 

@@ -22,7 +22,8 @@ from graphopt.exploration.hyper_parameters import HyperParameter
 
 __all__ = ["Elastic", "Knob", "ModelFunction", "Point", "SearchSpace", "search_space"]
 
-_KNOWN = 10_000  # points of which it is kept which knobs count
+_KNOWN = 10_000  # cases of which it is kept which knobs count
+_LEVELS = 33  # values of an ordered knob that surrogates tell apart
 
 Point = tuple[int, ...]
 """An index into the values of each knob."""
@@ -112,8 +113,9 @@ class SearchSpace:
         self._conditions = [
             [self._condition(knob, {**way, **knob.range.when}) for way in knob.ways or ({},)] for knob in self.knobs
         ]
-        # Few knobs have conditions; chains of moves come by the same points again and again.
+        # Few knobs have conditions, and few decide over others: chains of moves come by the same cases again and again.
         self._order = [i for i in self._dependencies_first() if any(self._conditions[i])]
+        self._deciding = sorted({place for ways in self._conditions for way in ways for place, _ in way})
         self._known: dict[Point, tuple[bool, ...]] = {}
         self._movable: dict[tuple[tuple[bool, ...], str | None], list[int]] = {}
         self.free = tuple(i for i, knob in enumerate(self.knobs) if knob.size > 1)
@@ -160,7 +162,8 @@ class SearchSpace:
 
     def active(self, point: Point) -> tuple[bool, ...]:
         """Which knobs count at ``point``."""
-        known = self._known.get(point)
+        case = tuple([point[place] for place in self._deciding])
+        known = self._known.get(case)
         if known is None:
             counts = [True] * len(self.knobs)
             for i in self._order:
@@ -170,7 +173,7 @@ class SearchSpace:
                 )
             if len(self._known) >= _KNOWN:
                 self._known.clear()
-            known = self._known[point] = tuple(counts)
+            known = self._known[case] = tuple(counts)
         return known
 
     def canonical(self, point: Point) -> Point:
@@ -270,24 +273,62 @@ class SearchSpace:
             if self.canonical(point) == point:
                 yield point
 
-    @cached_property
-    def _columns(self) -> tuple[list[tuple[int, int | None]], np.ndarray]:
-        """Features: a column for an ordered knob, one for each value of another; and the weight of each."""
-        columns: list[tuple[int, int | None]] = []
-        for i in self.free:
-            values = [None] if self.knobs[i].range.ordered else list(range(self.knobs[i].size))
-            columns += [(i, value) for value in values]
-        return columns, np.array([1.0 if value is None else 0.5 for _, value in columns])
+    def neighbours(self, point: Point, random: np.random.Generator, most: int = 8) -> list[Point]:
+        """All points that differ from ``point``, a canonical one, in one knob that counts; of a knob with more than
+        ``most`` other values the next ones to both sides, and some by chance."""
+        found: list[Point] = []
+        for place in self._able(self.active(point), None):
+            now, size = point[place], self.knobs[place].size
+            values = [value for value in range(size) if value != now]
+            if len(values) > most:
+                near = [v for v in (now - 2, now - 1, now + 1, now + 2) if 0 <= v < size]
+                near = near if self.knobs[place].range.ordered else []
+                values = list(dict.fromkeys(near + random.integers(size, size=most - len(near)).tolist()))
+            around = [(*point[:place], v, *point[place + 1 :]) for v in values if v != now]
+            found += map(self.canonical, around) if place in self._deciding else around
+        return found
 
-    def features(self, points: Sequence[Point]) -> np.ndarray:
-        """Points as numbers between 0 and 1, float64 of shape (points, columns), for surrogates. Two values of an
-        unordered knob are 1 apart in the sum of absolute differences, as are the ends of an ordered one."""
-        columns, scale = self._columns
-        places = np.asarray(points, dtype=np.float64).reshape(len(points), len(self.knobs))
-        found = np.empty((len(points), len(columns)))
-        for j, (i, value) in enumerate(columns):
-            found[:, j] = places[:, i] / (self.knobs[i].size - 1) if value is None else places[:, i] == value
-        return found * scale
+    # -- for surrogates -----------------------------------------------------------------------------------------------
+
+    @cached_property
+    def distances(self) -> list[np.ndarray]:
+        """How far the levels of each free knob are apart, from 0 to 1, float64 of shape (levels, levels).
+
+        Levels of an ordered knob lie in a row; neighbouring values share one where there are more than 33 values.
+        Levels of another are 1 apart. A knob that need not count has one level more, for where it does not: in the
+        middle of an ordered one, 1 apart from all of another.
+        """
+        found = []
+        for i in self.free:
+            size, ordered = self.knobs[i].size, self.knobs[i].range.ordered
+            levels = min(size, _LEVELS) if ordered else size
+            places = np.linspace(0, 1, levels) if ordered else np.arange(levels, dtype=np.float64)
+            if any(self._conditions[i]):
+                places = np.append(places, 0.5 if ordered else levels)
+            apart = np.abs(places[:, None] - places[None, :])
+            found.append(apart if ordered else np.minimum(apart, 1.0))
+        return found
+
+    @cached_property
+    def _level(self) -> list[np.ndarray]:
+        """The level of each value of each free knob."""
+        found = []
+        for i in self.free:
+            places = np.arange(self.knobs[i].size)
+            if self.knobs[i].range.ordered and len(places) > _LEVELS:
+                places = np.round(places * ((_LEVELS - 1) / (len(places) - 1))).astype(np.intp)
+            found.append(places)
+        return found
+
+    def levels(self, points: Sequence[Point]) -> np.ndarray:
+        """Points as levels of the free knobs (see `distances`), integers of shape (points, free knobs)."""
+        places = np.asarray(points, dtype=np.intp).reshape(len(points), len(self.knobs))
+        found = np.stack([level[places[:, i]] for i, level in zip(self.free, self._level)], axis=1)
+        if self.conditional and len(points):
+            counts = np.array([self.active(point) for point in points])[:, list(self.free)]
+            none = np.array([len(distance) - 1 for distance in self.distances])
+            found = np.where(counts, found, none)
+        return found
 
     @cached_property
     def digest(self) -> str:
@@ -341,9 +382,13 @@ def net_of(space: Any, found: SearchSpace, point: Point) -> Any:
 
     Raises whatever building it raises.
     """
+    return net_with(space, found.sizes(point))
+
+
+def net_with(space: Any, sizes: Mapping[str, Any]) -> Any:
+    """The same of ``sizes``; a module that is searched by hyper-parameters alone is copied."""
     if space is None:
         return None
-    sizes = found.sizes(point)
     if isinstance(space, ModelFunction):
         return space.extract(sizes)
     if isinstance(space, Elastic):

@@ -5,14 +5,14 @@ import importlib.util
 import numpy as np
 import pytest
 
-from benchmarks.exploration import elastic, interactions, search
+from benchmarks.exploration import picked, search
+from benchmarks.exploration_spaces import elastic, interactions
 from graphopt.errors import ExplorationError
 from graphopt.exploration.gate import Gate
 from graphopt.exploration.pool import Model, Pool, Result
 from graphopt.exploration.proposers import PROPOSERS, answer, as_proposer
 from graphopt.exploration.ranking import best_first, pareto_front, pareto_ranks
 from graphopt.exploration.sieve import Request
-from graphopt.exploration.surrogate import Surrogate, choose_kernel
 from tests.exploration.searches import mixed_space, simulated, small_space
 
 NAMES = [
@@ -86,24 +86,13 @@ def test_trials_without_a_score_are_never_parents(name):
 def test_annealing_and_evolution_learn():
     """Gains over random search in the same seeds; the full comparison is in benchmarks/exploration.py."""
     names = ("random", "evolve", "anneal_plain", "anneal")
-    for make, trials, seeds in ((interactions, 120, (11, 12, 13)), (elastic, 100, (11, 12))):
-        means = {name: np.mean([search(make(seed), name, trials, seed)[0] for seed in seeds]) for name in names}
+    for make, trials, seeds in ((interactions, 120, (11, 12, 13)), (elastic, 80, (11, 12))):
+        means = {}
+        for name in names:
+            means[name] = np.mean([picked(make(seed), search(make(seed), name, trials, seed)[0]) for seed in seeds])
         assert max(means, key=means.get) == "anneal", means
         if make is interactions:  # the other is too short for the difference to show without a surrogate
             assert min(means, key=means.get) == "random", means
-
-
-def test_the_surrogate_sees_interactions_and_knows_what_it_does_not_know():
-    random = np.random.default_rng(0)
-    rows = random.integers(0, 2, (90, 6)).astype(float)
-    product = lambda x: np.where(x[:, 0] == x[:, 1], 1.0, -1.0)
-    surrogate = Surrogate(choose_kernel(rows[:60], product(rows[:60])), rows[:60], product(rows[:60]))
-    mean, _ = surrogate.predict(rows[60:])
-    assert np.corrcoef(mean, product(rows[60:]))[0, 1] > 0.9
-    far = np.full((1, 6), 0.5)
-    before = surrogate.predict(far)
-    after = surrogate.with_pending(far).predict(far)
-    assert after[1] < 0.5 * before[1] and after[0] == pytest.approx(before[0], abs=0.05)
 
 
 def test_several_objectives_are_ranked():

@@ -55,14 +55,45 @@ def test_moves_reach_every_point():
 
 
 @given(SEEDS)
-def test_features_tell_trials_apart(seed):
+def test_levels_tell_trials_apart_and_lie_as_far_as_their_values(seed):
     random = np.random.default_rng(seed)
     points = [SPACE.sample(random) for _ in range(8)]
-    rows = SPACE.features(points)
-    assert rows.min() >= 0 and rows.max() <= 1
+    rows = SPACE.levels(points)
     for i, a in enumerate(points):
         for j, b in enumerate(points):
             assert (a == b) == bool((rows[i] == rows[j]).all())
+            for k, (place, apart) in enumerate(zip(SPACE.free, SPACE.distances)):
+                knob, counts = SPACE.knobs[place], (SPACE.active(a)[place], SPACE.active(b)[place])
+                found = apart[rows[i, k], rows[j, k]]
+                if all(counts) and knob.range.ordered:
+                    assert found == pytest.approx(abs(a[place] - b[place]) / (knob.size - 1))
+                elif all(counts):
+                    assert found == float(a[place] != b[place])
+                elif not any(counts):  # its value makes no difference
+                    assert found == 0.0
+
+
+def test_many_values_of_an_ordered_knob_share_levels():
+    space = SearchSpace([Knob("lr", "hp", log(1e-5, 1, steps=501)), Knob("kind", "hp", choice(*map(str, range(50))))])
+    assert [apart.shape for apart in space.distances] == [(33, 33), (50, 50)]
+    levels = space.levels([(i, 49) for i in range(501)])
+    assert levels[0].tolist() == [0, 49] and levels[-1].tolist() == [32, 49]
+    assert (np.diff(levels[:, 0]) >= 0).all() and len(np.unique(levels[:, 0])) == 33
+
+
+@given(SEEDS)
+def test_neighbours_differ_in_one_knob(seed):
+    random = np.random.default_rng(seed)
+    point = SPACE.sample(random)
+    around = SPACE.neighbours(point, random)
+    counts = SPACE.active(point)
+    assert (
+        len(set(around)) == len(around) == sum(knob.size - 1 for knob, counted in zip(SPACE.knobs, counts) if counted)
+    )
+    for other in around:
+        assert SPACE.key(other) != SPACE.key(point) and SPACE.canonical(other) == other
+    few = SearchSpace([Knob("lr", "hp", log(1e-5, 1, steps=501))]).neighbours((250,), random)
+    assert {(248,), (249,), (251,), (252,)} <= set(few) and len(few) <= 8
 
 
 def test_a_space_is_the_same_in_another_process():

@@ -41,8 +41,11 @@ class OptunaSampler:
         found = getattr(_optuna().samplers, self._class, None)
         if found is None:
             raise ExplorationError(f"proposer: optuna.samplers has no {self._class!r}")
+        options = self._options
+        if self._class == "TPESampler":  # else workers that are served at the same time get the same
+            options = {"constant_liar": True} | options
         try:
-            return found(**({"seed": seed} | self._options))
+            return found(**({"seed": seed} | options))
         except TypeError:  # a sampler without a seed
             return found(**self._options)
 
@@ -75,20 +78,27 @@ class OptunaSampler:
         return None
 
     def _replayed(self, optuna: Any, view: View, ranges: dict[str, Any]) -> Any:
-        """A study with the finished trials of the view, in order, and nothing else."""
+        """A study with the trials of the view, in order, and nothing else: those with scores, then those that run."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         objectives = view.scores.shape[1] if len(view.scored) else 1
         study = optuna.create_study(directions=["maximize"] * objectives)
-        study.add_trials(
-            [
+        states = optuna.trial.TrialState
+        models = [(view.model(result.number), list(result.scores or ())) for result in view.scored]
+        trials = []
+        for model, scores in [*models, *((model, None) for model in view.pending)]:
+            counts = view.space.active(model.point)
+            # TPE looks at each parameter by itself, and at trials that have it; other samplers leave out parameters
+            # that any trial lacks.
+            params = {str(i): model.point[i] for i in view.space.free if counts[i] or self._class != "TPESampler"}
+            trials.append(
                 optuna.trial.create_trial(
-                    params={str(i): view.model(result.number).point[i] for i in view.space.free},
-                    distributions=ranges,
-                    values=list(result.scores or ()),
+                    params=params,
+                    distributions={name: ranges[name] for name in params},
+                    values=scores,
+                    state=states.RUNNING if scores is None else states.COMPLETE,
                 )
-                for result in view.scored
-            ]
-        )
+            )
+        study.add_trials(trials)
         return study
 
 
