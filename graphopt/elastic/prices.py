@@ -115,6 +115,12 @@ class Prices:
             found["step_seconds"] = self._step_seconds(choices)
         return {metric: found[metric] for metric in metrics}
 
+    def step_flops(self, choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        """FLOPs of a training step of each choice, int64 ``(count,)``; its update counts 0 (docs/flops.md). Needs no
+        machine. Raises ElasticError without ``training``."""
+        counted = self._step_graph()
+        return counted.prices(choices, self._sizes(counted), machine=None, peak=False).flops
+
     def _sizes(self, counted: CountedGraph) -> dict[str, int]:
         if "batch" not in counted.graph.symbols.symbols:
             return {}
@@ -138,6 +144,12 @@ class Prices:
     # -- training steps -------------------------------------------------------------------------------------------
 
     def _step_seconds(self, choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
+        machine, counted = self.machine, self._step_graph()
+        priced = counted.prices(choices, self._sizes(counted), machine=machine, peak=False)
+        return priced.seconds + self._update_seconds(choices, counted)
+
+    def _step_graph(self) -> CountedGraph:
+        """The joint graph; for which threads, see `_forward_graph`."""
         if self.training is None:
             raise ElasticError(
                 "step_seconds: what a step is made of is not known; give Prices(space, training=Training(batch, loss, "
@@ -145,12 +157,11 @@ class Prices:
             )
         if self._step is None:
             given = self.training
+            threads = self._machine.threads if self._machine is not None else torch.get_num_threads()
             subnet = self.space.subnet(self.space.full, loss=given.loss, batch=given.batch)
             joint = self.space.graph(self.space.full, loss=given.loss, batch=given.batch, backward=True)
-            dimensions, threads = self.space.dimensions, self.machine.threads
-            self._step = CountedGraph(joint, subnet.origin, dimensions, self.mode, threads)
-        priced = self._step.prices(choices, self._sizes(self._step), machine=self.machine, peak=False)
-        return priced.seconds + self._update_seconds(choices, self._step)
+            self._step = CountedGraph(joint, subnet.origin, self.space.dimensions, self.mode, threads)
+        return self._step
 
     def _update_seconds(self, choices: Sequence[Mapping[str, Any]], counted: CountedGraph) -> np.ndarray:
         """Seconds of the optimizer's update: kernels by the numbers in parameters, launches by how many there are."""

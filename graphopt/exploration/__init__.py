@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from graphopt.exploration.early_stopping import ASHA
     from graphopt.exploration.exploring import explore
     from graphopt.exploration.hyper_parameters import HyperParameter, choice, integer, linear, log
-    from graphopt.exploration.predictor import CostModelPredictor
+    from graphopt.exploration.predictor import CostModelPredictor, ElasticPredictor
     from graphopt.exploration.search_space import ModelFunction
     from graphopt.exploration.study import Study, open_study
     from graphopt.exploration.training import Training
@@ -23,6 +23,7 @@ __all__ = [
     "ASHA",
     "Context",
     "CostModelPredictor",
+    "ElasticPredictor",
     "HyperParameter",
     "ModelFunction",
     "Pruned",
@@ -40,6 +41,7 @@ _HOMES = {
     "ASHA": "early_stopping",
     "Context": "context",
     "CostModelPredictor": "predictor",
+    "ElasticPredictor": "predictor",
     "HyperParameter": "hyper_parameters",
     "ModelFunction": "search_space",
     "Pruned": "context",

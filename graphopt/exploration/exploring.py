@@ -134,8 +134,11 @@ def explore(
     _check(limits, confidence, on, generation, seed, window)
     asked = check_budget(budget)
     chosen = as_proposer(proposer)
-    predict = _predictor(predictor, space, trial, asked, objectives)
     count = 1 if on == "inline" else _workers(workers, devices)
+    if threads is None and reproducible:
+        threads = 1  # sums are made in another order by other numbers of threads
+    threads = None if on == "inline" else threads or max(1, _cores() // count)
+    predict = _predictor(predictor, space, trial, asked, objectives, threads)
     limits = replace(limits, ahead=max(queue, count))
     with ExitStack() as stack:
         if store is None:
@@ -156,8 +159,6 @@ def explore(
             seed = opened.seed  # requests go on counting in the stream that they were begun in
         generator = GeneratorSetup(found, chosen, seed, asked, predict, confidence, learns=not reproducible)
         trainer = TrainerSetup(found, space, trial, objectives, stop, folder.absolute(), keep_folders)
-        if threads is None and reproducible:
-            threads = 1  # sums are made in another order by other numbers of threads
         engine = _engine(on, generator, trainer, count, folder, generation, devices, threads)
         stack.callback(engine.close)
         shown = Progress(progress)
@@ -197,8 +198,8 @@ def _engine(
         return InlineEngine(generator, trainer)
     from graphopt.exploration.engines.local import LocalEngine
 
-    each = str(threads or max(1, _cores() // workers))
-    environment = [{"OMP_NUM_THREADS": each, "MKL_NUM_THREADS": each} for _ in range(workers)]
+    each = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    environment = [dict(each) for _ in range(workers)]
     for slot, variables in enumerate(environment):
         if devices:
             variables["CUDA_VISIBLE_DEVICES"] = str(devices[slot % len(devices)])
@@ -213,8 +214,10 @@ def _predictor(
     trial: Any,
     budget: Mapping[str, float],
     objectives: Objectives,
+    threads: int | None,
 ) -> Callable[..., Mapping[str, Any]] | None:
-    """The predictor to use. Limits that nobody predicts hold for ``best`` alone, with a warning."""
+    """The predictor to use, of steps with so many threads. Limits that nobody predicts hold for ``best`` alone, with a
+    warning."""
     if callable(given):
         return given
     if given not in ("auto", None):
@@ -222,7 +225,7 @@ def _predictor(
     from graphopt.exploration.predictor import PREDICTED, for_trial
 
     wanted = {*budget, *objectives.names} & set(PREDICTED)
-    found = for_trial(space, trial) if given == "auto" and wanted else None
+    found = for_trial(space, trial, wanted, threads) if given == "auto" and wanted else None
     if budget and found is None:
         warnings.warn(
             f"nothing predicts {', '.join(budget)}: models are run whatever they need, and the budget only decides "
