@@ -48,4 +48,4 @@ def test_notebook_is_stored_without_outputs(path):
 
 
 def test_there_are_notebooks():
-    assert len(NOTEBOOKS) >= 3
+    assert len(NOTEBOOKS) >= 4
