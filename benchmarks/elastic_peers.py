@@ -53,7 +53,7 @@ def _in_time(name: str, rounds: int, seconds: float) -> Row:
     try:
         found: Row = results.get(timeout=seconds)
     except Empty:
-        found = {"torch-pruning": f"no end within {seconds:.0f} s"}
+        found = {"note": f"neither was done within {seconds:.0f} s"}
     process.terminate()
     process.join()
     return found
@@ -66,7 +66,7 @@ def _put(results: Any, name: str, rounds: int) -> None:
     try:
         results.put(_compared(name, rounds))
     except Exception as error:  # the table tells it
-        results.put({"torch-pruning": f"benchmark failed: {type(error).__name__}: {error}"})
+        results.put({"note": f"benchmark failed: {type(error).__name__}: {error}"})
 
 
 def _compared(name: str, rounds: int) -> Row:

@@ -221,7 +221,7 @@ def gpt2():
     return of_the_zoo("gpt2")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_hugging_face_models_are_saved_and_loaded(name, tmp_path):
     space, batch = of_the_zoo(name)
     model = check_rebuilt(space, halves(space), batch)
