@@ -586,7 +586,7 @@ def test_batches_by_position_by_tuple_and_by_keyword():
 
 def test_auto_measures_and_then_decides():
     twins = dense(schemes="exact")
-    twins.steps(rows, 20)
+    twins.steps(rows, 200)  # so short steps run in rows
     plan = twins.run.plan
     assert plan.chosen in ("flat", "eager") and plan.reason.startswith("measured")
     assert all(1 <= len(c.seconds) <= 8 for c in plan.candidates)

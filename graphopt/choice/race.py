@@ -20,7 +20,7 @@ ROUNDS = 8
 MARGIN = 0.02
 """Candidates whose medians differ by less than this share are equal; then the first one runs."""
 
-ROW_SECONDS, ROW_STEPS = 0.01, 20
+ROW_SECONDS, ROW_STEPS = 0.01, 8
 """Steps shorter than half of this run in rows of so many seconds, or so many steps, and the median of all but the first
 is one sample: alone, a short step pays for the caches and the threads that the candidate before it left."""
 

@@ -62,11 +62,11 @@ def test_short_steps_run_in_rows_of_which_the_first_is_not_counted():
 
         return take
 
-    made, ran = race({"a": after("a", 1e-3, 1e-3), "b": after("b", 4e-3, 5e-4)})
-    assert made.chosen() == "b" and set(made.samples["b"]) == {5e-4} and set(made.samples["a"]) == {1e-3}
+    made, ran = race({"a": after("a", 2e-3, 2e-3), "b": after("b", 4e-3, 1e-3)})
+    assert made.chosen() == "b" and set(made.samples["b"]) == {1e-3} and set(made.samples["a"]) == {2e-3}
     rows = ["".join(group) for _, group in itertools.groupby(ran[2:])]
-    assert rows[:2] == ["a" * 10, "b" * 13], "until ten milliseconds have gone"
-    assert made.extra_seconds > 10 * 5e-4, "all steps of a row count"
+    assert rows[:2] == ["a" * 5, "b" * 7], "until ten milliseconds have gone"
+    assert made.extra_seconds > 5 * 1e-3, "all steps of a row count"
     made, ran = race({"a": 1e-5, "b": 2e-5})
     assert len(ran) == 2 + 2 * ROW_STEPS
 

@@ -105,7 +105,9 @@ def test_a_search_is_the_same_though_its_host_a_node_and_a_generator_die_and_a_n
         wait_for(lambda: before - set(on_ray()), 10.0)  # what ran there ends
         go_on()
         cluster.add_node(num_cpus=1, **SMALL)
-        wait_for(lambda: len(on_ray("trainer")) == 2)
+        wait_for(
+            lambda: len(on_ray("trainer")) == 2, 90.0
+        )  # Ray may take half a minute to give a lost host a new place
         Path(f"{store}.d", "hurry").touch()
 
     options = {"hyper_parameters": BOWL, "trials": 300, "reproducible": True, "window": 6, "progress": False,

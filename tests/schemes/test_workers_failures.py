@@ -257,7 +257,7 @@ def test_workers_that_cannot_be_started(program: str, says: str, pool: Pool, mon
     with pytest.raises(WorkerError, match=says):
         Pool(2).load(job.graph)
     gc.collect()
-    assert workers_of() == before and len(os.listdir("/proc/self/fd")) == files
+    assert workers_of() == before and len(os.listdir("/proc/self/fd")) <= files
 
 
 def test_a_script_is_told_when_it_belongs_to_a_group(tmp_path: Path) -> None:
