@@ -152,6 +152,8 @@ def row(case: zoo.Case, size: int, written: Mapping[str, Step], seconds: float) 
     """Decide at one batch size for each horizon, then measure every candidate in turn."""
     batch = case.batch(size)
     shorter = [decide(case, size, horizon) for horizon in HORIZONS[:-1]]
+    for one in shorter:  # what they compile ahead in other processes would slow down all that follows
+        one.step.close()
     found = decide(case, size, HORIZONS[-1])
     step = found.step
     plan, situation = step.plan, step.situation
@@ -191,8 +193,7 @@ def row(case: zoo.Case, size: int, written: Mapping[str, Step], seconds: float) 
         },
         all_seconds={name: one.seconds for name, one in every.items()},
     )
-    for one in (*shorter, found):
-        one.step.close()
+    step.close()
     return result
 
 
@@ -298,7 +299,8 @@ def _rows(case: zoo.Case, asked: Asked) -> Iterator[Row]:
 def _own_cache() -> Iterator[None]:
     """A cache folder with the calibrations of this machine, and nothing measured."""
     before = os.environ.get("GRAPHOPT_CACHE_DIR")
-    with tempfile.TemporaryDirectory(prefix="graphopt-selection-") as folder:
+    # Whoever still holds the store there may write to it meanwhile.
+    with tempfile.TemporaryDirectory(prefix="graphopt-selection-", ignore_cleanup_errors=True) as folder:
         for path in cache_dir().glob("machine-*.json"):
             shutil.copy(path, folder)
         os.environ["GRAPHOPT_CACHE_DIR"] = folder
