@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -43,7 +42,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import graphopt
 from benchmarks import zoo
-from benchmarks.measure import machine_description, print_table, write_json
+from benchmarks.measure import in_words, machine_description, print_table, time_limit, write_json
 from graphopt import TrainingGraph
 from graphopt.graph.axes import Axes, analyse
 from graphopt.graph.axes.report import frozen
@@ -168,21 +167,14 @@ def check(name: str, graphs: Path | None = None, limit: int = 600) -> Checked:
     """Run all oracles on one architecture, in at most ``limit`` seconds."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, _too_long)
-    signal.alarm(limit)
     start = perf_counter()
     try:
-        result = _checked(zoo.case(name), graphs)
+        with time_limit(limit):
+            result = _checked(zoo.case(name), graphs)
     except Exception as error:  # whatever it is, the table tells it
-        result = Checked(name, WRONG, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}")
-    finally:
-        signal.alarm(0)
+        result = Checked(name, WRONG, in_words(error))
     result.seconds = round(perf_counter() - start, 1)
     return result
-
-
-def _too_long(signum: int, frame: Any) -> None:
-    raise TimeoutError("it took too long")
 
 
 def _checked(case: zoo.Case, graphs: Path | None) -> Checked:

@@ -15,7 +15,6 @@ and depth are elastic where the model has them. Checked by execution:
 from __future__ import annotations
 
 import copy
-import signal
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ import torch
 
 import graphopt
 from benchmarks import strangers, zoo
+from benchmarks.measure import in_words, time_limit
 from benchmarks.zoo._torchvision import define_missing_operators
 from graphopt.elastic import Kind, Space
 from graphopt.elastic import space as make_space
@@ -72,27 +72,20 @@ def convert(name: str, *, checked: bool = True, limit: int = 900) -> Converted:
     Not ``checked``: it is only described, as it is, without another type of numbers or other weights."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGALRM, _too_long)
-    signal.alarm(limit)
     start = perf_counter()
     case = CASES[name]
     row = Converted(case.name, case.family, note=case.note)
     try:
-        _convert(case, row, checked)
+        with time_limit(limit):
+            _convert(case, row, checked)
     except graphopt.ElasticError as error:
         row.result, row.note = RIGID, str(error)
     except graphopt.CaptureError as error:
         row.result, row.note = NOT_CAPTURED, str(error)
     except Exception as error:  # whatever it is, the table tells it
-        row.result, row.note = WRONG, f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
-    finally:
-        signal.alarm(0)
+        row.result, row.note = WRONG, in_words(error)
     row.seconds = round(perf_counter() - start, 1)
     return row
-
-
-def _too_long(signum: int, frame: Any) -> None:
-    raise TimeoutError("it took too long")
 
 
 def _convert(case: zoo.Case, row: Converted, checked: bool) -> None:

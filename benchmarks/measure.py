@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import platform
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -35,10 +36,12 @@ __all__ = [
     "bytes_kept_by_eager",
     "eager_step",
     "in_own_process",
+    "in_words",
     "interleaved",
     "machine_description",
     "peak_bytes",
     "print_table",
+    "time_limit",
     "write_json",
 ]
 
@@ -53,6 +56,27 @@ def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
     heap, and is slower. Raises what the function raised."""
     with ProcessPoolExecutor(1, get_context("spawn")) as one:
         return one.submit(function, *arguments).result()
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError in a block that takes longer; in the main thread of a process."""
+
+    def too_long(signum: int, frame: Any) -> None:
+        raise TimeoutError("it took too long")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def in_words(error: Exception) -> str:
+    """The type and the first line of an error, for a table."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
 
 
 # -- time -----------------------------------------------------------------------------------------------------------

@@ -74,9 +74,9 @@ def _elastic(path: Path) -> str:
     if not rows:
         return ""
     return (
-        f"**Elastic.** Of {len(rows)} architectures given without configuration {len(made)} became elastic, {rigid} with "
-        f"at most 10 % of their parameters rigid; of the {len(checked)} whose subnets were checked by execution {right} "
-        "passed all checks ([docs/elastic_models.md](docs/elastic_models.md))."
+        f"**Elastic.** Of {len(rows)} architectures given without configuration {len(made)} became elastic, {rigid} "
+        f"with at most 10 % of their parameters rigid; of the {len(checked)} whose subnets were checked by execution "
+        f"{right} passed all checks ([docs/elastic_models.md](docs/elastic_models.md))."
     )
 
 
