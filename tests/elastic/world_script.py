@@ -5,12 +5,7 @@ Each function of `CASES` is called on both ranks together. Its outcome on each r
 
 from __future__ import annotations
 
-import json
-import sys
-import traceback
 from collections.abc import Callable, Mapping
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +19,7 @@ from graphopt.elastic.sampling import Recurring, Sandwich
 from graphopt.errors import RankError
 from graphopt.schemes.world.sameness import digest, held
 from tests.elastic.pairs import adamw, assert_same_training, pair, spaces
+from tests.worlds import run_cases
 
 CASES: list[Callable[[], None]] = []
 
@@ -100,20 +96,5 @@ def a_rank_with_a_bad_batch() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, space.model.state_dict().values(), strict=True))
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
-    outcomes = {}
-    for function in CASES:
-        try:
-            function()
-            outcomes[function.__name__] = ""
-        except BaseException:  # also pytest's own, which are no Exception
-            outcomes[function.__name__] = traceback.format_exc()
-        (folder / f"{rank()}.json").write_text(json.dumps(outcomes))
-        if outcomes[function.__name__]:
-            break  # the other rank may be anywhere
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(CASES)

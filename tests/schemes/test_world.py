@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,24 +13,14 @@ import torch
 
 from graphopt.errors import GraphoptError
 from graphopt.schemes.world.ranks import find_world, launched
+from tests.worlds import ENVIRONMENT, ROOT, Outcomes, assert_passed, free_port, names_of, outcomes_in
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("world_script.py")
-NAMES = [
-    node.name for node in ast.parse(SCRIPT.read_text()).body
-    if isinstance(node, ast.FunctionDef) and any(getattr(d, "id", "") == "case" for d in node.decorator_list)
-]  # fmt: skip
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+NAMES = names_of(SCRIPT)
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """What came of each case on each rank, after one launch by torchrun."""
     folder = tmp_path_factory.mktemp("world")
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
@@ -41,16 +28,12 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
         [sys.executable, *command, str(SCRIPT), str(folder)],
         env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
-    files = [folder / f"{rank}.json" for rank in range(2)]
-    assert all(file.exists() for file in files), done.stderr
-    return [json.loads(file.read_text()) for file in files]
+    return outcomes_in(folder, done.stderr)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_world_of_two(name: str, outcomes: list[dict[str, str]]) -> None:
-    for rank, found in enumerate(outcomes):
-        assert name in found, f"rank {rank} did not come so far"
-        assert found[name] == "", f"rank {rank}: {found[name]}"
+def test_a_world_of_two(name: str, outcomes: Outcomes) -> None:
+    assert_passed(name, outcomes)
 
 
 LOSING = """

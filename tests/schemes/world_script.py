@@ -6,14 +6,9 @@ Each function of `CASES` is called on all ranks together. Its outcome on each ra
 from __future__ import annotations
 
 import copy
-import json
-import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +22,7 @@ from graphopt.schemes.world.divided import InWorld
 from graphopt.schemes.world.sameness import digest, held
 from tests.schemes import pairs
 from tests.schemes.trials import FACTOR, Images, images, values_of
+from tests.worlds import run_cases
 
 CASES: list[Callable[[], None]] = []
 OPTIMIZERS: dict[str, Any] = {
@@ -361,19 +357,5 @@ def a_model_in_ddp_is_left_to_it() -> None:
     assert torch.equal(*found)
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
-    outcomes = {}
-    for function in CASES:
-        try:
-            function()
-            outcomes[function.__name__] = ""
-        except Exception:
-            outcomes[function.__name__] = traceback.format_exc()
-            break  # the other ranks may be anywhere
-    (folder / f"{rank()}.json").write_text(json.dumps(outcomes))
-
-
 if __name__ == "__main__":
-    main()
+    run_cases(CASES)
