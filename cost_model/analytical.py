@@ -29,7 +29,7 @@ from graphopt.graph.training_graph import TrainingGraph
 GROUPS: dict[str, frozenset[Family]] = {
     "gemm": frozenset([Family.GEMM]),
     "convolution": frozenset([*CONVOLUTIONS, *IMAGEWISE]),
-    "depthwise": frozenset([*DEPTHWISE, Family.DEPTHWISE_NARROW]),
+    "depthwise": frozenset([*DEPTHWISE, Family.DEPTHWISE_PLAIN, Family.DEPTHWISE_PADDED]),
     "attention": frozenset([Family.ATTENTION, Family.ATTENTION_BACKWARD, Family.RECURRENT]),
     "pointwise": frozenset([Family.POINTWISE, Family.TRANSCENDENTAL, Family.FILL, Family.RANDOM]),
     "normalisation": frozenset(

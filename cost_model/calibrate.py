@@ -44,9 +44,9 @@ _PRIOR_WEIGHT = 2.0
 tensors, which makes their steps up to a fifth slower than the same kernels in a process of their own; a weaker prior
 lets single factors take that up (0.3 doubled updates), and larger networks are priced too high."""
 
-_ERROR_OF_MODELS, _LIKE = 0.13, 6
-"""Root mean square of the log errors that prices had over published architectures (benchmarks/cost_accuracy.py), and
-how many networks of a calibration that counts as."""
+_ERROR_OF_MODELS, _LIKE = 0.13, 20
+"""Root mean square of the log errors that prices had over published architectures, and how many of them there were
+(benchmarks/cost_accuracy.py)."""
 
 _CACHE = 2**23
 """Bytes that an update may find in caches when its next step comes: a part of the last level, which others share."""

@@ -14,6 +14,7 @@ from graphopt.cost_model.kernel_sizes import (
     Moments,
     Shape,
     Sizes,
+    at_least,
     channels_last,
     contiguous,
     suggests_channels_last,
@@ -50,6 +51,7 @@ class _Convolution:
     group_column: Expr  # the same of one image and one group
     copies: Expr  # of operands that are not in the layout chosen
     onednn: Expr  # 1 where oneDNN is used, else 0
+    w_last: Expr  # the gradient of the weight in oneDNN's layout, channels last
     channels_last: bool  # operands and result are in that layout, which oneDNN takes as it is
     in_channels: Expr
     strided: bool
@@ -80,7 +82,7 @@ class _Convolution:
     def backward(self, data: bool, weight: bool) -> Moments:
         """First the gradient of the input, then that of the weight; each is copied out of oneDNN's layout."""
         if self.channels_last:
-            return [self.w_blocked + self.w]
+            return [(self.w_last if weight else self.w_blocked) + self.w]
         results = (self.x if data else 0) + (self.w if weight else 0)
         held = self.x if data else 0
         x, w, y = self.x_blocked, self.w_blocked, self.y_blocked
@@ -140,7 +142,7 @@ def _convolution_of(node: fx.Node, sizes: Sizes, operands: Sequence[Any], y: Sha
     return _Convolution(
         x=product(image) * itemsize, w=product(kernel) * itemsize, y=product(y) * itemsize,
         x_blocked=x_blocked, y_blocked=blocked(y, 1), w_blocked=w_blocked, w_blocked_once=blocked(kernel, 0),
-        for_weight=for_weight,
+        for_weight=for_weight, w_last=_weight_gradient_last(kernel, itemsize) if depthwise else w_blocked,
         columns=columns, group_column=group_column, onednn=onednn, in_channels=image[1], strided=strided,
         channels_last=nhwc, copies=sum((sizes.nbytes(o) for o in operands if not fits(tensor_of(o))), 0),
         gemm=by_gemm(4 if _WIDE else _LANES),
@@ -150,6 +152,22 @@ def _convolution_of(node: fx.Node, sizes: Sizes, operands: Sequence[Any], y: Sha
             for s, k in zip((y if transposed else image)[2:], window, strict=True)
         ),
     )  # fmt: skip
+
+
+def padded_depthwise_weight(kernel: Shape, itemsize: int) -> Expr:
+    """Bytes of the gradient of a depthwise weight as a kernel for dense weights makes it: each channel is padded to a
+    block of channels in and out. oneDNN takes such a kernel channels last for windows beyond 3."""
+    return product(kernel) * _LANES**2 * itemsize
+
+
+def _weight_gradient_last(kernel: Shape, itemsize: int) -> Expr:
+    """Bytes of the gradient of a depthwise weight in oneDNN's layout, channels last."""
+    window, padded = kernel[-1], padded_depthwise_weight(kernel, itemsize)
+    plain = _padded(kernel[0], _LANES) * product(kernel[1:]) * itemsize
+    if isinstance(window, int):
+        return padded if window > 3 else plain
+    large = at_least(window, 4)
+    return large * padded + (1 - large) * plain
 
 
 def _padded(channels: Expr, lanes: int) -> Expr:

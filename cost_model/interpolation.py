@@ -11,13 +11,19 @@ So a measured point bounds all others: from above and below by flat and proporti
 measured batches both lines of both points enclose the *room* where the time can be. The estimate is a straight line
 in batch through that room: never a power law, and never a fit of the smallest batches, both of which are wrong by
 tens of per cent on measured curves.
+
+The laws hold for one choice of kernels. Where a library takes other ones from a batch size on, a larger batch can be
+cheaper (on one thread a ResNet-50's step of 16 images takes 0.6 of the time of one of 8). Prices know where: they
+*fall* there, and what was measured on one side of a fall says nothing of the other.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache, partial
+from itertools import groupby, pairwise
 
 import numpy as np
 
@@ -41,6 +47,13 @@ of the measured range and 92 to 97 % of those up to four times as far, on simula
 roofline; twelve; eight with teeth of 2 to 32; affine with drifting efficiency). Teeth are the hardest: 84 %. Half of
 the intervals inside are narrower than 5 % on either side."""
 
+ACROSS = 1.3
+"""A time that only measurements beyond a fall tell of is within this factor: prices of other kernels have other
+errors."""
+
+FALL = 1e-3
+"""What a prediction must fall by, relative, from one power of two to the next: less is rounding."""
+
 NEAR_BEST = 0.01
 """Middle batches whose mean predicted error is within this of the best are equal: a prediction knows no better."""
 
@@ -51,9 +64,10 @@ class BatchCurve:
     Args:
         points: what was measured, by batch size. Three of them, spread over the range (see `bracket`), do; with a
             single one everything between flat and proportional is possible, and the intervals say so.
-        shape: what an analytical model expects at a batch size, in any unit; it must not fall where the batch grows.
-            Between two measured batches it is stretched and shifted to go through both, so that only its form counts;
-            where it is flat, the line is straight. Without it every line is straight.
+        shape: what an analytical model expects at a batch size, in any unit. Between two measured batches it is
+            stretched and shifted to go through both, so that only its form counts; where it is flat, the line is
+            straight. Where it falls from one power of two to the next, the curve breaks at the latter, and each side
+            follows its own points. Without a shape every line is straight.
 
     Attributes:
         points: seconds by batch size as the curve goes through them, with the intervals that were measured.
@@ -76,10 +90,14 @@ class BatchCurve:
             raise CostModelError("BatchCurve: got no points; expected at least one measured batch size")
         for batch in points:
             _require_batch("BatchCurve", batch)
-        self.points, self.notes = _never_cheaper(dict(sorted(points.items())))
-        self._batches = list(self.points)
-        self._shape = shape
-        self._at_points = [self._predicted(batch) for batch in self._batches]
+        self._shape = None if shape is None else cache(partial(_positive, shape))
+        self._batches = sorted(points)
+        self.points: dict[int, Measurement] = {}
+        self.notes: tuple[str, ...] = ()
+        for side in self._sides(self._batches):
+            kept, notes = _never_cheaper({batch: points[batch] for batch in side})
+            self.points.update(kept)
+            self.notes += notes
 
     def extrapolates(self, batch: int) -> bool:
         """Whether a batch size is smaller or larger than all that were measured."""
@@ -113,17 +131,20 @@ class BatchCurve:
 
     def _shares(self, batch: int) -> tuple[float, float]:
         """Shares of the room below and above the line that the interval takes."""
-        if len(self._batches) == 1:
+        if sum(n in self.points for n in self._side(batch)) < 2:
             return 1.0, 1.0
         return (AGAINST_BEND, ALONG_BEND) if self.extrapolates(batch) else (TOWARDS_CONVEX, TOWARDS_CONCAVE)
 
     def _line(self, seconds: Sequence[float], batch: int) -> tuple[float, float, float]:
         """The line through points, and the floor and ceiling of the room it runs in."""
-        batches = self._batches
-        if len(batches) == 1:
-            return self._through_one(seconds[0], batch)
-        left = min(max(bisect_right(batches, batch) - 1, 0), len(batches) - 2)
-        (n0, t0), (n1, t1) = zip(batches[left : left + 2], seconds[left : left + 2])
+        side = self._side(batch)
+        known = [(n, t) for n, t in zip(self._batches, seconds) if n in side]
+        if not known:
+            return self._across(seconds, batch)
+        if len(known) == 1:
+            return self._through_one(*known[0], batch)
+        left = min(max(bisect_right(known, (batch, math.inf)) - 1, 0), len(known) - 2)
+        (n0, t0), (n1, t1) = known[left : left + 2]
         straight = t0 + (t1 - t0) * (batch - n0) / (n1 - n0)
         if batch > n1:
             floor, ceiling = t1, max(t1 * batch / n1, straight)  # the line where it is steeper: that was measured
@@ -132,25 +153,45 @@ class BatchCurve:
         else:
             bounds = max(t0, t1 * batch / n1), min(t1, t0 * batch / n0)
             floor, ceiling = min(bounds), max(bounds)  # in this order only if the points keep the second law
-        return min(max(t0 + (t1 - t0) * self._weight(batch, left), floor), ceiling), floor, ceiling
+        return min(max(t0 + (t1 - t0) * self._weight(batch, n0, n1), floor), ceiling), floor, ceiling
 
-    def _weight(self, batch: int, left: int) -> float:
+    def _weight(self, batch: int, n0: int, n1: int) -> float:
         """How far a batch is on the way from a point (0) to the next one (1), in the shape if there is one."""
-        n0, n1 = self._batches[left : left + 2]
-        s0, s1 = self._at_points[left : left + 2]
+        s0, s1 = self._predicted(n0), self._predicted(n1)
         if s1 - s0 <= 1e-3 * s0:  # a flat shape says nothing of a rise that was measured
             return (batch - n0) / (n1 - n0)
         return (self._predicted(batch) - s0) / (s1 - s0)
 
-    def _through_one(self, seconds: float, batch: int) -> tuple[float, float, float]:
-        (n0,), (s0,) = self._batches, self._at_points
+    def _through_one(self, n0: int, seconds: float, batch: int) -> tuple[float, float, float]:
         flat, proportional = seconds, seconds * batch / n0
         floor, ceiling = min(flat, proportional), max(flat, proportional)
-        middle = math.sqrt(floor * ceiling) if self._shape is None else seconds * self._predicted(batch) / s0
+        by_shape = self._predicted(batch) / self._predicted(n0)
+        middle = math.sqrt(floor * ceiling) if self._shape is None else seconds * by_shape
         return min(max(middle, floor), ceiling), floor, ceiling
 
+    def _across(self, seconds: Sequence[float], batch: int) -> tuple[float, float, float]:
+        """From the nearest point, which other kernels run at: what is expected relative to there, and no law."""
+        n0, t0 = min(zip(self._batches, seconds), key=lambda point: abs(math.log(point[0] / batch)))
+        middle = t0 * self._predicted(batch) / self._predicted(n0)
+        return middle, middle / ACROSS, middle * ACROSS
+
+    def _side(self, batch: int) -> list[int]:
+        """A batch size and the measured ones that run the same kernels."""
+        return next(side for side in self._sides({*self._batches, batch}) if batch in side)
+
+    def _sides(self, batches: Iterable[int]) -> list[list[int]]:
+        """Batch sizes in order, parted where other kernels are expected to run from a power of two on."""
+        ordered = sorted(batches)
+        if self._shape is None:
+            return [ordered]
+        powers = [2**k for k in range(ordered[0].bit_length(), ordered[-1].bit_length())]
+        doublings = [ordered[0], *powers]
+        falls = [b for a, b in pairwise(doublings) if self._predicted(b) < (1 - FALL) * self._predicted(a)]
+        sides = groupby(ordered, key=lambda batch: bisect_right(falls, batch))
+        return [list(side) for _, side in sides]
+
     def _predicted(self, batch: int) -> float:
-        return float(batch) if self._shape is None else _positive(self._shape, batch)
+        return float(batch) if self._shape is None else self._shape(batch)
 
 
 def _never_cheaper(points: dict[int, Measurement]) -> tuple[dict[int, Measurement], tuple[str, ...]]:

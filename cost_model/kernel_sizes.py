@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeGuard, cast
 
@@ -84,8 +84,13 @@ def tensor_of(node: fx.Node, index: int = 0) -> torch.Tensor:
 
 def contiguous(tensor: torch.Tensor) -> bool:
     """Whether a (fake) tensor is contiguous for every value of its free sizes."""
+    return _lies_in_order(tensor, range(tensor.dim()))
+
+
+def _lies_in_order(tensor: torch.Tensor, order: Iterable[int]) -> bool:
+    """Whether its dimensions, in this order, are stored from the outermost to the innermost without gaps."""
     expected: Expr = 1
-    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+    for size, stride in reversed([(tensor.shape[dim], tensor.stride(dim)) for dim in order]):
         if expression(size) != 1 and expression(stride) != expected:
             return False
         expected = expected * expression(size)
@@ -94,10 +99,10 @@ def contiguous(tensor: torch.Tensor) -> bool:
 
 def channels_last(tensor: torch.Tensor) -> bool:
     """Whether an image or volume is stored with its channels innermost."""
-    return tensor.dim() in (4, 5) and contiguous(tensor.movedim(1, -1))
+    return tensor.dim() in (4, 5) and _lies_in_order(tensor, (0, *range(2, tensor.dim()), 1))
 
 
 def suggests_channels_last(tensor: torch.Tensor) -> bool:
-    """Whether kernels choose that layout for it: it is not also contiguous, and so are strides of dimensions of one."""
+    """Whether kernels choose that layout for it. Images of one place are in both layouts: their strides decide."""
     whole = tensor.dim() > 0 and expression(tensor.stride(0)) == product(tensor.shape[1:])
-    return whole and channels_last(tensor) and not contiguous(tensor)
+    return whole and channels_last(tensor) and not (contiguous(tensor) and expression(tensor.stride(-1)) == 1)

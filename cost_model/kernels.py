@@ -6,7 +6,8 @@ operators are one kernel; the backward of a convolution is two, whose rates diff
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from operator import getitem
@@ -15,7 +16,8 @@ import torch
 from torch import fx
 
 from graphopt.cost_model.convolution_backends import uses_onednn
-from graphopt.cost_model.kernel_sizes import at_least
+from graphopt.cost_model.convolution_workspace import padded_depthwise_weight
+from graphopt.cost_model.kernel_sizes import at_least, suggests_channels_last
 from graphopt.graph.op_rules import bytes_moved, flops, nodes_read, rule
 from graphopt.graph.op_rules.arguments import operand, operand_names, operand_nodes, shape
 from graphopt.graph.sizes import Expr, expression, nbytes, numel, product
@@ -36,7 +38,8 @@ class Family(StrEnum):
     DEPTHWISE = "depthwise convolution"
     DEPTHWISE_INPUT = "depthwise input gradient"
     DEPTHWISE_WEIGHT = "depthwise weight gradient"
-    DEPTHWISE_NARROW = "depthwise on narrow images"  # oneDNN's plain loops, 30 times slower
+    DEPTHWISE_PLAIN = "depthwise by plain loops"  # oneDNN's reference code, 4 to 30 times slower
+    DEPTHWISE_PADDED = "depthwise as blocks of channels"  # a kernel for dense weights, of which all but a diagonal is 0
     ATTENTION = "attention"
     ATTENTION_BACKWARD = "attention backward"
     RECURRENT = "recurrent layer"
@@ -140,6 +143,10 @@ def _in_rows(node: fx.Node) -> bool:
     return all(t.dim() < 2 or expression(t.stride(-1)) == 1 for t in tensors(node.meta["val"]))
 
 
+def _in_channels(node: fx.Node) -> bool:
+    return all(t.dim() in (4, 5) and expression(t.stride(1)) == 1 for t in tensors(node.meta["val"]))
+
+
 def family(node: fx.Node) -> Family:
     """The family of an operator's (first) kernel."""
     if is_view(node) or operator_name(node) == "wait_tensor":
@@ -240,14 +247,16 @@ def _result(node: fx.Node) -> tuple[Expr, ...]:
     return tuple(map(expression, tensors(node.meta["val"])[0].shape))
 
 
-def _is_narrow(kind: Family, width: Expr, window: Expr) -> Expr:
-    """1 where an image is too narrow for the vectorised kernels of a depthwise convolution, else 0: narrower than the
-    window, forward than half of it. An expression where the size of the kernel is free."""
-    least = {Family.DEPTHWISE: 2, Family.DEPTHWISE_WEIGHT: 1}.get(kind)
-    if least is None or not isinstance(width, int):
+def _beyond_depthwise(kind: Family, image: Sequence[Expr], window: Expr, last: bool) -> Expr:
+    """1 where oneDNN has no kernel of its own for a depthwise convolution, else 0; an expression where the size of the
+    kernel is free. It has none for weight gradients of windows beyond 3, nor, channels first, for images narrower than
+    the window (forward: than half of it)."""
+    width = image[-1] if isinstance(image[-1], int) and not last else math.inf
+    beyond = {Family.DEPTHWISE: 2 * (width + 1), Family.DEPTHWISE_WEIGHT: min(width + 1, 4)}
+    least = beyond.get(kind, math.inf)
+    if least == math.inf:
         return 0
-    enough = least * (width + 1)
-    return int(window >= enough) if isinstance(window, int) else at_least(window, enough)
+    return int(window >= least) if isinstance(window, int) else at_least(window, int(least))
 
 
 def _convolution(node: fx.Node, kind: Family, threads: int | None) -> Iterator[Kernel]:
@@ -272,15 +281,18 @@ def _convolution(node: fx.Node, kind: Family, threads: int | None) -> Iterator[K
             image[-1] + outer[-1],
             image[0] * channels * product(a + b for a, b in zip(image[2:-1], outer[2:-1])),
         )
+        last = suggests_channels_last(x.meta["val"])
         for found in chosen:
-            narrow = _is_narrow(found, image[-1], weight[-1]) if threads is not None else 0
-            if narrow != 1:
-                off = 1 - narrow
+            plain = _beyond_depthwise(found, image, weight[-1], last) if threads is not None else 0
+            if plain != 1:
+                off = 1 - plain
                 yield Kernel(node, found, each * off, moved * off, rows, 1, depth, often * off)
-            if narrow != 0:
+            if plain != 0:
+                other = Family.DEPTHWISE_PADDED if last else Family.DEPTHWISE_PLAIN
+                blocks = 2 * padded_depthwise_weight(weight, element) if last else 0  # written, read to put in order
                 yield Kernel(
-                    node, Family.DEPTHWISE_NARROW, each * narrow, moved * narrow, product(outer[2:]), 1, depth,
-                    image[0] * channels * narrow, items=int(narrow == 1),
+                    node, other, each * plain, (moved + blocks) * plain, product(outer[2:]), 1, depth,
+                    image[0] * channels * plain, items=int(plain == 1),
                 )  # fmt: skip
     elif threads is None:
         places = product([small[0], *small[2:]])
@@ -298,5 +310,9 @@ def _convolution(node: fx.Node, kind: Family, threads: int | None) -> Iterator[K
                     node, other, each * off, moved * off, product(small[2:]), columns, depth, small[0] * groups * off,
                     items=int(onednn == 0),
                 )  # fmt: skip
+    if threads is not None:  # what lies neither row by row nor channels last is copied first
+        operands = [x, operand(node, "weight"), *([operand(node, "grad_output")] if backward else [])]
+        for strided in [o for o in operands if not (_in_rows(o) or _in_channels(o))]:
+            yield Kernel(node, Family.COPY, 0, 2 * sum(nbytes(t) for t in tensors(strided.meta["val"])), items=0)
     if backward and wanted == [False, False, True]:
         yield Kernel(node, Family.REDUCTION, 0, product(outer) * element)

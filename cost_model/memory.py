@@ -37,7 +37,8 @@ class Peak:
     ``total``: everything. ``own``: of it, what the step itself allocates (not parameters, buffers, optimizer state and
     the batch, which are there before). ``parts``: the total by what it is for; it sums to ``total``. ``node``: the
     operator at work at that moment; None where no operator allocates. ``timeline``: int64, the bytes that live after
-    each operator of the schedule (workspace is gone by then, so ``timeline.max() <= total``).
+    each operator of the schedule (workspace is gone by then, so ``timeline.max() <= total``). ``blocks``: int64, what
+    the step asks of the allocator, the workspace of an operator as one.
     """
 
     total: int
@@ -128,7 +129,8 @@ class Memory:
         if steps and work[at]:
             parts["workspace"] = int(work[at])
         node = self._order[at] if steps and own else None
-        return Peak(before + own, own, MappingProxyType(parts), node, after, blocks[self._born >= 0])
+        asked = np.concatenate([blocks[self._born >= 0], work[work > 0]])
+        return Peak(before + own, own, MappingProxyType(parts), node, after, asked)
 
     def sizes_at_many(self, values: Mapping[sympy.Symbol, np.ndarray]) -> np.ndarray:
         """What `totals` needs, one column for each of many sizes: for each symbol an int64 array of them."""

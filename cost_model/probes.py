@@ -69,9 +69,13 @@ _DEPTHWISE = tuple(
         (8, 96, 14, 2),
         (16, 192, 7, 1),
     )
-) + (  # on narrow images
+) + (  # on images narrower than the window
     (4, 480, 480, 2, 3, 1, 480), (8, 240, 240, 1, 3, 1, 240), (2, 192, 192, 3, 5, 1, 192), (8, 480, 480, 2, 5, 1, 480),
     (4, 96, 96, 3, 7, 1, 96),
+)  # fmt: skip
+_CHANNELS_LAST = (  # gradients of weights
+    (4, 384, 384, 2, 7, 1, 384), (4, 192, 192, 4, 7, 1, 192), (4, 192, 192, 8, 5, 1, 192), (2, 96, 96, 16, 7, 1, 96),
+    (2, 96, 96, 28, 5, 1, 96),
 )  # fmt: skip
 
 _HEADS = ((1, 2, 32, 32), (4, 8, 64, 32), (2, 12, 197, 64), (8, 4, 256, 32))
@@ -83,6 +87,8 @@ def probes() -> Iterator[Probe]:
     yield from _products()
     for case in (*_CONVOLUTIONS, *_DEPTHWISE):
         yield from _convolution(*case)
+    for case in _CHANNELS_LAST:
+        yield from list(_convolution(*case, layout=torch.channels_last))[1:2]
     yield from _attention()
     if torch.backends.mkldnn.is_available():
         yield from _recurrent()
@@ -161,9 +167,12 @@ def _products() -> Iterator[Probe]:
 
 
 def _convolution(
-    batch: int, inputs: int, outputs: int, size: int, kernel: int, stride: int, groups: int
-) -> Iterator[Probe]:
-    x, w = torch.randn(batch, inputs, size, size), torch.randn(outputs, inputs // groups, kernel, kernel)
+    batch: int, inputs: int, outputs: int, size: int, kernel: int, stride: int, groups: int,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Iterator[Probe]:  # fmt: skip
+    """Forward, the gradient of the weight, and that of the input."""
+    x = torch.randn(batch, inputs, size, size).to(memory_format=layout)
+    w = torch.randn(outputs, inputs // groups, kernel, kernel)
     padding = kernel // 2 if stride < kernel else 0
     window = [stride, stride], [padding, padding], [1, 1], False, [0, 0], groups
     yield Probe(lambda x, w: aten.convolution.default(x, w, None, *window), (x, w))

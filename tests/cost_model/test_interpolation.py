@@ -157,6 +157,37 @@ def test_points_that_fall_are_pooled_and_it_is_said():
     assert "1: 1.2 s, 8: 1 s" in note and "pooled to 1.1 s" in note
 
 
+def kernels_change_at_16(batch):
+    """A step of images that from 16 on runs kernels of a quarter of the time."""
+    return 5.0 + batch if batch >= 16 else 5.0 + 4 * batch
+
+
+def test_a_curve_breaks_where_its_shape_falls():
+    true = {n: exactly(2 * kernels_change_at_16(n)) for n in (2, 16, 128)}
+    line = BatchCurve(true, shape=kernels_change_at_16)
+    assert line.notes == () and dict(line.points) == true
+    for batch in (2, 3, 8, 15, 16, 17, 64, 128, 256):
+        seconds, (low, high) = line.at(batch)
+        assert seconds == pytest.approx(2 * kernels_change_at_16(batch))
+        assert low <= seconds <= high
+    assert BatchCurve(true).at(8)[0] < 0.5 * 2 * kernels_change_at_16(8)  # a line between 2 and 16 knows no better
+
+
+def test_points_beyond_a_fall_give_what_is_expected_there_and_a_wide_interval():
+    line = BatchCurve({4: exactly(42.0), 8: exactly(74.0)}, shape=kernels_change_at_16)
+    seconds, (low, high) = line.at(32)
+    assert seconds == pytest.approx(2 * kernels_change_at_16(32))
+    assert low < seconds / 1.29 and seconds * 1.29 < high
+
+
+def test_points_on_both_sides_of_a_fall_are_not_pooled_though_those_of_one_side_are():
+    points = {4: within(42.0, 0.01), 8: within(40.0, 0.01), 16: within(30.0, 0.01)}
+    line = BatchCurve(points, shape=kernels_change_at_16)
+    assert line.points[4].seconds == line.points[8].seconds == pytest.approx(41.0)
+    assert line.points[16].seconds == 30.0
+    assert len(line.notes) == 1
+
+
 def test_more_runs_weigh_more():
     points = {1: Measurement(1.2, 1.2, 1.2, runs=30), 8: Measurement(1.0, 1.0, 1.0, runs=10)}
     assert BatchCurve(points).at(4)[0] == pytest.approx(1.15)

@@ -44,6 +44,10 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "few channels": {"x": (4, 3, 20, 20), "w": (16, 3, 3, 3)},
     "depthwise": {"w": (16, 1, 3, 3), "groups": 16},
     "depthwise, wide": {"w": (16, 1, 7, 7), "groups": 16, "padding": 3},
+    "depthwise, channels last": {"w": (16, 1, 3, 3), "groups": 16, "layout": torch.channels_last},
+    "depthwise, wide, channels last": {
+        "w": (32, 1, 7, 7), "groups": 32, "x": (4, 32, 12, 12), "padding": 3, "layout": torch.channels_last,
+    },
     "grouped": {"w": (16, 4, 3, 3), "groups": 4},
     "pointwise": {"w": (24, 16, 1, 1), "padding": 0},
     "pointwise, large batch": {"x": (16, 16, 12, 12), "w": (24, 16, 1, 1), "padding": 0},
@@ -55,7 +59,7 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "one dimension": {"x": (4, 16, 30), "w": (24, 16, 5), "padding": 2},
     "transposed": {"w": (16, 16, 4, 4), "stride": 2, "transposed": True},
     "of a transposed view": {"x": (4, 12, 16, 12), "view": (1, 2)},
-}
+}  # fmt: skip
 
 
 @pytest.mark.skipif("AVX" not in torch.backends.cpu.get_cpu_capability(), reason="formulas are oneDNN's on x86")
@@ -72,6 +76,8 @@ def test_workspace_of_convolutions_is_what_the_profiler_sees(name: str, backward
     rest = ([config["stride"]] * n, [config["padding"]] * n, [1] * n, config["transposed"], [0] * n, config["groups"])
     mask = [config["data"], True, False]
     y = torch.randn_like(aten.convolution(x, w, None, *rest)).contiguous()
+    if "layout" in config:
+        x, y = x.to(memory_format=config["layout"]), y.to(memory_format=config["layout"])
 
     def function(step: Step, x: Any, w: Any, y: Any) -> Any:
         if backward:
