@@ -85,12 +85,29 @@ class TrainingStep:
         """Copies and pickles are refused: a step belongs to its model and its optimizers."""
         raise GraphoptError("a step cannot be copied or pickled; copy model and optimizer, and call optimize() again")
 
+    def __getattr__(self, name: str) -> Any:
+        """Raises AttributeError, which says where to look for what the model, an optimizer or the plan has."""
+        known = self.__dict__
+        owners: dict[str, Any] = {}
+        if "_plan" in known and not name.startswith("_"):
+            owners = {"step.plan": known["_plan"] or Plan, "model": self.task.model}
+            owners |= {"optimizer": optimizer for optimizer in self.task.optimizers}
+        has = [f"{owner}.{name}" for owner, it in owners.items() if hasattr(it, name)]
+        where = f"; use {' or '.join(has)}: a step owns no parameters and no state" if has else ""
+        raise AttributeError(f"a training step has no {name!r}{where}", name=name, obj=self)
+
     @property
     def plan(self) -> Plan:
         """The plan of the last batch. Raises GraphoptError before the first one."""
         if self._plan is None:
             raise GraphoptError("plan: no batch was run yet; the first one is planned when it comes")
         return self._plan
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans of all kinds of batches so far (sizes, shapes, modes of the model); most steps first."""
+        every = (choice for situation in self._situations.values() for choice in situation.choices.values())
+        return [choice.plan for choice in sorted(every, key=lambda choice: -choice.steps)]
 
     @property
     def situation(self) -> Situation:
@@ -251,7 +268,7 @@ class TrainingStep:
             situation.waiting = not pays and situation.has_to_pay()
             if not situation.waiting:
                 self._capturing.capture(situation, tensors, size)
-        situation.choose(size)
+        situation.choose(size).plan.ranked = lambda: self.plans
 
     def _look_at_shapes(self, situation: Situation) -> None:
         """Where batches come in many shapes, say so, and let the capture for one more wait until it pays back."""
