@@ -210,7 +210,8 @@ class Plan:
             return []
         first = plans[0]
         if first is self:
-            return [f"  most steps so far had such batches; step.plans[1:]: {_count(len(plans) - 1, 'plan')} for others"]
+            others = _count(len(plans) - 1, "plan")
+            return [f"  most steps so far had such batches; step.plans[1:]: {others} for others"]
         other = "" if first.landscape is self.landscape else " and another shape or mode"
         return [f"  most steps so far had batch size {first.batch_size}{other}: {first.chosen}; see step.plans[0]"]
 

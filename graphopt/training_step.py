@@ -91,7 +91,7 @@ class TrainingStep:
         owners: dict[str, Any] = {}
         if "_plan" in known and not name.startswith("_"):
             owners = {"step.plan": known["_plan"] or Plan, "model": self.task.model}
-            owners |= {"optimizer": optimizer for optimizer in self.task.optimizers}
+            owners |= dict(zip(("optimizer",), self.task.optimizers))
         has = [f"{owner}.{name}" for owner, it in owners.items() if hasattr(it, name)]
         where = f"; use {' or '.join(has)}: a step owns no parameters and no state" if has else ""
         raise AttributeError(f"a training step has no {name!r}{where}", name=name, obj=self)

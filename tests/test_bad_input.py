@@ -386,6 +386,6 @@ def test_what_a_step_does_not_have_is_looked_for_where_it_is():
     ):  # fmt: skip
         with pytest.raises(AttributeError, match=f"no '{name}'; use .*{where}"):
             getattr(step, name)
-    with pytest.raises(AttributeError, match="no 'nonsense'$"):
+    with pytest.raises(AttributeError, match=r"no 'nonsense'$"):
         _ = step.nonsense
     assert not hasattr(step, "__len__")

@@ -46,8 +46,8 @@ class Target:
 
     @contextmanager
     def asking_for_the_loss(self) -> Iterator[None]:
-        """Without a loss the whole batch is what the model is called with. Where it rejects that, the error asks whether
-        a loss was meant, which takes the target out of the batch."""
+        """Without a loss the model is called with the whole batch. Where it rejects that, the error asks whether a loss
+        was meant, which takes the target out of the batch."""
         try:
             yield
         except BatchError as error:
