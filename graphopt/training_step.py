@@ -93,7 +93,7 @@ class TrainingStep:
             owners = {"step.plan": known["_plan"] or Plan, "model": self.task.model}
             owners |= dict(zip(("optimizer",), self.task.optimizers))
         has = [f"{owner}.{name}" for owner, it in owners.items() if hasattr(it, name)]
-        where = f"; use {' or '.join(has)}: a step owns no parameters and no state" if has else ""
+        where = f"; use {' or '.join(has)}" if has else ""
         raise AttributeError(f"a training step has no {name!r}{where}", name=name, obj=self)
 
     @property

@@ -30,8 +30,7 @@ def calibrate(
 ) -> None:
     """Measure what this machine can do, in about a minute, and keep it for prices.
 
-    Nothing else should run meanwhile: it would take minutes, and prices would be too high. Example: graphopt calibrate
-    --threads 2
+    Nothing else should run meanwhile: prices would be too high. Example: graphopt calibrate --threads 2
 
     With --processors the cores are divided among them, unless --threads says how many each has; it takes some seconds
     more. Exit code 1: with --check, what is kept does not hold any more, or there is nothing.
