@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
 from statistics import median
@@ -130,6 +130,8 @@ class Plan:
 
     ``landscape``: what is known of all candidates over batch sizes, where there is a choice.
 
+    ``ranked`` gives all plans of the training step that this one belongs to, those that ran most steps first.
+
     ``graph`` may be a function that counts the figures of `facts` when they are asked for: counting takes longer than
     deciding.
     """
@@ -144,6 +146,7 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     over_sizes: Callable[[], list[Crossover]] | None = field(default=None, repr=False, compare=False)
     landscape: Landscape | None = field(default=None, repr=False, compare=False)
+    ranked: Callable[[], Sequence[Plan]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def facts(self) -> GraphFacts | None:
@@ -174,7 +177,7 @@ class Plan:
 
     def explain(self, *, layers: bool = False) -> str:
         """The plan as text. With ``layers``: also what gradient liveness decided for each forward operator."""
-        lines = [f"batch size {self.batch_size}: {self.chosen} ({self.reason})", "candidates:"]
+        lines = [f"batch size {self.batch_size}: {self.chosen} ({self.reason})", *self._beside(), "candidates:"]
         lines += [f"  {line}" for line in _aligned([c.row(c.scheme == self.chosen) for c in self.candidates])]
         if terms := [line for line in (c.terms() for c in self.candidates) if line]:
             lines += ["prices by term:", *(f"     {line}" for line in terms)]
@@ -199,6 +202,18 @@ class Plan:
                 lines += [f"     {d.operator} {d.module}: {d.decision} ({d.why})" for d in self.passes.layers]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _beside(self) -> list[str]:
+        """Where the plans of other batches are: this one may be that of a short last batch."""
+        plans = [] if self.ranked is None else self.ranked()
+        if not any(plan is not self for plan in plans):
+            return []
+        first = plans[0]
+        if first is self:
+            others = _count(len(plans) - 1, "plan")
+            return [f"  most steps so far had such batches; step.plans[1:]: {others} for others"]
+        other = "" if first.landscape is self.landscape else " and another shape or mode"
+        return [f"  most steps so far had batch size {first.batch_size}{other}: {first.chosen}; see step.plans[0]"]
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data (JSON-able)."""

@@ -59,6 +59,7 @@ class Situation:
         failed: why the step cannot be a graph.
         notes: for all plans.
         waiting: whether the capture waits until it is known to pay back.
+        capture_seconds: what captures for other shapes of the batch took, where those are many: then so does this one.
         check: what is wrong with the form of the step that a scheme is about to run, tried on batches like ``sample``;
             None: forms are not verified.
     """
@@ -75,6 +76,7 @@ class Situation:
     failed: str | None = None
     notes: list[str] = field(default_factory=list)
     waiting: bool = False
+    capture_seconds: float | None = None
     check: Check | None = None
     sample: Sequence[torch.Tensor] = ()
 
@@ -117,7 +119,8 @@ class Situation:
         plan = Plan(size, [], "", "", notes=list(self.notes), over_sizes=self._crossovers, landscape=self.landscape)
         feasible, late = self._candidates(plan, prepared, index, size)
         if self.waiting and index is None:
-            plan.notes.append(f"steps={self.settings.steps}: eager runs first, a capture has to pay back")
+            few = f"steps={self.settings.steps}" if self.capture_seconds is None else "batches come in many shapes"
+            plan.notes.append(f"{few}: eager runs first, a capture has to pay back")
         if index is not None:
             step = self.steps[index]
             plan.graph = lambda: GraphFacts.of(step.before, step.graph, size, step.seconds)
@@ -262,20 +265,31 @@ class Situation:
         return None if found is None else (found.seconds, *found.interval)
 
     def _start_cost(self, scheme: Scheme, prepared: Prepared, size: int) -> float:
+        if scheme.needs_graph and prepared.step is None and self.capture_seconds:
+            return self.capture_seconds
         built = any(name == scheme.name for name, _ in self._runners)
         return self._starts.cost(scheme, prepared, size, built=built)
 
     def remaining(self, run: int = 0) -> float:
-        """Steps to come: what ``steps=`` leaves, or as many as there were so far."""
-        return run if self.settings.steps is None else max(self.settings.steps - self.run_so_far(), 0)
+        """Steps to come: what ``steps=`` leaves, or as many as there were so far. Those that it leaves are of all
+        shapes of batches; where there are many, no more than so far are expected to be of this one."""
+        left = float("inf") if self.settings.steps is None else max(self.settings.steps - self.run_so_far(), 0)
+        return left if self.settings.steps is not None and self.capture_seconds is None else min(run, left)
+
+    @property
+    def may_wait(self) -> bool:
+        """Whether steps may run in eager mode before one is captured: nothing was asked for that needs a graph."""
+        asked = self.settings
+        free = asked.schemes is None and asked.memory is None and (asked.processors or 1) == 1
+        return free and self.task.world is None
 
     def has_to_pay(self) -> bool:
         """Whether eager steps are measured before it is known that a capture pays back: the user said that there are
-        few, and asked for nothing that needs one."""
-        asked = self.settings
-        free = asked.schemes is None and asked.memory is None and (asked.processors or 1) == 1
-        free = free and self.task.world is None
-        return free and asked.steps is not None and has_to_pay(self.task.model, self.remaining())
+        few, or batches come in many shapes."""
+        if not self.may_wait:
+            return False
+        few = self.settings.steps is not None and has_to_pay(self.task.model, self.remaining())
+        return self.capture_seconds is not None or few
 
     def _crossovers(self) -> list[Crossover]:
         settled = {size: c.plan.chosen for size, c in self.choices.items() if c.run is not None}

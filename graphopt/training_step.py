@@ -25,6 +25,7 @@ from graphopt.graph.batch import BatchLayout, flatten, one_batch
 from graphopt.graph.batch_shape import check_dimensions, dimensions
 from graphopt.graph.hyper_parameters import structure_key
 from graphopt.graph.update import supported
+from graphopt.many_shapes import Shapes
 from graphopt.passes import Pass
 from graphopt.plan import Candidate, Plan
 from graphopt.probe_safety import Before, first_line, out_of_memory
@@ -68,7 +69,7 @@ class TrainingStep:
         self._settings = settings
         self._capturing = Capturing(task, passes, verify, self._warn)
         self._dimensions = dimensions(batch_shape)
-        self._situations: dict[Hashable, Situation] = {}
+        self._situations: dict[tuple[Hashable, BatchLayout], Situation] = {}
         self._quick: dict[Hashable, tuple[Situation, Choice]] = {}
         self._watch: ModelWatch | None = None
         self._plan: Plan | None = None
@@ -76,7 +77,7 @@ class TrainingStep:
         self._clock, self._machines = clock, machines
         self._records = records if records is not None else Records()
         self._run_before = 0
-        self._paying: set[int] = set()  # batch sizes at which a capture is known to pay back
+        self._paying: set[tuple[BatchLayout, int]] = set()  # batches for which a capture is known to pay back
         if task.world is None and (settings.processors or 1) > 1:  # they start while the first step is captured
             task.pools.of(settings.processors or 1, threads_of_each(settings.processors or 1))
 
@@ -84,12 +85,29 @@ class TrainingStep:
         """Copies and pickles are refused: a step belongs to its model and its optimizers."""
         raise GraphoptError("a step cannot be copied or pickled; copy model and optimizer, and call optimize() again")
 
+    def __getattr__(self, name: str) -> Any:
+        """Raises AttributeError, which says where to look for what the model, an optimizer or the plan has."""
+        known = self.__dict__
+        owners: dict[str, Any] = {}
+        if "_plan" in known and not name.startswith("_"):
+            owners = {"step.plan": known["_plan"] or Plan, "model": self.task.model}
+            owners |= dict(zip(("optimizer",), self.task.optimizers))
+        has = [f"{owner}.{name}" for owner, it in owners.items() if hasattr(it, name)]
+        where = f"; use {' or '.join(has)}" if has else ""
+        raise AttributeError(f"a training step has no {name!r}{where}", name=name, obj=self)
+
     @property
     def plan(self) -> Plan:
         """The plan of the last batch. Raises GraphoptError before the first one."""
         if self._plan is None:
             raise GraphoptError("plan: no batch was run yet; the first one is planned when it comes")
         return self._plan
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans of all kinds of batches so far (sizes, shapes, modes of the model); most steps first."""
+        every = (choice for situation in self._situations.values() for choice in situation.choices.values())
+        return [choice.plan for choice in sorted(every, key=lambda choice: -choice.steps)]
 
     @property
     def situation(self) -> Situation:
@@ -233,28 +251,39 @@ class TrainingStep:
             self._plan_size(situation, tensors, size)
         return situation, situation.choices[size]
 
-    def _key(self, layout: BatchLayout) -> Hashable:
-        """What a situation is known by."""
+    def _key(self, layout: BatchLayout) -> tuple[Hashable, BatchLayout]:
+        """What a situation is known by: the state of model and optimizers, and what the batch looks like."""
         assert self._watch is not None
         check_dimensions(self._dimensions, layout)
         outside = tuple(supported(o) for o in self.task.optimizers)
         model = self._watch.key(buffers_are_looked_up=True)
-        return model, layout, structure_key(self.task.optimizers), outside
+        return (model, structure_key(self.task.optimizers), outside), layout
 
     def _plan_size(self, situation: Situation, tensors: Sequence[torch.Tensor], size: int) -> None:
         """A choice for a batch size that is new in this situation."""
         wanted = self._settings.schemes is None or any(s.needs_graph for s in self._settings.schemes)
         if wanted and not situation.failed and situation.admitting(size) is None:
-            situation.waiting = size not in self._paying and not self._capturing.verify and situation.has_to_pay()
+            self._look_at_shapes(situation)
+            pays = (situation.layout, size) in self._paying or self._capturing.verify
+            situation.waiting = not pays and situation.has_to_pay()
             if not situation.waiting:
                 self._capturing.capture(situation, tensors, size)
-        situation.choose(size)
+        situation.choose(size).plan.ranked = lambda: self.plans
+
+    def _look_at_shapes(self, situation: Situation) -> None:
+        """Where batches come in many shapes, say so, and let the capture for one more wait until it pays back."""
+        state = self._key(situation.layout)[0]
+        shapes = Shapes.of(situation, [s for (known, _), s in self._situations.items() if known == state])
+        if shapes.many:
+            waits = situation.may_wait and not self._capturing.verify
+            situation.capture_seconds = shapes.seconds if waits else None
+            self._warn(shapes.warning(waits), about="shapes")
 
     def _capture_now(
         self, situation: Situation, choice: Choice, tensors: Sequence[torch.Tensor]
     ) -> tuple[Situation, Choice]:
         """The choice for the same batch size, with the step as a graph."""
-        self._paying.add(choice.size)
+        self._paying.add((situation.layout, choice.size))
         self._run_before += choice.steps
         del situation.choices[choice.size]
         return self._renewed(situation, choice, tensors)
@@ -273,9 +302,10 @@ class TrainingStep:
         every = (choice for situation in self._situations.values() for choice in situation.choices.values())
         return self._run_before + sum(choice.steps for choice in every)
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
+    def _warn(self, message: str, about: str = "") -> None:
+        """Say it once; ``about``: once of all that is about this."""
+        if (about or message) not in self._warned:
+            self._warned.add(about or message)
             warnings.warn(message, GraphoptWarning, stacklevel=7)
 
 

@@ -31,7 +31,7 @@ class _Known:
 
     layout: BatchLayout
     rows: int
-    key: Hashable
+    key: tuple[Hashable, BatchLayout]
     text: str
     shared: tuple[int, ...]  # tensors without rows, which must be the same on all ranks
 

@@ -374,3 +374,18 @@ def test_a_loss_that_does_not_take_the_output_says_what_would() -> None:
         graphopt.optimize(model, (4, 4), loss=nn.functional.cross_entropy, optimizer=sgd)(*batch)
     step = graphopt.optimize(model, (4, 4), loss=lambda o, y: nn.functional.cross_entropy(o.logits, y), optimizer=sgd)
     assert step(*batch).isfinite()
+
+
+def test_what_a_step_does_not_have_is_looked_for_where_it_is():
+    model = torch.nn.Linear(4, 3)
+    adam = torch.optim.Adam(model.parameters())
+    step = graphopt.optimize(model, (2, 4), loss=cross_entropy, optimizer=adam)
+    for name, where in (
+        ("state_dict", "model.state_dict or optimizer.state_dict"), ("parameters", "model.parameters"),
+        ("zero_grad", "optimizer.zero_grad"), ("explain", "step.plan.explain"), ("show", "step.plan.show"),
+    ):  # fmt: skip
+        with pytest.raises(AttributeError, match=f"no '{name}'; use .*{where}"):
+            getattr(step, name)
+    with pytest.raises(AttributeError, match=r"no 'nonsense'$"):
+        _ = step.nonsense
+    assert not hasattr(step, "__len__")

@@ -28,9 +28,9 @@ def calibrate(
     check: Annotated[bool, typer.Option("--check", help="Only say whether what is kept still holds.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what this machine can do, in at most a minute, and keep it for prices.
+    """Measure what this machine can do, in about a minute, and keep it for prices.
 
-    Nothing else should run meanwhile. Example: graphopt calibrate --threads 2
+    Nothing else should run meanwhile: prices would be too high. Example: graphopt calibrate --threads 2
 
     With --processors the cores are divided among them, unless --threads says how many each has; it takes some seconds
     more. Exit code 1: with --check, what is kept does not hold any more, or there is nothing.

@@ -39,7 +39,7 @@ TargetName = Annotated[
     str,
     typer.Argument(
         metavar="MODULE:FUNCTION",
-        help="A function without arguments that gives (model, batch), with a loss and an optimizer if there are some.",
+        help="A function without arguments that gives (model, batch, loss, optimizer), as far as there are.",
     ),
 ]
 MachineName = Annotated[

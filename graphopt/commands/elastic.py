@@ -59,7 +59,8 @@ def elastic(
     found = load_target(target)
     with bar("elastic", 3) as told:
         told("looking for dimensions")
-        whole = space(found.model, _inputs(found))
+        with found.asking_for_the_loss():
+            whole = space(found.model, _inputs(found))
         choice: Choice | None = None
         selection: Selection | None = None
         if select:

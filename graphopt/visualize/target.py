@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
-from graphopt.errors import GraphoptError
+from graphopt.errors import BatchError, GraphoptError
 from graphopt.graph.assemble import as_optimizers
 from graphopt.graph.batch import ModelLoss
 from graphopt.graph.capture import capture
@@ -18,7 +20,10 @@ from graphopt.schemes.captured_step import capture_task
 from graphopt.scripts import module_of
 from graphopt.step import PASSES
 
-FORM = "(model, batch), (model, batch, loss), (model, batch, loss, optimizer), or a dict with those keys"
+FORM = (
+    "(model, batch), (model, batch, loss), (model, batch, loss, optimizer), (model, batch, optimizer) for a model that "
+    "returns its own loss, or a dict with those keys"
+)
 
 
 @dataclass(frozen=True)
@@ -34,9 +39,24 @@ class Target:
     def captured(self) -> PassResult:
         """The step as a graph, and what the passes of `optimize` did to it."""
         if self.loss is None and self.optimizer is None:
-            return Pipeline((GradientLiveness(), *PASSES))(capture(self.model, self.batch))
+            with self.asking_for_the_loss():
+                return Pipeline((GradientLiveness(), *PASSES))(capture(self.model, self.batch))
         loss = ModelLoss if self.loss is None else self.loss
         return capture_task(Task(self.model, loss, as_optimizers(self.optimizer)), self.batch, PASSES).result
+
+    @contextmanager
+    def asking_for_the_loss(self) -> Iterator[None]:
+        """Without a loss the model is called with the whole batch. Where it rejects that, the error asks whether a loss
+        was meant, which takes the target out of the batch."""
+        try:
+            yield
+        except BatchError as error:
+            if self.loss is not None or self.optimizer is not None:
+                raise
+            raise BatchError(
+                f"{error}. {self.name} gives no loss, so that the model is called with the whole batch; for one with a "
+                "target give (model, batch, loss)"
+            ) from error
 
 
 def load_target(text: str) -> Target:
@@ -61,6 +81,8 @@ def load_target(text: str) -> Target:
         values = dict(given)
     elif isinstance(given, (tuple, list)) and 2 <= len(given) <= 4:
         values = dict(zip(("model", "batch", "loss", "optimizer"), given))
+        if len(given) == 3 and isinstance(given[2], Optimizer):
+            values = {"model": given[0], "batch": given[1], "optimizer": given[2]}
     else:
         raise GraphoptError(f"{text} gave {type(given).__name__}; expected {FORM}")
     if not isinstance(values.get("model"), nn.Module) or values.get("batch") is None:

@@ -120,3 +120,17 @@ def test_what_is_forgotten_is_not_believed():
     landscape.add("a", 8, measured(1.0))
     landscape.forget("a", 8)
     assert landscape.belief("a", 8) is None and landscape.crossovers({}, ["a"]) == []
+
+
+def test_the_plan_of_a_short_last_batch_says_where_the_others_are():
+    training = crossing()
+    training.run(1, 64)
+    assert training._step.plans == [training._step.plan] and "step.plans" not in training._step.plan.explain()
+    training.run(39, 64)
+    training.run(2, 8)
+    most, last = training._step.plans
+    assert last is training._step.plan and (most.batch_size, last.batch_size) == (64, 8)
+    assert last.explain().splitlines()[1] == "  most steps so far had batch size 64: many; see step.plans[0]"
+    assert most.explain().splitlines()[1] == "  most steps so far had such batches; step.plans[1:]: 1 plan for others"
+    training.run(200, 8)
+    assert training._step.plans[0] is last

@@ -1,10 +1,11 @@
 """``graphopt show`` and ``graphopt explain``, as a user calls them."""
 
 import pytest
+import torch
 
-from graphopt.errors import GraphoptError
+from graphopt.errors import BatchError, GraphoptError
 from graphopt.visualize.target import load_target
-from tests.commands.program import data, output
+from tests.commands.program import PROGRAM, data, output
 from tests.visualize.test_page import read
 
 
@@ -36,3 +37,16 @@ def test_targets_that_are_none(folder):
     ):  # fmt: skip
         with pytest.raises(GraphoptError, match=why):
             load_target(text)
+
+
+@pytest.mark.parametrize("command", ["explain", "show", "elastic"])
+def test_a_forgotten_loss_is_asked_for(folder, command):
+    (folder / "my_step.py").write_text(PROGRAM + "\n\ndef forgotten():\n    return step()[:2]\n")
+    with pytest.raises(BatchError, match=r"my_step.py:forgotten gives no loss.* give \(model, batch, loss\)"):
+        output(command, "my_step.py:forgotten")
+
+
+def test_an_optimizer_may_stand_in_the_place_of_the_loss(folder):
+    (folder / "my_step.py").write_text(PROGRAM + "\n\ndef own_loss():\n    m, b, _, o = step()\n    return m, b, o\n")
+    found = load_target("my_step.py:own_loss")
+    assert found.loss is None and isinstance(found.optimizer, torch.optim.Optimizer)
