@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,16 @@ from graphopt.cost_model.machine import Machine
 from graphopt.cost_model.work import Mode, compiled
 from graphopt.elastic.choice import Choice
 from graphopt.elastic.counted import CountedGraph
+from graphopt.elastic.dimension import Kind
+from graphopt.elastic.joint import layered
+from graphopt.elastic.kept import Kept
+from graphopt.elastic.left_out import LeftOut, without
 from graphopt.elastic.modes import evaluating
 from graphopt.elastic.space import Space
 from graphopt.errors import ElasticError
 from graphopt.graph.batch import flatten
 from graphopt.graph.capture import capture
+from graphopt.graph.differentiate import with_backward
 
 _SECONDS = ("latency_seconds", "step_seconds")
 METRICS = ("flops", "parameters", "peak_bytes", *_SECONDS)
@@ -112,6 +118,7 @@ class Prices:
         self._machine = machine
         self._forward: dict[int | None, CountedGraph] = {}  # by threads
         self._step: CountedGraph | None = None
+        self._patterns: Kept[CountedGraph] = Kept()
         self._update: tuple[float, float] | None = None
         self._corrections: dict[str, Correction] = {}  # by metric
 
@@ -175,8 +182,10 @@ class Prices:
     def step_flops(self, choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """FLOPs of a training step of each choice, int64 ``(count,)``; its update counts 0 (docs/flops.md). Needs no
         machine. Raises ElasticError without ``training``."""
-        counted = self._step_graph()
-        return counted.prices(choices, self._sizes(counted), machine=None, peak=False).flops
+        found = np.zeros(len(choices), np.int64)
+        for counted, at in self._steps_of(choices):
+            found[at] = counted.prices([choices[i] for i in at], self._sizes(counted), machine=None, peak=False).flops
+        return found
 
     def _sizes(self, counted: CountedGraph) -> dict[str, int]:
         if "batch" not in counted.graph.symbols.symbols:
@@ -190,23 +199,43 @@ class Prices:
     def _forward_graph(self) -> CountedGraph:
         """The forward graph for the threads of the machine; without one for those of torch here, which `machine` would
         have too: what was asked first must not matter."""
-        threads = self._machine.threads if self._machine is not None else torch.get_num_threads()
+        threads = self._threads
         if threads not in self._forward:
             with evaluating(self.space.model):
                 subnet = self.space.subnet(self.space.full)
             origin = subnet.origin
-            self._forward[threads] = CountedGraph(origin.graph, origin, self.space.dimensions, self.mode, threads)
+            self._forward[threads] = CountedGraph(
+                origin.graph, origin, self.space.dimensions, partial(without, origin.graph), self.mode, threads
+            )
         return self._forward[threads]
 
     # -- training steps -------------------------------------------------------------------------------------------
 
     def _step_seconds(self, choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        machine, counted = self.machine, self._step_graph()
-        priced = counted.prices(choices, self._sizes(counted), machine=machine, peak=False)
-        return priced.seconds + self._update_seconds(choices, counted)
+        found = np.zeros(len(choices))
+        for counted, at in self._steps_of(choices):
+            some = [choices[i] for i in at]
+            priced = counted.prices(some, self._sizes(counted), machine=self.machine, peak=False)
+            found[at] = priced.seconds + self._update_seconds(some, counted)
+        return found
+
+    def _steps_of(self, choices: Sequence[Mapping[str, Any]]) -> list[tuple[CountedGraph, list[int]]]:
+        """The joint graphs that price these choices, each with the places of those that it prices: that of the full
+        net, and one for each pattern of layers that are not to be told from the others in that."""
+        whole = self._step_graph()
+        found: dict[int, tuple[CountedGraph, list[int]]] = {}
+        for i, choice in enumerate(choices):
+            counted = whole if whole.absent(choice) is not None else self._pattern_graph(choice)
+            found.setdefault(id(counted), (counted, []))[1].append(i)
+        return list(found.values())
+
+    @property
+    def _threads(self) -> int:
+        """Of kernels; see `_forward_graph`."""
+        return self._machine.threads if self._machine is not None else torch.get_num_threads()
 
     def _step_graph(self) -> CountedGraph:
-        """The joint graph; for which threads, see `_forward_graph`."""
+        """The joint graph of the full net; for which threads, see `_forward_graph`."""
         if self.training is None:
             raise ElasticError(
                 "step_seconds: what a step is made of is not known; give Prices(space, training=Training(batch, loss, "
@@ -214,11 +243,26 @@ class Prices:
             )
         if self._step is None:
             given = self.training
-            threads = self._machine.threads if self._machine is not None else torch.get_num_threads()
             subnet = self.space.subnet(self.space.full, loss=given.loss, batch=given.batch)
-            joint = self.space.graph(self.space.full, loss=given.loss, batch=given.batch, backward=True)
-            self._step = CountedGraph(joint, subnet.origin, self.space.dimensions, self.mode, threads)
+            joint = layered(subnet)
+            self._step = CountedGraph(
+                joint.graph, subnet.origin, self.space.dimensions, joint.without, self.mode, self._threads
+            )
         return self._step
+
+    def _pattern_graph(self, choice: Mapping[str, Any]) -> CountedGraph:
+        """The joint graph of a choice with all sizes full."""
+        assert self.training is not None
+        origin = self.space.subnet(self.space.full, loss=self.training.loss, batch=self.training.batch).origin
+        depths = {d.name: choice[d.name] for d in self.space.dimensions if d.kind is Kind.DEPTH}
+        pattern = self.space.choice(depths)
+        if pattern.key() not in self._patterns:
+            joint = with_backward(origin.subnet(pattern).graph)
+            active = [d for d in self.space.dimensions if d.kind is not Kind.DEPTH and d.name not in pattern.inactive]
+            self._patterns[pattern.key()] = CountedGraph(
+                joint, origin, active, lambda runs: LeftOut(frozenset(), {}, ()), self.mode, self._threads
+            )
+        return self._patterns[pattern.key()]
 
     def _update_seconds(self, choices: Sequence[Mapping[str, Any]], counted: CountedGraph) -> np.ndarray:
         """Seconds of the optimizer's update: kernels by the numbers in parameters, launches by how many there are."""
@@ -231,8 +275,8 @@ class Prices:
             work = compiled(graph, self.mode, (), self.machine.threads)
             self._update = _update_of(work, self.machine)
         kernels, launches = self._update
-        full = [self.space.full]
-        return kernels * numbers / counted.parameters(full) + launches * tensors / counted.parameter_tensors(full)
+        full, whole = [self.space.full], self._step_graph()
+        return kernels * numbers / whole.parameters(full) + launches * tensors / whole.parameter_tensors(full)
 
 
 def _update_of(work: Any, machine: Machine) -> tuple[float, float]:
