@@ -17,12 +17,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
 
+import sympy
 import torch
 from torch import fx
 
 from graphopt.cost_model.memory import Absent
 from graphopt.errors import ElasticError
-from graphopt.graph.depth import Run, leave_out_of
+from graphopt.graph.depth import Run, is_size, leave_out_of, size_of_inputs
 from graphopt.graph.differentiate import with_backward
 from graphopt.graph.draft import Draft
 from graphopt.graph.sizes import expression
@@ -61,10 +62,13 @@ class LeftOut:
             draft.node(value).replace_all_uses_with(draft.node(other))
             draft.left_out[value] = other
         draft.keep_outputs(self.outputs)
+        sizes: dict[sympy.Symbol, fx.Node] = {}
         for node in reversed(list(draft.origin.graph.nodes)):
             if node not in self.gone:
                 continue
             copy = draft.node(node)
+            if copy.users and is_size(node):
+                copy.replace_all_uses_with(size_of_inputs(draft, expression(node.meta["val"]), copy, sizes))
             if copy.users:
                 raise Inseparable(f"{copy} is read by {next(iter(copy.users))}, which remains")
             draft.graph.erase_node(copy)
@@ -132,7 +136,6 @@ class LayeredJoint:
             instead[self._value(run.exit)] = _resolved(instead, self._value(run.entry))
         replaced = dict(filter(None, (self._gradient(run, names) for run in own)))
         gone = {n for n in self.graph.nodes if n.meta.get("origin") in names and n not in replaced}
-        gone -= self._sizes_of_others(gone, instead)
         for node in self.graph.graph.nodes:
             if node.op != "call_function" or node.meta["phase"] != Phase.BACKWARD:
                 continue
@@ -173,16 +176,10 @@ class LayeredJoint:
         if exit_ is None:
             raise Inseparable(f"{run}: only its entry has a gradient")
         for user in run.entry.users:
-            if user.op == "output" or (user.name not in names and not isinstance(user.meta["val"], torch.SymInt)):
+            if user.op == "output" or (user.name not in names and not _is_number(user)):
                 raise Inseparable(f"{run}: {user} reads its entry too")
         self._same_layout(run, exit_, entry)
         return entry, exit_
-
-    @staticmethod
-    def _sizes_of_others(gone: set[fx.Node], instead: Mapping[fx.Node, fx.Node]) -> set[fx.Node]:
-        """Sizes that are read off what remains, or off what something stands for."""
-        sizes = [node for node in gone if isinstance(node.meta.get("val"), torch.SymInt)]
-        return {n for n in sizes if all(_resolved(instead, s) not in gone for s in n.all_input_nodes)}
 
     def _same_layout(self, run: Run, a: fx.Node, b: fx.Node) -> None:
         one, other = a.meta["val"], b.meta["val"]
@@ -191,7 +188,7 @@ class LayeredJoint:
 
     def _after(self, node: fx.Node, gone: set[fx.Node], instead: dict[fx.Node, fx.Node]) -> None:
         """An operator of another layer's backward: what becomes of it where gradients that it reads are gone."""
-        lost = [s for s in node.all_input_nodes if _resolved(instead, s) in gone]
+        lost = [s for s in node.all_input_nodes if _resolved(instead, s) in gone and not _is_number(s)]
         if not lost:
             return
         given = [s for s in node.all_input_nodes if s in self._differential]
@@ -216,6 +213,10 @@ class LayeredJoint:
         for node in gone:
             if node.target is getitem and node in self._differential and node.args[0] not in gone:
                 raise Inseparable(f"{node.args[0]} would be told to make fewer gradients")
+
+
+def _is_number(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt)
 
 
 def _resolved(instead: Mapping[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
