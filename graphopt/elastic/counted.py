@@ -72,8 +72,8 @@ class CountedGraph:
         self._depths = {d.name: self.handles[d.name] for d in dimensions if d.kind is Kind.DEPTH}
         counting = counted(graph, inside, {})
         self.work = Work(graph, mode, counting, threads)
-        self._parameters = tuple(node for node in graph.input_nodes(InputKind.PARAMETER).values() if node.users)
-        self._numels = SizeTable([numel(counting.node[node].meta["val"]) for node in self._parameters])
+        self._parameters = {name: node for name, node in graph.input_nodes(InputKind.PARAMETER).items() if node.users}
+        self._numels = SizeTable([numel(counting.node[node].meta["val"]) for node in self._parameters.values()])
         self._absent: dict[tuple[tuple[str, Value], ...], Absent | None] = {}
 
     def prices(
@@ -85,18 +85,12 @@ class CountedGraph:
         values = self._values(choices, sizes)
         return price_many(self.work, values, [self._gone(c) for c in choices], machine=machine, peak=peak)
 
-    def parameters(self, choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """How many numbers the parameters of each choice hold, int64 ``(count,)``."""
+    def parameters(self, choices: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """How many numbers each parameter holds in each choice, int64 ``(count,)``; 0 where it is gone."""
         found = self._numels.at_many(self._values(choices, {}))
-        return np.where(self._there(choices), found, 0).sum(axis=0)
-
-    def parameter_tensors(self, choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """How many parameters each choice has, int64 ``(count,)``."""
-        return self._there(choices).sum(axis=0)
-
-    def _there(self, choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
         gone = [self._gone(choice).nodes for choice in choices]
-        return np.array([[node not in out for out in gone] for node in self._parameters], dtype=bool)
+        there = np.array([[node not in out for out in gone] for node in self._parameters.values()], dtype=bool)
+        return dict(zip(self._parameters, np.where(there, found, 0), strict=True))
 
     def _values(self, choices: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> dict[sympy.Symbol, np.ndarray]:
         count = len(choices)

@@ -60,7 +60,6 @@ class LeftOut:
         """Take the layers out of a draft of the graph."""
         for value, other in self.instead.items():
             draft.node(value).replace_all_uses_with(draft.node(other))
-            draft.left_out[value] = other
         draft.keep_outputs(self.outputs)
         sizes: dict[sympy.Symbol, fx.Node] = {}
         for node in reversed(list(draft.origin.graph.nodes)):

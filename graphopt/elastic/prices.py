@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from graphopt.cost_model.machine import Machine
-from graphopt.cost_model.work import Mode, compiled
+from graphopt.cost_model.work import Mode
 from graphopt.elastic.choice import Choice
 from graphopt.elastic.counted import CountedGraph
 from graphopt.elastic.dimension import Kind
@@ -21,6 +21,7 @@ from graphopt.elastic.kept import Kept
 from graphopt.elastic.left_out import LeftOut, without
 from graphopt.elastic.modes import evaluating
 from graphopt.elastic.space import Space
+from graphopt.elastic.update_prices import UpdatePrices
 from graphopt.errors import ElasticError
 from graphopt.graph.batch import flatten
 from graphopt.graph.capture import capture
@@ -80,7 +81,9 @@ class Prices:
 
     Graphs of the full model are compiled once, at the first question that needs them, with a free symbol for each size;
     a price then is arithmetic (`graphopt.cost_model.many_sizes`). FLOPs and parameters are exact; peak memory is exact
-    for sizes and nearly so where layers are left out; seconds are those of `graphopt.cost_model.estimate`.
+    for sizes and nearly so where layers are left out; seconds are those that `graphopt.cost_model.estimate` gives for the
+    extracted module. (A step on slices of the shared weights also copies them, and updates whole tensors.) A pattern of
+    layers that cannot be taken out of the full net's step (`graphopt.elastic.left_out`) is traced and compiled once.
 
     Args:
         space: in a state that the prices are for; it may be trained on.
@@ -119,7 +122,7 @@ class Prices:
         self._forward: dict[int | None, CountedGraph] = {}  # by threads
         self._step: CountedGraph | None = None
         self._patterns: Kept[CountedGraph] = Kept()
-        self._update: tuple[float, float] | None = None
+        self._update: UpdatePrices | None = None
         self._corrections: dict[str, Correction] = {}  # by metric
 
     @property
@@ -166,7 +169,7 @@ class Prices:
         if not choices:
             return {metric: np.zeros(0) for metric in metrics}
         if "parameters" in metrics:
-            found["parameters"] = self._forward_graph().parameters(choices)
+            found["parameters"] = np.sum(list(self._forward_graph().parameters(choices).values()), axis=0)
         if {"flops", "peak_bytes", "latency_seconds"} & set(metrics):
             machine = self.machine if "latency_seconds" in metrics else None
             counted = self._forward_graph()
@@ -265,23 +268,11 @@ class Prices:
         return self._patterns[pattern.key()]
 
     def _update_seconds(self, choices: Sequence[Mapping[str, Any]], counted: CountedGraph) -> np.ndarray:
-        """Seconds of the optimizer's update: kernels by the numbers in parameters, launches by how many there are."""
+        """Seconds of the optimizer's update of the parameters that each choice has."""
         given = self.training
         if given is None or given.optimizer is None:
             return np.zeros(len(choices))
-        numbers, tensors = counted.parameters(choices), counted.parameter_tensors(choices)
         if self._update is None:
-            graph = capture(self.space.model, given.batch, loss=given.loss, optimizer=given.optimizer)
-            work = compiled(graph, self.mode, (), self.machine.threads)
-            self._update = _update_of(work, self.machine)
-        kernels, launches = self._update
-        full, whole = [self.space.full], self._step_graph()
-        return kernels * numbers / whole.parameters(full) + launches * tensors / whole.parameter_tensors(full)
-
-
-def _update_of(work: Any, machine: Machine) -> tuple[float, float]:
-    """Seconds of kernels and of launches of the update in a whole step."""
-    from graphopt.cost_model.analytical import kernel_seconds_at, launch_seconds
-
-    kernel, _ = kernel_seconds_at(work, work.at(work.values({})), machine)
-    return float(kernel[work.updating].sum()), float(launch_seconds(work, machine)[work.updating].sum())
+            whole = capture(self.space.model, given.batch, loss=given.loss, optimizer=given.optimizer)
+            self._update = UpdatePrices(whole, self.mode, self.machine.threads)
+        return self._update.seconds(self.machine, counted.parameters(choices))
