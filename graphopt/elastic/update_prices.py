@@ -81,8 +81,11 @@ class UpdatePrices:
             kernel_bytes=moved, kernel_flops=wide(self._counts.kernel_flops), dims=wide(self._counts.dims),
         )  # fmt: skip
         kernel, _ = kernel_seconds_at(self._work, counts, machine)
-        host = launch_seconds(self._work, machine)[:, None] * there
-        seconds: np.ndarray = (np.where(there > 0, kernel, 0.0) + host).sum(axis=0)
+        calls = launch_seconds(self._work, replace(machine, launch={**machine.launch, "item": 0.0}))[:, None]
+        more = np.maximum(self._work.items - 1, 1)[:, None]  # tensors of one call beside its first
+        item = (launch_seconds(self._work, machine)[:, None] - calls) / more
+        host = calls + item * np.maximum(self._work.items[:, None] * there - 1, 0)
+        seconds: np.ndarray = np.where(there > 0, kernel + host, 0.0).sum(axis=0)
         return seconds
 
 
