@@ -98,7 +98,8 @@ def test_an_update_is_that_of_the_parameters_that_a_subnet_has(priced, kind):
     """Its price is that of the update of the extracted module: fewer and smaller tensors, some calls as long as ever."""
     space, _, x, y = priced
     step = Training((x, y), F.cross_entropy, torch.optim.AdamW(space.model.parameters(), **kind))
-    slow = simple(curves={f: replace(c, points=((1.0, 1e-5), (1e3, 1e-5), (1e9, 10.0))) for f, c in MACHINE.curves.items()})
+    points = ((1.0, 1e-5), (1e3, 1e-5), (1e9, 10.0))
+    slow = simple(curves={family: replace(curve, points=points) for family, curve in MACHINE.curves.items()})
     prices = Prices(space, slow, mode="eager", training=step)
     for choice in some(space, 2):
         small = space.extract(choice).train()
