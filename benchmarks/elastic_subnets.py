@@ -149,7 +149,7 @@ def _bound(step: Callable[..., Any], *batch: Any) -> Callable[[], Any]:
 def emit(names: Sequence[str]) -> list[Row]:
     """Milliseconds of processor time. ``analysis``: of the space without the captures. ``forward``, ``joint``: to emit
     the graph of a subnet that was not asked for before, medians; ``cached``: of one that was (wall time). The first
-    joint graph is traced; with the second, so is the whole net (`graphopt.elastic.joint`). ``new layers``: a joint graph
+    joint graph is traced; with the second, so is the whole net (`graphopt.elastic.joint`). ``new layers``: one
     of a pattern of layers that was not asked for before, the slowest of a few."""
     rows = []
     module = sys.modules[Captures.__module__]

@@ -124,7 +124,7 @@ class CountedGraph:
     def _gone(self, choice: Mapping[str, Any]) -> Absent:
         found = self.absent(choice)
         if found is None:
-            raise ElasticError(f"{choice!r}: its layers cannot be told from the others in this graph; price one without")
+            raise ElasticError(f"{choice!r}: its layers cannot be told from the others in this graph")
         return found
 
 

@@ -1,7 +1,7 @@
 """`joint`: forward and backward of a subnet, quickly.
 
 To derive a backward means to trace one. But two subnets that differ in sizes of axes only have the same operators in
-their backward, and one that has fewer layers has some of them (`graphopt.elastic.left_out`). So the backward of the whole
+their backward, and one that has fewer layers has some of them (`elastic.left_out`). So the backward of the whole
 net is traced once, layers are taken out of it, and what is left is resized: numbers that are sizes in disguise (the
 backward of a mean divides by how many) are explained by `scalar_literals`, which traces twice more. That is done when a
 second subnet is asked for. The first one is traced by itself, and so is what cannot be resized (a size of 1, which
@@ -95,7 +95,7 @@ class Joints:
 
 
 class _Stem:
-    """The joint graph of a subnet with all axes at their full size, ready to have layers taken out and to be resized."""
+    """The joint graph of a subnet with all axes at their full size, to take layers out of and to resize."""
 
     def __init__(self, supergraph: Supergraph, base: Subnet):
         self.supergraph, self.base = supergraph, base

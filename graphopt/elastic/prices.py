@@ -81,7 +81,7 @@ class Prices:
 
     Graphs of the full model are compiled once, at the first question that needs them, with a free symbol for each size;
     a price then is arithmetic (`graphopt.cost_model.many_sizes`). FLOPs and parameters are exact; peak memory is exact
-    for sizes and nearly so where layers are left out; seconds are those that `graphopt.cost_model.estimate` gives for the
+    for sizes and nearly so where layers are left out; seconds are what `graphopt.cost_model.estimate` gives for the
     extracted module. (A step on slices of the shared weights also copies them, and updates whole tensors.) A pattern of
     layers that cannot be taken out of the full net's step (`graphopt.elastic.left_out`) is traced and compiled once.
 
