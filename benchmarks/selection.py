@@ -134,14 +134,18 @@ class Decision:
 
 
 def decide(case: zoo.Case, size: int, horizon: int) -> Decision:
-    """Train until a scheme is chosen and some seconds have gone (few steps begin with eager, and may capture later), or
-    all steps are done."""
+    """Train until a scheme is chosen, nothing is compiled in another process any more and some seconds have gone (few
+    steps begin with eager, and may capture later), or all steps are done."""
     torch.manual_seed(1)
     batch = _given(case.batch(size))
     start, taken = perf_counter(), 0
     with _own_cache():
         step = ours(case, steps=horizon)
-        going = lambda: perf_counter() - start < LEAST_SECONDS or not step.situation.choices[size].decided
+
+        def going() -> bool:
+            choice = step.situation.choices[size]
+            return perf_counter() - start < LEAST_SECONDS or not choice.decided or choice.compiling
+
         while taken == 0 or (taken < horizon and going()):
             step(*batch)
             taken += 1

@@ -125,7 +125,8 @@ def fitted(machine: Machine, steps: Sequence[Row]) -> Machine:
     """The machine with its factors and its interval fitted to measured steps; seconds are linear in the factors.
 
     The interval is Student's for one more network, where a network's log error is normal with mean 0 and what other
-    models showed before is known as of so many networks: few small ones say little about the next, larger one.
+    models showed before is known as of so many networks: few small ones say little about the next, larger one. Errors
+    are those of networks that were left out, so that what the fit does not know is in them.
     """
     predict = lambda factors, row: sum(factors[name] * s for name, s in row.by_factor.items())
     measured = [(row, row.seconds) for row in steps]
@@ -141,7 +142,7 @@ def fitted(machine: Machine, steps: Sequence[Row]) -> Machine:
         squares.append(float(np.mean(np.square(errors))))
     n = len(networks)
     variance = (sum(squares) + _LIKE * _ERROR_OF_MODELS**2) / (n + _LIKE)
-    spread = float(student.ppf(0.95, n + _LIKE - 1)) * math.sqrt(variance * (1 + 1 / n))
+    spread = float(student.ppf(0.95, n + _LIKE)) * math.sqrt(variance)
     return replace(machine, scales=found.parameters, spread=spread)
 
 

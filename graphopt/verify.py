@@ -23,6 +23,7 @@ from graphopt.graph.capture import capture_step
 from graphopt.graph.hyper_parameters import hyper_reader
 from graphopt.graph.in_place import overwritten
 from graphopt.graph.lowering import lower
+from graphopt.graph.stateless import functional_call
 from graphopt.graph.step_module import ModelWithLoss, active_autocast, autocast, device_types
 from graphopt.graph.training_graph import Input, InputKind, OutputKind, TrainingGraph
 from graphopt.passes import Pass
@@ -70,7 +71,7 @@ def reference(
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         tensors = {f"model.{n}": t for n, t in {**trainable, **frozen, **state}.items()}
         with autocast(regions):
-            value = torch.func.functional_call(ModelWithLoss(model, loss), tensors, (batch,))
+            value = functional_call(ModelWithLoss(model, loss), tensors, (batch,))
         return value.reshape(()), {n: tensors[f"model.{n}"] for n in state}
 
     regions = active_autocast(device_types(model, flatten(batch)[0]))

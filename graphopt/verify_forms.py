@@ -15,6 +15,7 @@ import torch
 
 from graphopt.graph.batch import flatten
 from graphopt.graph.op_rules import is_random
+from graphopt.graph.stateless import functional_call
 from graphopt.graph.step_module import ModelWithLoss
 from graphopt.schemes import Prepared, Scheme, Task
 from graphopt.schemes.captured_step import CapturedStep
@@ -197,5 +198,5 @@ def _draws(task: Task, batch: Any) -> bool:
         with torch.no_grad():
             tensors = {n: p.detach() for n, p in task.model.named_parameters()}
             named = {f"model.{n}": t for n, t in {**tensors, **buffers}.items()}
-            torch.func.functional_call(ModelWithLoss(task.model, task.loss), named, (batch,))
+            functional_call(ModelWithLoss(task.model, task.loss), named, (batch,))
         return not torch.equal(before, torch.get_rng_state())

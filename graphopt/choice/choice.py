@@ -78,6 +78,11 @@ class Choice:
         return self.schemes[self.turn].needs_graph
 
     @property
+    def compiling(self) -> bool:
+        """Whether a candidate is being compiled in another process, to be tried when that is done."""
+        return self._under_way is not None
+
+    @property
     def decided(self) -> bool:
         """Whether nothing is being measured."""
         return self._race is None

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from graphopt.graph.batch import BatchLayout
+from graphopt.graph.stateless import functional_call
 
 Call = tuple[Any, list[Any]]
 """A function, and what is known of its arguments and results."""
@@ -53,7 +54,7 @@ def _calls(model: nn.Module, layout: BatchLayout, size: int, device: str | None)
     batch: Any = layout.restore([t.detach().to(device) for t in layout.example(size)])
     given = ((), batch) if isinstance(batch, dict) else (tuple(batch), {})
     with torch.random.fork_rng(), _Recorder() as recorder:
-        result = torch.func.functional_call(model, there, *given)
+        result = functional_call(model, there, *given)
     return [*recorder.found, (None, [_mark(leaf) for leaf in pytree.tree_leaves(result)])]
 
 

@@ -72,7 +72,17 @@ def sort_by_importance(
             for part in (tensor, *space.layers.like(name)):
                 same = {d: cut for d, cut in cuts.items() if part.shape[d] == tensor.shape[d]}
                 part.copy_(Slice.of(part.dim(), same).take(part))
+    _forget_computed(space.model)
     return found
+
+
+def _forget_computed(model: torch.nn.Module) -> None:
+    """Let modules drop what they computed of their parameters: some keep it from one call to the next while they are in
+    eval mode (timm's attention biases), until `train()` is called."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, training in modes:
+        module.training = training
 
 
 def _scores(space: Space, by: Any, batches: Iterable[Any], loss: Any) -> dict[str, torch.Tensor]:

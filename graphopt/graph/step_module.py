@@ -17,6 +17,7 @@ from graphopt.errors import CaptureError, LossError
 from graphopt.graph.batch import BatchLayout, call_model, check_loss, compute_loss, leaf_name
 from graphopt.graph.exported import Names
 from graphopt.graph.provenance import Provenance
+from graphopt.graph.stateless import functional_call
 from graphopt.graph.training_graph import Output, OutputKind
 
 
@@ -89,7 +90,7 @@ class StepModule(nn.Module):
             stack.enter_context(autocast(self.autocast))
             state = {f"model.{name}": tensor for name, tensor in given.items()}
             counted = stack.enter_context(same_attributes(self.model, self.loss))
-            result = torch.func.functional_call(ModelWithLoss(self.model, self.loss), state, (batch,))
+            result = functional_call(ModelWithLoss(self.model, self.loss), state, (batch,))
             for name in self.buffer_names.values():
                 _follow(name, given[name], state[f"model.{name}"])
         self.counted.update(dict.fromkeys(counted))

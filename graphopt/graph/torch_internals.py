@@ -43,6 +43,8 @@ from torch.optim import optimizer as optimizer_module
 from torch.utils import _foreach_utils, _python_dispatch
 from torch.utils import _pytree as pytree
 
+from graphopt.graph.stateless import functional_call
+
 
 def fake_mode_of(values: Any) -> FakeTensorMode | None:
     """The fake tensor mode of the first fake tensor found in ``values`` (any nesting), None if there is none."""
@@ -463,7 +465,7 @@ def fails_on_fakes(module: nn.Module, tensors: Sequence[torch.Tensor]) -> bool:
     }
     try:
         with mode, torch.no_grad():
-            torch.func.functional_call(module, state, tuple(fakes))
+            functional_call(module, state, tuple(fakes))
     except _FAKE_ONLY:
         return False
     except Exception:  # the answer itself: the model's own code raised

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from graphopt.errors import BatchError, CaptureError, GraphoptError, LossError
 from graphopt.graph.batch import BatchLayout, ModelLoss, flatten
 from graphopt.graph.provenance import Provenance
+from graphopt.graph.stateless import functional_call
 from graphopt.graph.step_module import StepModule, autocast, unchanged
 from graphopt.graph.torch_internals import Exported, fails_on_fakes, fake_mode_is_active
 
@@ -229,7 +230,7 @@ def _failure(module: StepModule, tensors: Sequence[torch.Tensor]) -> Exception |
     buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
     try:
         with torch.no_grad(), torch.random.fork_rng():
-            torch.func.functional_call(module, buffers, tuple(t.detach() for t in tensors))
+            functional_call(module, buffers, tuple(t.detach() for t in tensors))
     except Exception as error:  # the answer itself: the model's own code raised
         return error
     return None

@@ -303,3 +303,28 @@ def test_a_batch_of_one(other):
             small(x)
     else:
         assert torch.equal(small(x), space.run(space.smallest, x))
+
+
+class _SharedModule(nn.Module):
+    """One convolution that stands at two paths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, 16, 1)
+        self.position = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.block = nn.Sequential(self.position, nn.ReLU())
+        self.leave = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.enter(x)
+        return self.leave(self.block(x + self.position(x)))
+
+
+def test_a_module_at_two_paths_keeps_its_weights():
+    model, x = _SharedModule(), torch.randn(4, 3, 6, 6)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    space = elastic.space(model, x)
+    small = space.extract(space.smallest)
+    assert {n: p.device.type for n, p in model.named_parameters()} == dict.fromkeys(before, "cpu")
+    assert all(p.equal(before[name]) for name, p in model.named_parameters())
+    assert small(x).equal(space.run(space.smallest, x))
