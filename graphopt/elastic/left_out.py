@@ -227,9 +227,7 @@ def _resolved(instead: Mapping[fx.Node, fx.Node], node: fx.Node) -> fx.Node:
 def _differential(graph: TrainingGraph) -> set[fx.Node]:
     """Gradients: what is computed from tangents, and from the one that is the gradient of the loss."""
     found = {
-        node
-        for given, node in zip(graph.inputs, graph.placeholders, strict=True)
-        if given.kind is InputKind.TANGENT
+        node for given, node in zip(graph.inputs, graph.placeholders, strict=True) if given.kind is InputKind.TANGENT
     }
     for node in graph.nodes:
         if node.op == "call_function" and node.meta["phase"] == Phase.BACKWARD:

@@ -233,7 +233,7 @@ class Prices:
         return list(found.values())
 
     @property
-    def _threads(self) -> int:
+    def _threads(self) -> int | None:
         """Of kernels; see `_forward_graph`."""
         return self._machine.threads if self._machine is not None else torch.get_num_threads()
 
@@ -274,5 +274,5 @@ class Prices:
             return np.zeros(len(choices))
         if self._update is None:
             whole = capture(self.space.model, given.batch, loss=given.loss, optimizer=given.optimizer)
-            self._update = UpdatePrices(whole, self.mode, self.machine.threads)
+            self._update = UpdatePrices(whole, self.mode, self._threads)
         return self._update.seconds(self.machine, counted.parameters(choices))

@@ -35,7 +35,7 @@ class UpdatePrices:
         mode, threads: how it is run.
     """
 
-    def __init__(self, whole: TrainingGraph, mode: Mode, threads: int):
+    def __init__(self, whole: TrainingGraph, mode: Mode, threads: int | None):
         graph = cut_update(whole).second
         self._work = compiled(graph, mode, (), threads)
         self._counts = self._work.at(self._work.values({}))

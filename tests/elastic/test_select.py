@@ -90,12 +90,12 @@ def test_an_update_adds_to_a_step(priced):
     whole = graphopt.capture(space.model, (x, y), loss=F.cross_entropy, optimizer=adam)
     terms = estimate(whole, MACHINE, {"batch": len(x)}).terms
     assert added[choices.index(space.full)] == pytest.approx(terms["optimizer"], rel=0.01)
-    assert (added > 0).all() and added[-1] < added[-2]
+    assert (added > 0).all() and added[-1] <= added[-2] * (1 + 1e-9)  # small tensors take as long as a call does
 
 
 @pytest.mark.parametrize("kind", [{"foreach": False}, {"fused": True}, {}])
 def test_an_update_is_that_of_the_parameters_that_a_subnet_has(priced, kind):
-    """Its price is that of the update of the extracted module: fewer and smaller tensors, some calls as long as ever."""
+    """Its price is that of the extracted module's update: fewer and smaller tensors, some calls as long as ever."""
     space, _, x, y = priced
     step = Training((x, y), F.cross_entropy, torch.optim.AdamW(space.model.parameters(), **kind))
     points = ((1.0, 1e-5), (1e3, 1e-5), (1e9, 10.0))
