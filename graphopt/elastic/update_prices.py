@@ -44,11 +44,12 @@ class UpdatePrices:
         place = {name: i for i, name in enumerate(self._names)}
         owners = _owners(graph)
         rows, columns, follows = [], [], []
-        for k, kernel in enumerate(self._work.kernels):
-            mine = [place[name] for name in owners.get(kernel.node, ()) if name in place]
+        for k, at in enumerate(self._work.node_of):
+            node = self._work.nodes[at]
+            mine = [place[name] for name in owners[node] if name in place]
             rows += [k] * len(mine)
             columns += mine
-            follows.append(len(mine) > 1 or any(sizes[i] in _numels(kernel.node) for i in mine))
+            follows.append(len(mine) > 1 or any(sizes[i] in _numels(node) for i in mine))
         shape = (len(self._work.kernels), len(self._names))
         self._of = csr_array((np.ones(len(rows), np.int64), (rows, columns)), shape=shape)
         self._full = self._of @ np.array(sizes, dtype=np.int64)

@@ -108,7 +108,7 @@ def test_an_update_is_that_of_the_parameters_that_a_subnet_has(priced, kind):
         )
         seconds = estimate(whole, slow, {"batch": len(x)}, mode="eager").terms["optimizer"]
         found = prices._update_seconds([choice], prices._step_graph())
-        assert found[0] == pytest.approx(seconds, rel=1e-3)
+        assert found[0] == pytest.approx(seconds, rel=0.01)  # fused: numbers beside the tensors
 
 
 def test_other_batch_sizes_and_machines(priced):
