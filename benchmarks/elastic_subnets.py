@@ -149,7 +149,8 @@ def _bound(step: Callable[..., Any], *batch: Any) -> Callable[[], Any]:
 def emit(names: Sequence[str]) -> list[Row]:
     """Milliseconds of processor time. ``analysis``: of the space without the captures. ``forward``, ``joint``: to emit
     the graph of a subnet that was not asked for before, medians; ``cached``: of one that was (wall time). The first
-    joint graph of a pattern of layers is traced; with the second, so is the pattern (`graphopt.elastic.joint`)."""
+    joint graph is traced; with the second, so is the whole net (`graphopt.elastic.joint`). ``new layers``: one
+    of a pattern of layers that was not asked for before, the slowest of a few."""
     rows = []
     module = sys.modules[Captures.__module__]
     for name in names:
@@ -173,6 +174,12 @@ def emit(names: Sequence[str]) -> list[Row]:
         choices = [c for c in choices if 1 not in c.values()][:12]  # a size of 1 is traced by itself
         forward = [_milliseconds(lambda: space.graph(c)) for c in choices]  # noqa: B023
         first, second, *joint = [_milliseconds(lambda: space.graph(c, backward=True)) for c in choices]  # noqa: B023
+        depths = [d for d in space.dimensions if d.kind is Kind.DEPTH]
+        fewer = [
+            space.choice({**c, **{d.name: tuple(i for i in range(d.size) if (i + k) % 4) for d in depths}})
+            for k, c in enumerate(choices[:4])
+        ]
+        layers = [_milliseconds(lambda: space.graph(c, backward=True)) for c in fewer]  # noqa: B023
         begin = perf_counter()
         for c in choices:
             space.graph(c, backward=True)
@@ -182,6 +189,7 @@ def emit(names: Sequence[str]) -> list[Row]:
             "analysis": round(1e3 * (total - sum(captures))), "forward": round(median(forward), 1),
             "joint": round(median(joint), 1), "cached": round(1e3 * cached, 2),
             "first joint": round(first), "second joint": round(second),
+            "new layers": round(max(layers), 1) if depths else None,
         })  # fmt: skip
     return rows
 

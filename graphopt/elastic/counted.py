@@ -6,14 +6,11 @@ space changes. A choice then is a number for each symbol and a set of operators 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from operator import getitem
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import sympy
-import torch
-from torch import fx
 
 from graphopt.cost_model.machine import Machine
 from graphopt.cost_model.many_sizes import ManyPrices, price_many
@@ -21,16 +18,15 @@ from graphopt.cost_model.memory import Absent
 from graphopt.cost_model.size_table import SizeTable
 from graphopt.cost_model.work import Mode, Work
 from graphopt.elastic.axis_sizes import correspond
-from graphopt.elastic.depths import Depth, find
+from graphopt.elastic.depths import left_out
 from graphopt.elastic.dimension import Dimension, Kind, Value
-from graphopt.elastic.handles import Handle, Tied
+from graphopt.elastic.left_out import Inseparable, LeftOut
 from graphopt.elastic.supergraph import Supergraph
 from graphopt.errors import ElasticError
 from graphopt.graph.axes import Axes, Axis
 from graphopt.graph.depth import Run
 from graphopt.graph.sizes import numel
-from graphopt.graph.storages import is_view, storage_root
-from graphopt.graph.training_graph import InputKind, Phase, TrainingGraph
+from graphopt.graph.training_graph import InputKind, TrainingGraph
 from graphopt.graph.widths import counted
 
 NOTHING = Absent(frozenset())
@@ -40,19 +36,24 @@ class CountedGraph:
     """A graph whose sizes follow choices.
 
     Args:
-        graph: of the whole model: the forward graph of ``origin``, or a joint graph that was derived from it.
+        graph: the forward graph of ``origin``, or a joint graph that was derived from one of its subnets with all axes
+            at their full size.
         origin: of the space's dimensions, with their handles.
         dimensions: of the space.
+        without: what becomes of ``graph`` without some of its layers; raises Inseparable where that is not certain.
         mode, threads: how it is run.
-
-    Raises:
-        ElasticError: layers that can be left out of the forward graph are not found in the joint one.
     """
 
     def __init__(
-        self, graph: TrainingGraph, origin: Supergraph, dimensions: Sequence[Dimension], mode: Mode, threads: int | None
+        self,
+        graph: TrainingGraph,
+        origin: Supergraph,
+        dimensions: Sequence[Dimension],
+        without: Callable[[Sequence[Run]], LeftOut],
+        mode: Mode,
+        threads: int | None,
     ):
-        self.graph, self.axes, self.handles = graph, origin.axes, origin.handles
+        self.graph, self.axes, self.handles, self._without = graph, origin.axes, origin.handles, without
         self._sizes: dict[tuple[str, Value], dict[Axis, int]] = {}
         self._unpriced: dict[tuple[str, Value], str] = {}  # why
         for name, value in ((d.name, v) for d in dimensions for v in d.choices):
@@ -67,18 +68,13 @@ class CountedGraph:
                 if axis not in self._symbols:
                     self._changed.setdefault(name, []).append(axis)
                     self._symbols[axis] = sympy.Symbol(f"{name}#{len(self._symbols)}", positive=True, integer=True)
-        inside = self._symbols
-        depths = {d.name: _depths(self.handles[d.name]) for d in dimensions if d.kind is Kind.DEPTH}
-        if graph is not origin.graph:
-            inside = _translated(self._symbols, origin.axes, graph.axes)
-            others = find(graph.axes, origin.resizer).handles if depths else ()
-            depths = {name: [_counterpart(depth, others) for depth in several] for name, several in depths.items()}
-        self._depths: dict[str, list[Depth]] = depths
+        inside = self._symbols if graph is origin.graph else _translated(self._symbols, origin.axes, graph.axes)
+        self._depths = {d.name: self.handles[d.name] for d in dimensions if d.kind is Kind.DEPTH}
         counting = counted(graph, inside, {})
         self.work = Work(graph, mode, counting, threads)
-        self._parameters = tuple(graph.input_nodes(InputKind.PARAMETER).values())
-        self._numels = SizeTable([numel(counting.node[node].meta["val"]) for node in self._parameters])
-        self._absent: dict[tuple[tuple[str, Value], ...], Absent] = {}
+        self._parameters = {name: node for name, node in graph.input_nodes(InputKind.PARAMETER).items() if node.users}
+        self._numels = SizeTable([numel(counting.node[node].meta["val"]) for node in self._parameters.values()])
+        self._absent: dict[tuple[tuple[str, Value], ...], Absent | None] = {}
 
     def prices(
         self, choices: Sequence[Mapping[str, Any]], sizes: Mapping[str, int], *, machine: Machine | None, peak: bool
@@ -87,20 +83,14 @@ class CountedGraph:
 
         Raises ElasticError for a choice with a value whose cost sizes of axes do not tell (`Handle.sizes`)."""
         values = self._values(choices, sizes)
-        return price_many(self.work, values, [self.absent(c) for c in choices], machine=machine, peak=peak)
+        return price_many(self.work, values, [self._gone(c) for c in choices], machine=machine, peak=peak)
 
-    def parameters(self, choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """How many numbers the parameters of each choice hold, int64 ``(count,)``."""
+    def parameters(self, choices: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+        """How many numbers each parameter holds in each choice, int64 ``(count,)``; 0 where it is gone."""
         found = self._numels.at_many(self._values(choices, {}))
-        return np.where(self._there(choices), found, 0).sum(axis=0)
-
-    def parameter_tensors(self, choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        """How many parameters each choice has, int64 ``(count,)``."""
-        return self._there(choices).sum(axis=0)
-
-    def _there(self, choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        gone = [self.absent(choice).nodes for choice in choices]
-        return np.array([[node not in out for out in gone] for node in self._parameters], dtype=bool)
+        gone = [self._gone(choice).nodes for choice in choices]
+        there = np.array([[node not in out for out in gone] for node in self._parameters.values()], dtype=bool)
+        return dict(zip(self._parameters, np.where(there, found, 0), strict=True))
 
     def _values(self, choices: Sequence[Mapping[str, Any]], sizes: Mapping[str, int]) -> dict[sympy.Symbol, np.ndarray]:
         count = len(choices)
@@ -119,13 +109,23 @@ class CountedGraph:
         batch = self.graph.symbols.substitution(sizes)
         return columns | {symbol: np.full(count, int(number)) for symbol, number in batch.items()}
 
-    def absent(self, choice: Mapping[str, Any]) -> Absent:
-        """The operators that a choice leaves out, and the parameters and buffers that nothing reads then."""
+    def absent(self, choice: Mapping[str, Any]) -> Absent | None:
+        """The operators that a choice leaves out, and the parameters and buffers that nothing reads then; None where it
+        takes a graph of its own to know them (`graphopt.elastic.left_out`)."""
         key = tuple((name, choice[name]) for name in self._depths)
         if key not in self._absent:
-            runs = [run for name, value in key for depth in self._depths[name] for run in depth.left_out(value)]
-            self._absent[key] = without(self.graph, runs) if runs else NOTHING
+            runs = [run for name, value in key for run in left_out(self._depths[name], value)]
+            try:
+                self._absent[key] = self._without(runs).absent if runs else NOTHING
+            except Inseparable:
+                self._absent[key] = None
         return self._absent[key]
+
+    def _gone(self, choice: Mapping[str, Any]) -> Absent:
+        found = self.absent(choice)
+        if found is None:
+            raise ElasticError(f"{choice!r}: its layers cannot be told from the others in this graph")
+        return found
 
 
 def _translated(symbols: Mapping[Axis, sympy.Symbol], ours: Axes, theirs: Axes) -> dict[Axis, sympy.Symbol]:
@@ -139,85 +139,3 @@ def _translated(symbols: Mapping[Axis, sympy.Symbol], ours: Axes, theirs: Axes) 
             raise ElasticError(f"training: {axis!r} is no axis of the joint graph; its steps cannot be priced")
         found[twin] = symbol
     return found
-
-
-def _counterpart(depth: Depth, others: Sequence[Handle]) -> Depth:
-    """The same layers in a joint graph, by the modules around them: their operators are others there."""
-    theirs: dict[str, list[Run]] = {}
-    for run in (run for other in others if isinstance(other, Depth) for run in other.runs):
-        theirs.setdefault(run.module, []).append(run)
-    found = []
-    for run in depth.runs:
-        if not theirs.get(run.module):
-            raise ElasticError(f"training: {run.module} is not found in the joint graph; its steps cannot be priced")
-        found.append(theirs[run.module].pop(0))
-    return Depth(depth.name, found)
-
-
-def _depths(handle: Handle) -> list[Any]:
-    return list(handle.parts) if isinstance(handle, Tied) else [handle]
-
-
-# -- layers that are left out -----------------------------------------------------------------------------------------
-
-
-def without(graph: TrainingGraph, runs: Sequence[Run]) -> Absent:
-    """What is not run where layers are left out of a graph: their operators, those of their backward, and the
-    parameters and buffers that only they read."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    runs = sorted(runs, key=lambda run: order[run.exit])
-    nodes = {node for run in runs for node in run.nodes}
-    instead = [(run.exit, run.entry) for run in runs]
-    kinds = (InputKind.PARAMETER, InputKind.BUFFER)
-    owned = [n for i, n in zip(graph.inputs, graph.placeholders, strict=True) if i.kind in kinds]
-    forward = {n for n in owned if n.users and all(u in nodes or u.meta["phase"] == Phase.BACKWARD for u in n.users)}
-    backward = [node for node in graph.nodes if node.meta.get("phase") == Phase.BACKWARD]
-    for run in reversed(runs):
-        values = {n for n in run.nodes if n is not run.exit}
-        values |= {n for n in forward if not n.users.keys().isdisjoint(run.nodes)}
-        gone, replaced = _backward_of(run, values, backward)
-        nodes |= gone
-        instead += replaced
-    read = {stands for _, stands in instead}
-    for node in reversed(graph.nodes):  # views for the backward alone
-        if node.op == "call_function" and node not in read and node.users and nodes.issuperset(node.users):
-            nodes.add(node)
-    unread = {n for n in owned if n.users and nodes.issuperset(n.users)}
-    return Absent(frozenset(nodes | unread), tuple(instead))
-
-
-def _backward_of(
-    run: Run, values: set[fx.Node], backward: Sequence[fx.Node]
-) -> tuple[set[fx.Node], list[tuple[fx.Node, fx.Node]]]:
-    """The operators of the backward of a run, whose own values these are, and what stands for its gradient.
-
-    Autograd runs the backward of operators in the reverse of their order, so that of a run is one piece, from the first
-    to the last that reads its values; the sum with the gradient that passes by belongs to it. What a run ends in
-    (``relu(u + f(u))``) is read by its own backward too, which has its place, and by that of the layers behind.
-    """
-    place, whole = _place(run.exit), storage_root(run.exit)
-    reading = []
-    for i, node in enumerate(backward):
-        read = {storage_root(source) for source in node.all_input_nodes}
-        if not values.isdisjoint(read) or (whole in read and _place(node) == place):
-            reading.append(i)
-    if not reading:
-        return set(), []
-    end = max(reading) + 1
-    piece = backward[min(reading) : end]
-    gone = set(piece)
-    coming = next(
-        (s for n in piece for s in n.all_input_nodes if s not in gone and s.meta["phase"] == Phase.BACKWARD), None
-    )
-    for node in backward[end:]:
-        if node.target is torch.ops.aten.add.Tensor and not gone.isdisjoint(node.all_input_nodes):
-            return gone | {node}, [(node, coming)] if coming is not None else []
-        if node.target is not getitem and not is_view(node):
-            break
-        if node.all_input_nodes[0] in gone:
-            gone.add(node)
-    return gone, []
-
-
-def _place(node: fx.Node) -> tuple[str, str]:
-    return node.meta.get("module", ""), node.meta.get("source", "")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from torch import fx
 
 from graphopt.elastic.dimension import Kind, Value
-from graphopt.elastic.handles import Found, Handle
+from graphopt.elastic.handles import Found, Handle, Tied
 from graphopt.errors import ElasticError
 from graphopt.graph.axes import Axes
 from graphopt.graph.depth import Run, leave_out_of, stages
@@ -73,6 +73,12 @@ class Depth(Handle):
                 raise ElasticError(f"{self.name}: {run.module} cannot be left out in this graph")
             found.append(same.pop(0))
         return Depth(self.name, found)
+
+
+def left_out(handle: Handle, value: Value) -> list[Run]:
+    """The runs that there are not at ``value`` of a dimension of depth, tied or not."""
+    parts = handle.parts if isinstance(handle, Tied) else (handle,)
+    return [run for part in parts if isinstance(part, Depth) for run in part.left_out(value)]
 
 
 def find(axes: Axes, resizer: Resizer) -> Found:

@@ -1,27 +1,33 @@
 """`joint`: forward and backward of a subnet, quickly.
 
 To derive a backward means to trace one. But two subnets that differ in sizes of axes only have the same operators in
-their backward. So for each pattern of layers and kernels the backward is traced once, at the full sizes of axes, and
-then resized: numbers that are sizes in disguise (the backward of a mean divides by how many) are explained by
-`scalar_literals`, which traces twice more. That is done for a pattern that is asked for the second time; the first
-subnet of a pattern, and what cannot be resized (a size of 1, which changes broadcasting; a head size, by which kernels
-are chosen), are traced by themselves.
+their backward, and one that has fewer layers has some of them (`elastic.left_out`). So the backward of the whole
+net is traced once, layers are taken out of it, and what is left is resized: numbers that are sizes in disguise (the
+backward of a mean divides by how many) are explained by `scalar_literals`, which traces twice more. That is done when a
+second subnet is asked for. The first one is traced by itself, and so is what cannot be resized (a size of 1, which
+changes broadcasting; a head size, by which kernels are chosen).
+
+Kernel sizes change the operators, so each combination of them is a net of its own in this; and so is each pattern of
+layers whose backward cannot be told from that of the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-
-import torch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from graphopt.elastic.axis_sizes import correspond
+from graphopt.elastic.choice import Choice
+from graphopt.elastic.depths import left_out
 from graphopt.elastic.kept import Kept
+from graphopt.elastic.left_out import Inseparable, LayeredJoint, LeftOut
 from graphopt.elastic.subnet import Subnet
 from graphopt.elastic.supergraph import Supergraph
 from graphopt.elastic.transformations import is_transformed
 from graphopt.errors import AxisError
 from graphopt.graph.axes import Axis, Dim, Kind
+from graphopt.graph.depth import Run
 from graphopt.graph.differentiate import with_backward
 from graphopt.graph.draft import Draft
 from graphopt.graph.resize import Resizer
@@ -36,8 +42,18 @@ def joint(subnet: Subnet) -> TrainingGraph:
     """
     found = subnet.derived.get("joint")
     if found is None:
-        joints = subnet.origin.derived.setdefault("joints", Joints(subnet.origin))
-        found = subnet.derived["joint"] = joints.of(subnet)
+        found = subnet.derived["joint"] = _joints(subnet).of(subnet)
+    return found
+
+
+def layered(subnet: Subnet) -> LayeredJoint:
+    """The joint graph of the net with all layers and full axes that a subnet is a part of; kept."""
+    joints = _joints(subnet)
+    return joints.stem(joints.with_all_layers(subnet.pattern)).layered
+
+
+def _joints(subnet: Subnet) -> Joints:
+    found: Joints = subnet.origin.derived.setdefault("joints", Joints(subnet.origin))
     return found
 
 
@@ -47,47 +63,105 @@ class Joints:
     def __init__(self, supergraph: Supergraph):
         self.supergraph = supergraph
         self._asked: Kept[bool] = Kept()
-        self._patterns: Kept[_Pattern | None] = Kept()
+        self._stems: Kept[_Stem] = Kept()
 
     def of(self, subnet: Subnet) -> TrainingGraph:
         """The joint graph of one of them."""
         if is_transformed(subnet):  # by functions of the weight at this very size
             return with_backward(subnet.graph)
-        key = subnet.pattern.key()
-        if key not in self._patterns and key in self._asked:
+        whole = self.with_all_layers(subnet.pattern)
+        for pattern in {whole.key(): whole, subnet.pattern.key(): subnet.pattern}.values():
+            before, self._asked[pattern.key()] = pattern.key() in self._asked, True
+            if not before:
+                continue
             try:
-                self._patterns[key] = _Pattern(self.supergraph, self.supergraph.subnet(subnet.pattern))
-            except AxisError:  # the operators of the backward depend on sizes: each subnet is traced
-                self._patterns[key] = None
-        self._asked[key] = True
-        pattern = self._patterns[key] if key in self._patterns else None  # noqa: SIM401  (it has no get)
-        resized = pattern.resized(subnet.chosen) if pattern is not None else None
-        return resized if resized is not None else with_backward(subnet.graph)
+                return self.stem(pattern).of(subnet) or with_backward(subnet.graph)
+            except Inseparable:
+                continue
+        return with_backward(subnet.graph)
+
+    def stem(self, pattern: Choice) -> _Stem:
+        """The joint graph of a pattern, made for smaller subnets of it."""
+        if pattern.key() not in self._stems:
+            self._stems[pattern.key()] = _Stem(self.supergraph, self.supergraph.subnet(pattern))
+        return self._stems[pattern.key()]
+
+    def with_all_layers(self, pattern: Choice) -> Choice:
+        """The pattern with the layers that it leaves out, and those at their full kernels."""
+        handles = self.supergraph.handles
+        full = {n: handles[n].full for n in pattern if n in handles and (handles[n].first or n in pattern.inactive)}
+        values = {**pattern, **full}
+        return Choice(values, self.supergraph.inactive(values))
 
 
-class _Pattern:
-    """The joint graph of a pattern of layers at the full sizes of axes, ready to be resized."""
+class _Stem:
+    """The joint graph of a subnet with all axes at their full size, to take layers out of and to resize."""
 
     def __init__(self, supergraph: Supergraph, base: Subnet):
-        self.joint = with_backward(base.graph)
-        forward = base.graph.axes
-        self.twins = correspond(supergraph.axes, self.joint.axes)
-        inside = correspond(supergraph.axes, forward)
-        wanted = [inside[axis] for axis in supergraph.elastic_axes() if axis in inside]
-        scalars = scalar_literals(base.graph, self.joint, forward, only=wanted)
-        between = correspond(forward, self.joint.axes)
-        self.resizer = Resizer(self.joint.axes, [_translated(scalar, between) for scalar in scalars])
+        self.supergraph, self.base = supergraph, base
+        handles = supergraph.handles
+        self._depths = {n: h for n, h in handles.items() if h.first and n in base.pattern}
+        gone = {run.exit for run in self._missing(base.pattern)}
+        runs = [run for handle in self._depths.values() for run in left_out(handle, ())]
+        self.layered = LayeredJoint(base.graph, [run for run in runs if run.exit not in gone])
+        self._left_out: Kept[LeftOut] = Kept()
 
-    def resized(self, chosen: Mapping[Axis, torch.Tensor]) -> TrainingGraph | None:
-        """The joint graph at other sizes; None where it has to be traced."""
-        if any(axis not in self.twins or axis.kind is Kind.HEAD_SIZE or len(i) < 2 for axis, i in chosen.items()):
+    def of(self, subnet: Subnet) -> TrainingGraph | None:
+        """The joint graph of a smaller subnet; None where it has to be traced.
+
+        Raises Inseparable where layers cannot be taken out."""
+        sizes = subnet.chosen
+        if any(axis.kind is Kind.HEAD_SIZE or len(indices) < 2 for axis, indices in sizes.items()):
             return None
-        draft = Draft(self.joint)
+        draft = Draft(self.layered.graph)
+        gone = {run.exit for run in self._missing(self.base.pattern)}
+        runs = [run for run in self._missing(subnet.pattern) if run.exit not in gone]
+        if runs:
+            self._without(runs).take_out(draft)
+        if sizes:
+            if self._resizing is None or any(axis not in self._resizing.twins for axis in sizes):
+                return None
+            try:
+                chosen = {self._resizing.twins[axis]: kept for axis, kept in sizes.items()}
+                self._resizing.resizer.resize(draft, chosen, checked=False)
+            except AxisError:
+                return None
+        return draft.finish()
+
+    def _missing(self, pattern: Choice) -> list[Run]:
+        return [run for name, handle in self._depths.items() for run in left_out(handle, pattern[name])]
+
+    def _without(self, runs: Sequence[Run]) -> LeftOut:
+        key = tuple(run.exit for run in runs)
+        if key not in self._left_out:
+            self._left_out[key] = self.layered.without(runs)
+        return self._left_out[key]
+
+    @cached_property
+    def _resizing(self) -> _Resizing | None:
+        """None where operators of the backward depend on sizes: then each subnet is traced."""
         try:
-            self.resizer.resize(draft, {self.twins[axis]: kept for axis, kept in chosen.items()}, checked=False)
+            return _Resizing.of(self.supergraph, self.base.graph, self.layered.graph)
         except AxisError:
             return None
-        return draft.finish()
+
+
+@dataclass(frozen=True)
+class _Resizing:
+    """A joint graph's `Resizer`; ``twins``: its axes by those of the supergraph."""
+
+    resizer: Resizer
+    twins: Mapping[Axis, Axis]
+
+    @classmethod
+    def of(cls, supergraph: Supergraph, forward: TrainingGraph, joint: TrainingGraph) -> _Resizing:
+        """Raises AxisError as `scalar_literals` does."""
+        inside = correspond(supergraph.axes, forward.axes)
+        wanted = [inside[axis] for axis in supergraph.elastic_axes() if axis in inside]
+        scalars = scalar_literals(forward, joint, forward.axes, only=wanted)
+        between = correspond(forward.axes, joint.axes)
+        resizer = Resizer(joint.axes, [_translated(scalar, between) for scalar in scalars])
+        return cls(resizer, correspond(supergraph.axes, joint.axes))
 
 
 def _translated(scalar: Scalar, twins: Mapping[Axis, Axis]) -> Scalar:

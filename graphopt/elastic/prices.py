@@ -5,20 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from graphopt.cost_model.machine import Machine
-from graphopt.cost_model.work import Mode, compiled
+from graphopt.cost_model.work import Mode
 from graphopt.elastic.choice import Choice
 from graphopt.elastic.counted import CountedGraph
+from graphopt.elastic.dimension import Kind
+from graphopt.elastic.joint import layered
+from graphopt.elastic.kept import Kept
+from graphopt.elastic.left_out import LeftOut, without
 from graphopt.elastic.modes import evaluating
 from graphopt.elastic.space import Space
+from graphopt.elastic.update_prices import UpdatePrices
 from graphopt.errors import ElasticError
 from graphopt.graph.batch import flatten
 from graphopt.graph.capture import capture
+from graphopt.graph.differentiate import with_backward
 
 _SECONDS = ("latency_seconds", "step_seconds")
 METRICS = ("flops", "parameters", "peak_bytes", *_SECONDS)
@@ -74,7 +81,9 @@ class Prices:
 
     Graphs of the full model are compiled once, at the first question that needs them, with a free symbol for each size;
     a price then is arithmetic (`graphopt.cost_model.many_sizes`). FLOPs and parameters are exact; peak memory is exact
-    for sizes and nearly so where layers are left out; seconds are those of `graphopt.cost_model.estimate`.
+    for sizes and nearly so where layers are left out; seconds are what `graphopt.cost_model.estimate` gives for the
+    extracted module. (A step on slices of the shared weights also copies them, and updates whole tensors.) A pattern of
+    layers that cannot be taken out of the full net's step (`graphopt.elastic.left_out`) is traced and compiled once.
 
     Args:
         space: in a state that the prices are for; it may be trained on.
@@ -112,7 +121,8 @@ class Prices:
         self._machine = machine
         self._forward: dict[int | None, CountedGraph] = {}  # by threads
         self._step: CountedGraph | None = None
-        self._update: tuple[float, float] | None = None
+        self._patterns: Kept[CountedGraph] = Kept()
+        self._update: UpdatePrices | None = None
         self._corrections: dict[str, Correction] = {}  # by metric
 
     @property
@@ -159,7 +169,7 @@ class Prices:
         if not choices:
             return {metric: np.zeros(0) for metric in metrics}
         if "parameters" in metrics:
-            found["parameters"] = self._forward_graph().parameters(choices)
+            found["parameters"] = np.sum(list(self._forward_graph().parameters(choices).values()), axis=0)
         if {"flops", "peak_bytes", "latency_seconds"} & set(metrics):
             machine = self.machine if "latency_seconds" in metrics else None
             counted = self._forward_graph()
@@ -175,8 +185,10 @@ class Prices:
     def step_flops(self, choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
         """FLOPs of a training step of each choice, int64 ``(count,)``; its update counts 0 (docs/flops.md). Needs no
         machine. Raises ElasticError without ``training``."""
-        counted = self._step_graph()
-        return counted.prices(choices, self._sizes(counted), machine=None, peak=False).flops
+        found = np.zeros(len(choices), np.int64)
+        for counted, at in self._steps_of(choices):
+            found[at] = counted.prices([choices[i] for i in at], self._sizes(counted), machine=None, peak=False).flops
+        return found
 
     def _sizes(self, counted: CountedGraph) -> dict[str, int]:
         if "batch" not in counted.graph.symbols.symbols:
@@ -190,23 +202,43 @@ class Prices:
     def _forward_graph(self) -> CountedGraph:
         """The forward graph for the threads of the machine; without one for those of torch here, which `machine` would
         have too: what was asked first must not matter."""
-        threads = self._machine.threads if self._machine is not None else torch.get_num_threads()
+        threads = self._threads
         if threads not in self._forward:
             with evaluating(self.space.model):
                 subnet = self.space.subnet(self.space.full)
             origin = subnet.origin
-            self._forward[threads] = CountedGraph(origin.graph, origin, self.space.dimensions, self.mode, threads)
+            self._forward[threads] = CountedGraph(
+                origin.graph, origin, self.space.dimensions, partial(without, origin.graph), self.mode, threads
+            )
         return self._forward[threads]
 
     # -- training steps -------------------------------------------------------------------------------------------
 
     def _step_seconds(self, choices: Sequence[Mapping[str, Any]]) -> np.ndarray:
-        machine, counted = self.machine, self._step_graph()
-        priced = counted.prices(choices, self._sizes(counted), machine=machine, peak=False)
-        return priced.seconds + self._update_seconds(choices, counted)
+        found = np.zeros(len(choices))
+        for counted, at in self._steps_of(choices):
+            some = [choices[i] for i in at]
+            priced = counted.prices(some, self._sizes(counted), machine=self.machine, peak=False)
+            found[at] = priced.seconds + self._update_seconds(some, counted)
+        return found
+
+    def _steps_of(self, choices: Sequence[Mapping[str, Any]]) -> list[tuple[CountedGraph, list[int]]]:
+        """The joint graphs that price these choices, each with the places of those that it prices: that of the full
+        net, and one for each pattern of layers that are not to be told from the others in that."""
+        whole = self._step_graph()
+        found: dict[int, tuple[CountedGraph, list[int]]] = {}
+        for i, choice in enumerate(choices):
+            counted = whole if whole.absent(choice) is not None else self._pattern_graph(choice)
+            found.setdefault(id(counted), (counted, []))[1].append(i)
+        return list(found.values())
+
+    @property
+    def _threads(self) -> int | None:
+        """Of kernels; see `_forward_graph`."""
+        return self._machine.threads if self._machine is not None else torch.get_num_threads()
 
     def _step_graph(self) -> CountedGraph:
-        """The joint graph; for which threads, see `_forward_graph`."""
+        """The joint graph of the full net; for which threads, see `_forward_graph`."""
         if self.training is None:
             raise ElasticError(
                 "step_seconds: what a step is made of is not known; give Prices(space, training=Training(batch, loss, "
@@ -214,30 +246,33 @@ class Prices:
             )
         if self._step is None:
             given = self.training
-            threads = self._machine.threads if self._machine is not None else torch.get_num_threads()
             subnet = self.space.subnet(self.space.full, loss=given.loss, batch=given.batch)
-            joint = self.space.graph(self.space.full, loss=given.loss, batch=given.batch, backward=True)
-            self._step = CountedGraph(joint, subnet.origin, self.space.dimensions, self.mode, threads)
+            joint = layered(subnet)
+            self._step = CountedGraph(
+                joint.graph, subnet.origin, self.space.dimensions, joint.without, self.mode, self._threads
+            )
         return self._step
 
+    def _pattern_graph(self, choice: Mapping[str, Any]) -> CountedGraph:
+        """The joint graph of a choice with all sizes full."""
+        assert self.training is not None
+        origin = self.space.subnet(self.space.full, loss=self.training.loss, batch=self.training.batch).origin
+        depths = {d.name: choice[d.name] for d in self.space.dimensions if d.kind is Kind.DEPTH}
+        pattern = self.space.choice(depths)
+        if pattern.key() not in self._patterns:
+            joint = with_backward(origin.subnet(pattern).graph)
+            active = [d for d in self.space.dimensions if d.kind is not Kind.DEPTH and d.name not in pattern.inactive]
+            self._patterns[pattern.key()] = CountedGraph(
+                joint, origin, active, lambda runs: LeftOut(frozenset(), {}, ()), self.mode, self._threads
+            )
+        return self._patterns[pattern.key()]
+
     def _update_seconds(self, choices: Sequence[Mapping[str, Any]], counted: CountedGraph) -> np.ndarray:
-        """Seconds of the optimizer's update: kernels by the numbers in parameters, launches by how many there are."""
+        """Seconds of the optimizer's update of the parameters that each choice has."""
         given = self.training
         if given is None or given.optimizer is None:
             return np.zeros(len(choices))
-        numbers, tensors = counted.parameters(choices), counted.parameter_tensors(choices)
         if self._update is None:
-            graph = capture(self.space.model, given.batch, loss=given.loss, optimizer=given.optimizer)
-            work = compiled(graph, self.mode, (), self.machine.threads)
-            self._update = _update_of(work, self.machine)
-        kernels, launches = self._update
-        full = [self.space.full]
-        return kernels * numbers / counted.parameters(full) + launches * tensors / counted.parameter_tensors(full)
-
-
-def _update_of(work: Any, machine: Machine) -> tuple[float, float]:
-    """Seconds of kernels and of launches of the update in a whole step."""
-    from graphopt.cost_model.analytical import kernel_seconds_at, launch_seconds
-
-    kernel, _ = kernel_seconds_at(work, work.at(work.values({})), machine)
-    return float(kernel[work.updating].sum()), float(launch_seconds(work, machine)[work.updating].sum())
+            whole = capture(self.space.model, given.batch, loss=given.loss, optimizer=given.optimizer)
+            self._update = UpdatePrices(whole, self.mode, self._threads)
+        return self._update.seconds(self.machine, counted.parameters(choices))

@@ -170,10 +170,10 @@ def _keep_sizes(draft: Draft, gone: set[fx.Node]) -> None:
         for user in node.users:
             copy = draft.node(user)
             if copy.users and user not in gone and is_size(user):
-                copy.replace_all_uses_with(_size(draft, expression(user.meta["val"]), copy, inputs))
+                copy.replace_all_uses_with(size_of_inputs(draft, expression(user.meta["val"]), copy, inputs))
 
 
-def _size(draft: Draft, size: Expr, like: fx.Node, inputs: dict[sympy.Symbol, fx.Node]) -> Any:
+def size_of_inputs(draft: Draft, size: Expr, like: fx.Node, inputs: dict[sympy.Symbol, fx.Node]) -> Any:
     """A size as an argument: a number, or nodes that compute it from sizes of inputs."""
     if isinstance(size, int):
         return size
@@ -183,7 +183,7 @@ def _size(draft: Draft, size: Expr, like: fx.Node, inputs: dict[sympy.Symbol, fx
             source, dim = _input_of_size(draft.placeholders, size)  # type: ignore[misc]
             inputs[size] = draft.add(torch.ops.aten.sym_size.int, source, dim, like=like, after=last)
         return inputs[size]
-    parts = [_size(draft, part, like, inputs) for part in size.args]
+    parts = [size_of_inputs(draft, part, like, inputs) for part in size.args]
     operator = add if isinstance(size, sympy.Add) else mul
     return reduce(lambda a, b: draft.add(operator, a, b, like=like), parts)
 

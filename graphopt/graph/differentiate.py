@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -13,11 +13,13 @@ from graphopt.graph.exported import Names, training_graph
 from graphopt.graph.provenance import mark
 from graphopt.graph.sizes import expression
 from graphopt.graph.step_module import active_autocast, autocast
-from graphopt.graph.torch_internals import export_joint, preserve_node_meta
+from graphopt.graph.torch_internals import current_trace_meta, export_joint, preserve_node_meta
 from graphopt.graph.training_graph import InputKind, Output, OutputKind, Phase, TrainingGraph
 
 
-def with_backward(forward: TrainingGraph, *, gradients: str | Collection[str] = "wanted") -> TrainingGraph:
+def with_backward(
+    forward: TrainingGraph, *, gradients: str | Collection[str] = "wanted", watched: Collection[str] = ()
+) -> TrainingGraph:
     """Derive the joint graph of a forward graph by tracing the graph itself, as `graphopt.capture` traces a model.
 
     Of the inputs only shapes, dtypes and devices are needed, which the metadata of the placeholders tells: neither the
@@ -27,10 +29,14 @@ def with_backward(forward: TrainingGraph, *, gradients: str | Collection[str] = 
         forward: of `capture_forward`, or made of one by a rewrite that kept metadata.
         gradients: ``"wanted"``: of parameters and batch tensors that required grad at capture; ``"all"``: of every
             floating-point one; or the names of the parameters wanted.
+        watched: names of nodes of ``forward`` whose gradients shall be found in the result.
 
     Returns:
         The graph that `graphopt.capture` gives for the same model: forward, backward, and gradients as outputs. A free
-        batch size stays free, with the guards of ``forward``. Nodes keep their module path and source line.
+        batch size stays free, with the guards of ``forward``. Nodes keep their module path and source line. Their
+        ``meta["origin"]`` is the name of the node of ``forward`` that they compute, or that they are the backward of;
+        sums of gradients that autograd makes have none. ``meta["gradient_of"]`` has the names of the ``watched`` nodes
+        whose whole gradient a node is.
 
     Raises:
         CaptureError: ``forward`` has a backward already or runs through a `torch.autograd.Function` whose backward it
@@ -46,7 +52,7 @@ def with_backward(forward: TrainingGraph, *, gradients: str | Collection[str] = 
         True
     """
     _check(forward)
-    module = _GraphModule(forward, _wanted(forward, gradients))
+    module = _GraphModule(forward, _wanted(forward, gradients), frozenset(watched))
     batch = list(forward.input_nodes(InputKind.BATCH).items())
     tensors = [module.example(node, requires_grad=name in module.wanted) for name, node in batch]
     symbols = forward.symbols
@@ -57,6 +63,7 @@ def with_backward(forward: TrainingGraph, *, gradients: str | Collection[str] = 
     try:
         with preserve_node_meta(), torch.enable_grad(), without:
             exported = export_joint(module, tensors, free, compiling=False)
+            _name_gradients(exported.module.graph)
     except CaptureError:
         raise
     except Exception as error:  # an operator of the graph was run on other operands than at capture
@@ -104,9 +111,9 @@ class _GraphModule(nn.Module):
     New values of buffers are results behind the others, but for those that batch norm writes into its buffers.
     """
 
-    def __init__(self, graph: TrainingGraph, wanted: set[str]):
+    def __init__(self, graph: TrainingGraph, wanted: set[str], watched: frozenset[str]):
         super().__init__()
-        self.origin, self.wanted, self.place = graph, wanted, ""
+        self.origin, self.wanted, self.watched, self.place = graph, wanted, watched, ""
         self.attributes: dict[fx.Node, str] = {}
         public: dict[InputKind, dict[str, str]] = {kind: {} for kind in InputKind}
         for index, (input_, node) in enumerate(zip(graph.inputs, graph.placeholders, strict=True)):
@@ -147,9 +154,11 @@ class _GraphModule(nn.Module):
             elif node.op == "call_function":
                 source = node.meta.get("source", "")
                 self.place = f"{node.name} ({node.target}) {source}".strip()
-                mark(node.meta.get("module", ""), source)
+                mark(node.meta.get("module", ""), source, origin=node.name)
                 with torch.set_grad_enabled(node not in self.no_grad):
                     values[node] = self._call(node, *fx.node.map_arg((node.args, node.kwargs), values.__getitem__))
+            if node.name in self.watched and isinstance(values[node], torch.Tensor) and values[node].requires_grad:
+                values[node].register_hook(_named(node.name))
         ends_in_loss = Output(OutputKind.LOSS, "loss") in self.names.outputs
         mark("", "" if ends_in_loss else source)  # as `StepModule` leaves it
         results = [values[node] for _, node in self.results]
@@ -162,6 +171,32 @@ class _GraphModule(nn.Module):
         if node in self.no_grad and node.name in self.border:
             return args[0]  # made without gradients, as in the region
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _named(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A hook that puts a view behind a gradient while it is traced, marked with what it is the gradient of."""
+
+    def hook(gradient: torch.Tensor) -> torch.Tensor:
+        before = current_trace_meta().get("custom")
+        mark("", "", gradient_of=name)
+        try:
+            return torch.ops.aten.alias.default(gradient)
+        finally:
+            current_trace_meta()["custom"] = before
+
+    return hook
+
+
+def _name_gradients(graph: fx.Graph) -> None:
+    """Take the views of `_named` out again; what they are views of gets their names."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
+        if (name := (node.meta.get("custom") or {}).get("gradient_of")) is None:
+            continue
+        (source,) = node.args
+        place = source.meta.get("custom") or {}
+        source.meta["custom"] = {**place, "gradient_of": (*place.get("gradient_of", ()), name)}
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
 
 
 _BATCH_NORM = torch.ops.aten._native_batch_norm_legit_functional.default

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from graphopt.errors import CaptureError
 from graphopt.graph.draft import infer
+from graphopt.graph.provenance import MARKS
 from graphopt.graph.sizes import Symbols
 from graphopt.graph.torch_internals import Exported
 from graphopt.graph.training_graph import Input, InputKind, Output, OutputKind, Phase, Signature, TrainingGraph
@@ -170,6 +171,7 @@ def _set_meta(node: fx.Node, origin: fx.Node, phase: Phase) -> None:
     node.meta = {
         "val": origin.meta.get("val"), "phase": phase,
         "module": place.get("module", ""), "source": place.get("source", ""),
+        **{key: place[key] for key in MARKS if key in place},
     }  # fmt: skip
 
 

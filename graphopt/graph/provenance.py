@@ -70,9 +70,14 @@ class Provenance(TorchFunctionMode):
         mark(module, source)
 
 
-def mark(module: str, source: str) -> None:
-    """Mark what is traced from now on, under `preserve_node_meta`, with its place."""
-    current_trace_meta()["custom"] = {"module": module, "source": source}
+def mark(module: str, source: str, **more: str) -> None:
+    """Mark what is traced from now on, under `preserve_node_meta`, with its place and ``more`` of it (`MARKS`)."""
+    current_trace_meta()["custom"] = {"module": module, "source": source, **more}
+
+
+MARKS = ("origin", "gradient_of")
+"""Marks beside the place that a node keeps in its metadata where it has them, see
+`graphopt.graph.differentiate.with_backward`."""
 
 
 def _user_line() -> str:

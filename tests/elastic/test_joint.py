@@ -6,7 +6,7 @@ from torch.utils._pytree import tree_leaves
 
 from graphopt import with_backward
 from graphopt.elastic import joint as joints
-from graphopt.elastic import space
+from graphopt.elastic import left_out, space
 from graphopt.graph.training_graph import InputKind, OutputKind
 from tests.elastic.test_space import Grouped
 
@@ -46,7 +46,8 @@ def test_a_resized_joint_graph_is_the_derived_one(monkeypatch):
     names = ("embed", "layers.0.q.heads", "layers.0.q.queries", "layers.0.hidden")
     sizes = [(24, 3, 4, 16), (12, 2, 3, 8), (18, 2, 2, 24), (18, 1, 2, 32)]
     traced = []
-    monkeypatch.setattr(joints, "with_backward", lambda *a: traced.append(a) or with_backward(*a))
+    for module in (joints, left_out):
+        monkeypatch.setattr(module, "with_backward", lambda *a, **k: traced.append(a) or with_backward(*a, **k))
     counts = []
     for each in sizes:
         choice = found.choice(dict(zip(names, each, strict=True)))
