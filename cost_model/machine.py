@@ -23,7 +23,7 @@ from graphopt.cost_model.datasheets import DataSheet, lookup
 from graphopt.cost_model.kernels import CONVOLUTIONS, Family
 from graphopt.errors import GraphoptWarning
 
-VERSION = 4
+VERSION = 5
 """Of the calibration file; another one is measured anew."""
 
 
