@@ -70,15 +70,15 @@ def gradients(results: Sequence[Tensor], of: Numbers) -> dict[str, Tensor]:
     return {n: torch.zeros_like(t) if g is None else g for (n, t), g in zip(of.items(), found, strict=True)}
 
 
-def far(name: str, a: Tensor, b: Tensor) -> str:
-    """Says how two values differ by more than rounding; empty if they do not."""
+def far(name: str, a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> str:
+    """Says how two values differ by more than rounding; empty if they do not. ``tolerance``: of the largest value."""
     a, b = a.detach(), b.detach()
     if a.shape != b.shape:
         return f"{name} has the shape {tuple(a.shape)}, expected {tuple(b.shape)}"
     if not a.is_floating_point() or not a.numel():
         return "" if a.equal(b) else f"{name} differs"
     scale = max(1e-6, float(b.abs().nan_to_num(0, 0, 0).max()))
-    if torch.allclose(a / scale, b / scale, TOLERANCE, TOLERANCE, equal_nan=True):
+    if torch.allclose(a / scale, b / scale, tolerance, tolerance, equal_nan=True):
         return ""
     return f"{name} differs by {float((a - b).abs().max() / scale):.1e} of its largest value"
 
