@@ -288,11 +288,12 @@ def accuracy(
                     {"model": name, "way": way, "subnet": size, "accuracy": mean(a for a, _ in pairs),
                      "against alone": mean(a - b for a, b in pairs), "seeds": seeds, "steps": steps}
                 )  # fmt: skip
-            rows.append(
-                {"model": name, "way": way, "subnet": "random, mean", "seeds": seeds, "steps": steps,
-                 "accuracy": mean(a for n, p in found.items() if n.startswith("random") for a, _ in p),
-                 "against alone": mean(a - b for n, p in found.items() if n.startswith("random") for a, b in p)}
-            )  # fmt: skip
+            if random:
+                rows.append(
+                    {"model": name, "way": way, "subnet": "random, mean", "seeds": seeds, "steps": steps,
+                     "accuracy": mean(a for n, p in found.items() if n.startswith("random") for a, _ in p),
+                     "against alone": mean(a - b for n, p in found.items() if n.startswith("random") for a, b in p)}
+                )  # fmt: skip
     print_table(rows, title=f"digits, {steps} steps, {seeds} seeds")
     return rows
 
