@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import elastic_training
+from benchmarks import digit_supernets
 from benchmarks.measure import eager_step, interleaved
 from graphopt.cost_model import Machine
 from graphopt.elastic import Choice, Kind, Space
@@ -235,9 +235,9 @@ def _priced(name: str) -> tuple[Space, Any, Callable[[Any], torch.optim.Optimize
     """A space in train mode, a batch with its target, and the optimizer."""
     torch.manual_seed(0)
     if name.startswith("digits "):
-        space = elastic_training.space_of(name.removeprefix("digits "), 0)
-        size = elastic_training.BATCH
-        return space, (torch.randn(size, 1, 8, 8), torch.randint(10, (size,))), elastic_training.adamw
+        space = digit_supernets.space_of(name.removeprefix("digits "), 0)
+        size = digit_supernets.BATCH
+        return space, (torch.randn(size, 1, 8, 8), torch.randint(10, (size,))), digit_supernets.adamw
     model, example = MODELS[name]()
     return make_space(model.train(), example), _images(8), _adamw if "vit" in name else _sgd
 

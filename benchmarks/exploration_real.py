@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphopt.elastic
-from benchmarks.elastic_training import resnet
+from benchmarks.digit_supernets import resnet
 from benchmarks.measure import eager_step
 from demo.train_digits import accuracy, digits
 from graphopt.cost_model.measured import measure

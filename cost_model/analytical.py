@@ -58,7 +58,7 @@ def estimate(
 
     Args:
         graph: a captured graph. For ``mode="eager"`` the graph as captured, before passes: what autograd runs.
-        machine: `Machine.current()` by default (measured once, at most a minute); or ``Machine.named("H100")``.
+        machine: `Machine.current()` by default (measured once, about a minute); or ``Machine.named("H100")``.
         sizes: free sizes by name (``{"batch": 64}``); axes of the graph by name besides (``{"0.hidden": 512}``,
             `Axes.groups`), each of which must be free. What is not given is as at capture.
         mode: ``flat`` (straight-line code), ``eager`` (autograd) or ``compiled`` (fused kernels).

@@ -58,7 +58,11 @@ _MARGIN = 0.8
 """Of the time that is left, what whole steps may plan with: each network takes at least some steps."""
 
 _LARGEST_KEPT = 32 * 2**20
-"""glibc's malloc maps larger blocks at each request (DEFAULT_MMAP_THRESHOLD_MAX on 64 bits)."""
+"""glibc's malloc maps larger blocks at each request (DEFAULT_MMAP_THRESHOLD_MAX on 64 bits), unless they are free in
+the heap."""
+
+_FRESH = 8 * _LARGEST_KEPT
+"""Bytes of a block that is larger than what is free in the heap after all that was measured."""
 
 
 def calibrate(*, progress: bool = True, seconds: float | None = None) -> Machine:
@@ -283,20 +287,19 @@ def settle_allocator() -> None:
 # -- memory ----------------------------------------------------------------------------------------------
 
 
-def _touch_seconds(nbytes: int = 2**26) -> float:
+def _touch_seconds() -> float:
     """Seconds a byte that the first touch of fresh memory costs beyond writing it."""
-    reused = torch.empty(nbytes, dtype=torch.uint8)
+    reused = torch.empty(_FRESH, dtype=torch.uint8)
     warm = time_of(lambda: reused.fill_(1))
-    fresh = time_of(lambda: torch.empty(nbytes, dtype=torch.uint8).fill_(1))
-    return max(fresh - warm, 0.0) / nbytes
+    fresh = time_of(lambda: torch.empty(_FRESH, dtype=torch.uint8).fill_(1))
+    return max(fresh - warm, 0.0) / _FRESH
 
 
 def _maps_large_blocks() -> bool:
-    """Whether the allocator gives a large block back at once, so that the next one comes anew: by page faults. The
-    block is larger than what is free in the heap after all that was measured."""
-    make = lambda: torch.empty(8 * _LARGEST_KEPT, dtype=torch.uint8).fill_(1)
+    """Whether the allocator gives a large block back at once, so that the next one comes anew: by page faults."""
+    make = lambda: torch.empty(_FRESH, dtype=torch.uint8).fill_(1)
     make()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     make()
     pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    return pages > 4 * _LARGEST_KEPT / resource.getpagesize()
+    return pages > _FRESH / 2 / resource.getpagesize()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from graphopt.cost_model.kernel_sizes import at_least, flag
+from graphopt.cost_model.kernel_sizes import flag, reaches
 from graphopt.graph.op_rules.arguments import operand
 from graphopt.graph.sizes import Expr, product
 
@@ -23,17 +23,12 @@ def uses_onednn(node: fx.Node, x: torch.Tensor, image: Sequence[Expr], kernel: S
     """
     window = list(kernel[2:])
     used: Expr = int(x.dtype is torch.float32)
-    pointwise = product([1 - _reaches(k, 2) for k in window])
+    pointwise = product([1 - reaches(k, 2) for k in window])
     plain = all(s == 1 for s in operand(node, "stride")) and all(d == 1 for d in operand(node, "dilation"))
     if plain and threads == 1:
         used = used * (1 - pointwise * (1 - flag(image[0], 16)))
     large: Expr = 1 if operand(node, "groups") > 1 else 0
     if large == 0 and len(window) > 1:
-        large = product([_reaches(k, 4) for k in window[-2:]])
+        large = product([reaches(k, 4) for k in window[-2:]])
     other = flag(image[0], 2) if image[0] != 1 else flag(product(image), 20481)
     return used * (1 - (1 - large) * (1 - other))
-
-
-def _reaches(size: Expr, least: int) -> Expr:
-    """1 where the kernel's size is at least so much, else 0."""
-    return int(size >= least) if isinstance(size, int) else at_least(size, least)

@@ -14,9 +14,9 @@ from graphopt.cost_model.kernel_sizes import (
     Moments,
     Shape,
     Sizes,
-    at_least,
     channels_last,
     contiguous,
+    reaches,
     suggests_channels_last,
     tensor_of,
 )
@@ -33,6 +33,9 @@ _IMAGES = (1, 2, 3) if _WIDE else (3,)
 
 _LARGEST_WINDOW = 14 if _WIDE else 13
 """The widest window for which it has a direct kernel of that gradient."""
+
+LARGEST_DEPTHWISE = 3
+"""The same of depthwise convolutions."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,9 @@ def _convolution_of(node: fx.Node, sizes: Sizes, operands: Sequence[Any], y: Sha
     few = isinstance(in_channels, int) and in_channels < 4
     x_blocked = blocked(image) if few and strided else blocked(image, 1)
     w_blocked = blocked(kernel, 0) if groups > 1 else blocked(kernel, 0, 1)
+    widest = LARGEST_DEPTHWISE if depthwise else _LARGEST_WINDOW
+    large = reaches(window[-1], widest + 1) if depthwise else 0
+    w_last = large * padded_depthwise_weight(kernel, itemsize) + (1 - large) * w_blocked
     for_weight = x_blocked, w_blocked, blocked(y, 1)
     if in_channels in _IMAGES and groups == 1:  # read as they are
         for_weight = 0, blocked(kernel, 0), blocked(y, 1)
@@ -142,13 +148,12 @@ def _convolution_of(node: fx.Node, sizes: Sizes, operands: Sequence[Any], y: Sha
     return _Convolution(
         x=product(image) * itemsize, w=product(kernel) * itemsize, y=product(y) * itemsize,
         x_blocked=x_blocked, y_blocked=blocked(y, 1), w_blocked=w_blocked, w_blocked_once=blocked(kernel, 0),
-        for_weight=for_weight, w_last=_weight_gradient_last(kernel, itemsize) if depthwise else w_blocked,
+        for_weight=for_weight, w_last=w_last,
         columns=columns, group_column=group_column, onednn=onednn, in_channels=image[1], strided=strided,
         channels_last=nhwc, copies=sum((sizes.nbytes(o) for o in operands if not fits(tensor_of(o))), 0),
         gemm=by_gemm(4 if _WIDE else _LANES),
         weight_by_gemm=dilated or by_gemm(8) or any(
-            isinstance(k, int)
-            and (k > _LARGEST_WINDOW or (depthwise and k > 3) or (isinstance(s, int) and s < k and not _WIDE))
+            isinstance(k, int) and (k > widest or (isinstance(s, int) and s < k and not _WIDE))
             for s, k in zip((y if transposed else image)[2:], window, strict=True)
         ),
     )  # fmt: skip
@@ -156,18 +161,9 @@ def _convolution_of(node: fx.Node, sizes: Sizes, operands: Sequence[Any], y: Sha
 
 def padded_depthwise_weight(kernel: Shape, itemsize: int) -> Expr:
     """Bytes of the gradient of a depthwise weight as a kernel for dense weights makes it: each channel is padded to a
-    block of channels in and out. oneDNN takes such a kernel channels last for windows beyond 3."""
+    block of channels in and out. oneDNN takes such a kernel, channels last, for windows beyond
+    `LARGEST_DEPTHWISE`."""
     return product(kernel) * _LANES**2 * itemsize
-
-
-def _weight_gradient_last(kernel: Shape, itemsize: int) -> Expr:
-    """Bytes of the gradient of a depthwise weight in oneDNN's layout, channels last."""
-    window, padded = kernel[-1], padded_depthwise_weight(kernel, itemsize)
-    plain = _padded(kernel[0], _LANES) * product(kernel[1:]) * itemsize
-    if isinstance(window, int):
-        return padded if window > 3 else plain
-    large = at_least(window, 4)
-    return large * padded + (1 - large) * plain
 
 
 def _padded(channels: Expr, lanes: int) -> Expr:

@@ -112,15 +112,15 @@ class BatchCurve:
         twice as long.
 
         Raises:
-            CostModelError: ``batch`` is no positive int.
+            CostModelError: ``batch`` is no positive int, or the shape gives no positive number there.
         """
         _require_batch("BatchCurve.at", batch)
-        measured = list(self.points.values())
-        seconds, floor, ceiling = self._line([m.seconds for m in measured], batch)
+        near = self._measured_beside(batch)
+        seconds, floor, ceiling = self._line({n: m.seconds for n, m in self.points.items()}, near, batch)
         # How far the ends of the measured intervals are from there.
-        lowest = min(seconds, self._line([m.low for m in measured], batch)[0])
-        highest = max(seconds, self._line([m.high for m in measured], batch)[0])
-        below, above = self._shares(batch)
+        lowest = min(seconds, self._line({n: m.low for n, m in self.points.items()}, near, batch)[0])
+        highest = max(seconds, self._line({n: m.high for n, m in self.points.items()}, near, batch)[0])
+        below, above = self._shares(near, batch)
         rough = 1 + ROUGHNESS * min(abs(math.log2(batch / n)) for n in self._batches)
         low = (seconds - below * (seconds - floor)) / rough
         high = (seconds + above * (ceiling - seconds)) * rough
@@ -129,16 +129,15 @@ class BatchCurve:
         up = math.hypot(math.log(high / seconds), math.log(highest / seconds))
         return seconds, (seconds * math.exp(-down), seconds * math.exp(up))
 
-    def _shares(self, batch: int) -> tuple[float, float]:
+    def _shares(self, near: Sequence[int], batch: int) -> tuple[float, float]:
         """Shares of the room below and above the line that the interval takes."""
-        if sum(n in self.points for n in self._side(batch)) < 2:
+        if len(near) < 2:
             return 1.0, 1.0
         return (AGAINST_BEND, ALONG_BEND) if self.extrapolates(batch) else (TOWARDS_CONVEX, TOWARDS_CONCAVE)
 
-    def _line(self, seconds: Sequence[float], batch: int) -> tuple[float, float, float]:
-        """The line through points, and the floor and ceiling of the room it runs in."""
-        side = self._side(batch)
-        known = [(n, t) for n, t in zip(self._batches, seconds) if n in side]
+    def _line(self, seconds: Mapping[int, float], near: Sequence[int], batch: int) -> tuple[float, float, float]:
+        """The line through the points at ``near``, and the floor and ceiling of the room it runs in."""
+        known = [(n, seconds[n]) for n in near]
         if not known:
             return self._across(seconds, batch)
         if len(known) == 1:
@@ -169,15 +168,16 @@ class BatchCurve:
         middle = math.sqrt(floor * ceiling) if self._shape is None else seconds * by_shape
         return min(max(middle, floor), ceiling), floor, ceiling
 
-    def _across(self, seconds: Sequence[float], batch: int) -> tuple[float, float, float]:
+    def _across(self, seconds: Mapping[int, float], batch: int) -> tuple[float, float, float]:
         """From the nearest point, which other kernels run at: what is expected relative to there, and no law."""
-        n0, t0 = min(zip(self._batches, seconds), key=lambda point: abs(math.log(point[0] / batch)))
+        n0, t0 = min(seconds.items(), key=lambda point: abs(math.log(point[0] / batch)))
         middle = t0 * self._predicted(batch) / self._predicted(n0)
         return middle, middle / ACROSS, middle * ACROSS
 
-    def _side(self, batch: int) -> list[int]:
-        """A batch size and the measured ones that run the same kernels."""
-        return next(side for side in self._sides({*self._batches, batch}) if batch in side)
+    def _measured_beside(self, batch: int) -> list[int]:
+        """The measured batch sizes at which the same kernels run as at this one."""
+        sides = self._sides({*self._batches, batch})
+        return [n for side in sides if batch in side for n in side if n in self.points]
 
     def _sides(self, batches: Iterable[int]) -> list[list[int]]:
         """Batch sizes in order, parted where other kernels are expected to run from a power of two on."""

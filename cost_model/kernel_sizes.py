@@ -65,6 +65,11 @@ def flag(n: Expr, k: int) -> Expr:
     return 1 if k <= 2 else at_least(n, k)
 
 
+def reaches(size: Expr, least: int) -> Expr:
+    """1 where a window's size is at least so much, else 0. A free one may be 1."""
+    return int(size >= least) if isinstance(size, int) else at_least(size, least)
+
+
 def at_most(n: Expr, limit: Expr) -> Expr:
     """The smaller of two sizes."""
     if isinstance(n, int) and isinstance(limit, int):

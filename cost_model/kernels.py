@@ -7,7 +7,7 @@ operators are one kernel; the backward of a convolution is two, whose rates diff
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from operator import getitem
@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from graphopt.cost_model.convolution_backends import uses_onednn
-from graphopt.cost_model.convolution_workspace import padded_depthwise_weight
-from graphopt.cost_model.kernel_sizes import at_least, suggests_channels_last
+from graphopt.cost_model.convolution_workspace import LARGEST_DEPTHWISE, padded_depthwise_weight
+from graphopt.cost_model.kernel_sizes import reaches
 from graphopt.graph.op_rules import bytes_moved, flops, nodes_read, rule
 from graphopt.graph.op_rules.arguments import operand, operand_names, operand_nodes, shape
 from graphopt.graph.sizes import Expr, expression, nbytes, numel, product
@@ -131,19 +131,28 @@ def kernels(node: fx.Node, threads: int | None) -> Iterator[Kernel]:
             node, found, flops(node), bytes_moved(node), *_dimensions(node, found), items=max(items, 1) if listed else 1
         )
         if found in _NEED_ROWS:
-            for strided in {source for source in nodes_read(node) if not _in_rows(source)}:
-                yield Kernel(node, Family.COPY, 0, 2 * sum(nbytes(t) for t in tensors(strided.meta["val"])), items=0)
+            yield from _copies(node, {source for source in nodes_read(node) if not _in_rows(source)})
 
 
 _NEED_ROWS = frozenset([Family.NORM, Family.NORM_BACKWARD, Family.SOFTMAX])
 """Kernels that copy operands whose last dimension does not lie together."""
 
 
+def _copies(node: fx.Node, operands: Iterable[fx.Node]) -> Iterator[Kernel]:
+    """Those of operands that a kernel cannot read as they lie."""
+    for source in operands:
+        moved = 2 * sum(nbytes(t) for t in tensors(source.meta["val"]))
+        yield Kernel(node, Family.COPY, 0, moved, items=0)
+
+
 def _in_rows(node: fx.Node) -> bool:
+    """Whether the last dimension lies together. Other strides say nothing here: where widths were changed after the
+    capture, they are those of the capture."""
     return all(t.dim() < 2 or expression(t.stride(-1)) == 1 for t in tensors(node.meta["val"]))
 
 
 def _in_channels(node: fx.Node) -> bool:
+    """The same of the channels of an image or volume."""
     return all(t.dim() in (4, 5) and expression(t.stride(1)) == 1 for t in tensors(node.meta["val"]))
 
 
@@ -249,14 +258,15 @@ def _result(node: fx.Node) -> tuple[Expr, ...]:
 
 def _beyond_depthwise(kind: Family, image: Sequence[Expr], window: Expr, last: bool) -> Expr:
     """1 where oneDNN has no kernel of its own for a depthwise convolution, else 0; an expression where the size of the
-    kernel is free. It has none for weight gradients of windows beyond 3, nor, channels first, for images narrower than
+    kernel is free. It has none for weight gradients of windows beyond
+    `LARGEST_DEPTHWISE`, nor, channels first, for images narrower than
     the window (forward: than half of it)."""
     width = image[-1] if isinstance(image[-1], int) and not last else math.inf
-    beyond = {Family.DEPTHWISE: 2 * (width + 1), Family.DEPTHWISE_WEIGHT: min(width + 1, 4)}
+    beyond = {Family.DEPTHWISE: 2 * (width + 1), Family.DEPTHWISE_WEIGHT: min(width + 1, LARGEST_DEPTHWISE + 1)}
     least = beyond.get(kind, math.inf)
     if least == math.inf:
         return 0
-    return int(window >= least) if isinstance(window, int) else at_least(window, int(least))
+    return reaches(window, int(least))
 
 
 def _convolution(node: fx.Node, kind: Family, threads: int | None) -> Iterator[Kernel]:
@@ -281,7 +291,7 @@ def _convolution(node: fx.Node, kind: Family, threads: int | None) -> Iterator[K
             image[-1] + outer[-1],
             image[0] * channels * product(a + b for a, b in zip(image[2:-1], outer[2:-1])),
         )
-        last = suggests_channels_last(x.meta["val"])
+        last = _in_channels(x) and not _in_rows(x)
         for found in chosen:
             plain = _beyond_depthwise(found, image, weight[-1], last) if threads is not None else 0
             if plain != 1:
@@ -312,7 +322,6 @@ def _convolution(node: fx.Node, kind: Family, threads: int | None) -> Iterator[K
                 )  # fmt: skip
     if threads is not None:  # what lies neither row by row nor channels last is copied first
         operands = [x, operand(node, "weight"), *([operand(node, "grad_output")] if backward else [])]
-        for strided in [o for o in operands if not (_in_rows(o) or _in_channels(o))]:
-            yield Kernel(node, Family.COPY, 0, 2 * sum(nbytes(t) for t in tensors(strided.meta["val"])), items=0)
+        yield from _copies(node, [o for o in operands if not (_in_rows(o) or _in_channels(o))])
     if backward and wanted == [False, False, True]:
         yield Kernel(node, Family.REDUCTION, 0, product(outer) * element)

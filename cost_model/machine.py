@@ -23,7 +23,7 @@ from graphopt.cost_model.datasheets import DataSheet, lookup
 from graphopt.cost_model.kernels import CONVOLUTIONS, Family
 from graphopt.errors import GraphoptWarning
 
-VERSION = 5
+VERSION = 6
 """Of the calibration file; another one is measured anew."""
 
 
@@ -95,7 +95,7 @@ class Machine:
 
     @staticmethod
     def current(*, progress: bool = True) -> Machine:
-        """This machine, measured once (at most a minute, with a progress bar) and kept in the user's cache folder.
+        """This machine, measured once (about a minute, with a progress bar) and kept in the user's cache folder.
 
         What is kept counts for the same hardware, torch version and number of threads; else it is measured anew. Where
         the folder cannot be written, it warns and measures again in the next process.

@@ -273,8 +273,10 @@ class Situation:
     def remaining(self, run: int = 0) -> float:
         """Steps to come: what ``steps=`` leaves, or as many as there were so far. Those that it leaves are of all
         shapes of batches; where there are many, no more than so far are expected to be of this one."""
-        left = float("inf") if self.settings.steps is None else max(self.settings.steps - self.run_so_far(), 0)
-        return left if self.settings.steps is not None and self.capture_seconds is None else min(run, left)
+        if self.settings.steps is None:
+            return run
+        left = max(self.settings.steps - self.run_so_far(), 0)
+        return left if self.capture_seconds is None else min(run, left)
 
     @property
     def may_wait(self) -> bool:

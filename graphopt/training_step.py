@@ -91,7 +91,8 @@ class TrainingStep:
         owners: dict[str, Any] = {}
         if "_plan" in known and not name.startswith("_"):
             owners = {"step.plan": known["_plan"] or Plan, "model": self.task.model}
-            owners |= dict(zip(("optimizer",), self.task.optimizers))
+            if self.task.optimizers:
+                owners["optimizer"] = self.task.optimizers[0]
         has = [f"{owner}.{name}" for owner, it in owners.items() if hasattr(it, name)]
         where = f"; use {' or '.join(has)}" if has else ""
         raise AttributeError(f"a training step has no {name!r}{where}", name=name, obj=self)

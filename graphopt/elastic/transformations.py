@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from graphopt.elastic.kernel_sizes import crop_padding, refresh, small_window
 from graphopt.errors import ElasticError
 from graphopt.graph.draft import Draft
+from graphopt.graph.stateless import functional_call
 from graphopt.graph.torch_internals import FakeTensorMode, fake_mode_of
 from graphopt.graph.training_graph import Input, InputKind, Phase
 
@@ -241,7 +242,7 @@ def inserted(draft: Draft, origin: fx.Node, name: str, label: str, transformatio
         inputs.append(_input(draft, mode, f"{label}.{key}", parameter, shape))
 
     def run(tensor: Tensor, *given: Tensor) -> Tensor:
-        made = torch.func.functional_call(transformation, dict(zip(parameters, given, strict=True)), (tensor,))
+        made = functional_call(transformation, dict(zip(parameters, given, strict=True)), (tensor,))
         if is_dense(made) and not any(made is t for t in (tensor, *given)):  # there must be an operator to mark
             return made
         return made.clone()  # in a memory order that a weight by itself has

@@ -32,7 +32,7 @@ class CostModelPredictor:
         space: as in `graphopt.explore`.
         trial: says what the step is: ``loss``, ``optimizer``, ``options(hyper_parameters)`` and
             ``example(hyper_parameters)``, a batch; as `Training`.
-        machine: a `graphopt.cost_model.Machine`; by default this one, which is measured once (at most a minute).
+        machine: a `graphopt.cost_model.Machine`; by default this one, which is measured once (about a minute).
         mode: how the step is run: ``eager`` or ``flat``.
     """
 

@@ -53,7 +53,7 @@ class Shaped:
     device: torch.device
 
     def stride(self, dim: int | None = None) -> Any:
-        """As `torch.Tensor.stride`; strides are those of the capture: only which are 0 is meant."""
+        """As `torch.Tensor.stride`; strides are those of the capture: only which are 0 or 1 is meant."""
         return self.strides if dim is None else self.strides[dim]
 
     def dim(self) -> int:

@@ -156,7 +156,7 @@ def _know_dataclasses(result: Any) -> None:
 
 
 class ModelWithLoss(nn.Module):
-    """A module around the model, so that `torch.func.functional_call` reaches model and loss in one call."""
+    """A module around the model, so that `functional_call` reaches model and loss in one call."""
 
     def __init__(self, model: nn.Module, loss: Callable[..., Any] | str | None):
         super().__init__()

@@ -9,7 +9,7 @@ pytest.importorskip("sklearn")
 
 from torch.nn import functional as F
 
-from benchmarks.elastic_training import Batches, accuracy_of, adamw, alone, cosine, space_of
+from benchmarks.digit_supernets import Batches, accuracy_of, adamw, alone, cosine, space_of
 from graphopt.elastic.progressive import joint_mode
 from graphopt.elastic.training import train
 

@@ -53,16 +53,19 @@ def test_elastic_kernels_of_depthwise_convolutions(width, batch):
             assert_priced_as(prices, choice, space.graph(choice))
 
 
-def test_steps_with_elastic_kernels_are_priced():
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("choice", [{}, {"kernel": 3}, {"width": 0.5}, {"width": 0.5, "kernel": 3}])
+def test_steps_with_elastic_kernels_are_priced(choice, layout):
+    """Depthwise convolutions run other kernels where channels come last, whatever the width."""
     torch.manual_seed(0)
-    x, y = torch.randn(4, 3, 8, 3), torch.randint(4, (4,))
-    space = elastic.space(Depthwise(), x)
+    x, y = torch.randn(4, 3, 8, 3).to(memory_format=layout), torch.randint(4, (4,))
+    space = elastic.space(Depthwise().to(memory_format=layout), x)
     loss = nn.functional.cross_entropy
     prices = Prices(space, MACHINE, training=Training((x, y), loss))
-    for choice in (space.full, space.choice({"kernel": 3})):
-        joint = space.graph(choice, loss=loss, batch=(x, y), backward=True)
-        found = prices.of([choice], "step_seconds")[0]
-        assert found == pytest.approx(estimate(joint, MACHINE, {"batch": 4}).seconds, rel=0.03)
+    chosen = space.choice(choice)
+    joint = space.graph(chosen, loss=loss, batch=(x, y), backward=True)
+    found = prices.of([chosen], "step_seconds")[0]
+    assert found == pytest.approx(estimate(joint, MACHINE, {"batch": 4}).seconds, rel=0.03)
 
 
 @pytest.mark.parametrize(
