@@ -5,7 +5,11 @@
 Claims, each with its bar: step time by the analytical price, eager and flat, at each number of threads; step time at
 unseen batch sizes after three bracketing measurements; peak memory; ranking of the ways to run one model; coverage and
 width of intervals.
-Nothing else should run on the machine meanwhile.
+
+The machine is calibrated first. How fast it is changes from minute to minute where others share it, so fixed work
+(steps of two networks of the calibration) is timed before and after each model at each batch size: a row's seconds are
+those measured, over how much longer the fixed work took than it did around the calibration. Nothing else should run on
+the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, median
+from time import perf_counter
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -31,7 +36,8 @@ import graphopt
 from benchmarks import zoo
 from benchmarks.measure import eager_step, in_own_process, machine_description, peak_bytes, print_table, write_json
 from graphopt.cost_model import Machine, estimate
-from graphopt.cost_model.calibrate import settle_allocator
+from graphopt.cost_model.calibrate import calibrate, settle_allocator
+from graphopt.cost_model.calibration_steps import CASES, prepared
 from graphopt.cost_model.interpolation import BatchCurve, bracket
 from graphopt.cost_model.measured import Measurement, measure
 from graphopt.cost_model.work import Mode
@@ -58,7 +64,8 @@ Way: TypeAlias = tuple[Mode, int]
 
 @dataclass(frozen=True)
 class Row:
-    """One way to run one model at one batch size: predicted and measured."""
+    """One way to run one model at one batch size: predicted and measured. ``slowness``: of the machine meanwhile,
+    against around its calibration; ``seconds`` are as they would have been then."""
 
     model: str
     batch: int
@@ -73,6 +80,7 @@ class Row:
     predicted_peak: int
     peak_own: int
     predicted_own: int
+    slowness: float
 
     @property
     def error(self) -> float:
@@ -80,9 +88,11 @@ class Row:
         return self.predicted / self.seconds - 1
 
 
-def rows_of(case: zoo.Case, machines: Mapping[int, Machine], seconds: float) -> Iterator[Row]:
-    """Step a model in each way at each batch size, next to each other, and price the same on the machine of as many
-    threads."""
+def rows_of(
+    case: zoo.Case, machines: Mapping[int, Machine], seconds: float, fixed: Mapping[int, float]
+) -> Iterator[Row]:
+    """Step a model in each way at each batch size, next to each other and to the fixed work, and price the same on the
+    machine of as many threads. ``fixed``: seconds of the fixed work when that was calibrated."""
     settle_allocator()
     torch.manual_seed(0)
     model = case.build()
@@ -95,13 +105,20 @@ def rows_of(case: zoo.Case, machines: Mapping[int, Machine], seconds: float) -> 
     task = Task(model, case.loss or "model", (optimizer,))
     captured: list[Any] = []
     owned = [*model.parameters(), *model.buffers()]
-    times: dict[tuple[int, Way], Measurement] = {}
+    work = {threads: partial(_with_threads, threads, fixed_work()) for threads in machines}
+    times: dict[tuple[int, Way], tuple[float, Measurement]] = {}  # slowness, and what was measured
     for _ in range(2):  # apart in time: a machine that others share is slower for some seconds now and then
+        before = _seconds_of(work)
         for batch, steps in _steps(case, run, {b for b, _ in times}):
-            for way, found in measure(steps, seconds=seconds, rounds=(7, 30), warmup=2, precision=0.02).items():
-                known = times.get((batch, way))
-                times[batch, way] = found if known is None or found.seconds < known.seconds else known
-            if max(times[batch, way].seconds for way in steps) > LONGEST / 2:
+            found = measure(steps, seconds=seconds, rounds=(7, 30), warmup=2, precision=0.02)
+            after = _seconds_of(work)
+            for mode, threads in steps:
+                slowness = (before[threads] + after[threads]) / 2 / fixed[threads]
+                known = times.get((batch, (mode, threads)))
+                if known is None or slowness < known[0]:
+                    times[batch, (mode, threads)] = slowness, found[mode, threads]
+            before = after
+            if max(one.seconds for one in found.values()) > LONGEST / 2:
                 break
     for batch, steps in _steps(case, run, {b for b, _ in times}):
         data = case.batch(batch)
@@ -114,17 +131,67 @@ def rows_of(case: zoo.Case, machines: Mapping[int, Machine], seconds: float) -> 
         for mode, threads in steps:
             graph = step.before if mode == "eager" else step.graph
             price = estimate(graph, machines[threads], {"batch": batch}, mode=mode)
-            own, taken = peak_bytes(steps[mode, threads]), times[batch, (mode, threads)]
+            own, (slowness, taken) = peak_bytes(steps[mode, threads]), times[batch, (mode, threads)]
             yield Row(
-                case.name, batch, mode, threads, taken.seconds, taken.half_width, price.seconds, *price.interval,
-                peak=there + own, predicted_peak=price.peak_bytes, peak_own=own, predicted_own=price.peak.own,
+                case.name, batch, mode, threads, taken.seconds / slowness, taken.half_width, price.seconds,
+                *price.interval, peak=there + own, predicted_peak=price.peak_bytes, peak_own=own,
+                predicted_own=price.peak.own, slowness=slowness,
             )  # fmt: skip
 
 
-def _rows_of(name: str, threads: Sequence[int], seconds: float) -> list[Row]:
+def _rows_of(name: str, threads: Sequence[int], seconds: float, fixed: Mapping[int, float]) -> list[Row]:
     """`rows_of`, for a process of its own."""
     case = next(c for c in zoo.CASES if c.name == name)
-    return list(rows_of(case, _machines(threads), seconds))
+    return list(rows_of(case, _machines(threads), seconds, fixed))
+
+
+def fixed_work() -> Callable[[], None]:
+    """A call that does what a calibration does too: a step of a small ResNet, and one of a small transformer."""
+    chosen = [next(prepared(case)) for case in CASES if case.name in ("residual", "transformer")]
+
+    def run() -> None:
+        for one in chosen:
+            one.steps["flat"]()
+
+    return run
+
+
+def _seconds_of(work: Mapping[int, Callable[[], None]]) -> dict[int, float]:
+    """Of the fixed work at each number of threads, now; a few times in a row, as what stands between leaves caches."""
+    found = {}
+    for threads, run in work.items():
+        run()
+        taken = []
+        for _ in range(7):
+            start = perf_counter()
+            run()
+            taken.append(perf_counter() - start)
+        found[threads] = median(taken)
+    return found
+
+
+def _fixed_seconds(threads: int) -> float:
+    """Of the fixed work, for a process of its own."""
+    settle_allocator()
+    work = {threads: partial(_with_threads, threads, fixed_work())}
+    return median(_seconds_of(work)[threads] for _ in range(15))
+
+
+def _calibrated(threads: Sequence[int]) -> dict[int, float]:
+    """Calibrate the machine for each number of threads; the seconds of the fixed work by those: the shortest of before
+    and after, as a calibration takes the shortest of what it times twice."""
+    fixed = {}
+    for count in threads:
+        torch.set_num_threads(count)
+        before = in_own_process(_fixed_seconds, count)
+        in_own_process(_calibrate, count)
+        fixed[count] = min(before, in_own_process(_fixed_seconds, count))
+    return fixed
+
+
+def _calibrate(threads: int) -> None:
+    torch.set_num_threads(threads)
+    calibrate().save()
 
 
 def _machines(threads: Sequence[int]) -> dict[int, Machine]:
@@ -272,14 +339,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--threads", metavar="N", type=int, nargs="+", default=[torch.get_num_threads()], help="of torch"
     )
     options = parser.parse_args(arguments)
-    machines = _machines(options.threads)
     cases = [c for c in zoo.CASES if c.captures and any(fnmatch(c.name, p) for p in options.only)]
     if not cases:
         parser.error(f"no model matches {options.only!r}")
     rows: list[Row] = []
+    fixed = _calibrated(options.threads)
+    machines = _machines(options.threads)
     with Progress() as bar:
         for case in bar.track(cases, description="models"):
-            found = in_own_process(_rows_of, case.name, options.threads, options.seconds)
+            found = in_own_process(_rows_of, case.name, options.threads, options.seconds, fixed)
             rows += found
             report(rows, machines)  # an interrupted run loses nothing
             errors = "  ".join(f"{r.batch}{r.mode[0]}{r.threads} {r.error:+.0%}" for r in found)

@@ -20,7 +20,16 @@ import sympy
 
 from graphopt.cost_model.communication import Schedule, exposed_seconds, scheduled
 from graphopt.cost_model.estimate import TERMS, Estimate
-from graphopt.cost_model.kernels import CONVOLUTIONS, DEPTHWISE, IMAGEWISE, LOOPS, Family, operator_name
+from graphopt.cost_model.kernels import (
+    ALIASED,
+    CONVOLUTIONS,
+    DEPTHWISE,
+    GROUPED,
+    IMAGEWISE,
+    LOOPS,
+    Family,
+    operator_name,
+)
 from graphopt.cost_model.machine import Machine
 from graphopt.cost_model.work import Counts, Mode, Work, compiled
 from graphopt.errors import CostModelError
@@ -28,7 +37,7 @@ from graphopt.graph.training_graph import TrainingGraph
 
 GROUPS: dict[str, frozenset[Family]] = {
     "gemm": frozenset([Family.GEMM]),
-    "convolution": frozenset([*CONVOLUTIONS, *IMAGEWISE]),
+    "convolution": frozenset([*CONVOLUTIONS, *GROUPED, Family.GROUPED_PRODUCTS, *IMAGEWISE, *ALIASED]),
     "depthwise": frozenset([*DEPTHWISE, Family.DEPTHWISE_PLAIN, Family.DEPTHWISE_PADDED]),
     "attention": frozenset([Family.ATTENTION, Family.ATTENTION_BACKWARD, Family.RECURRENT]),
     "pointwise": frozenset([Family.POINTWISE, Family.TRANSCENDENTAL, Family.FILL, Family.RANDOM]),

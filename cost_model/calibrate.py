@@ -31,7 +31,17 @@ from graphopt.cost_model.analytical import FACTORS, IN_UPDATES
 from graphopt.cost_model.calibration_steps import Row, rows
 from graphopt.cost_model.curves import Curve, increasing
 from graphopt.cost_model.fit import fit
-from graphopt.cost_model.kernels import CONVOLUTIONS, DEPTHWISE, IMAGEWISE, LOOPS, Family, Kernel, operator_name
+from graphopt.cost_model.kernels import (
+    ALIASED,
+    CONVOLUTIONS,
+    DEPTHWISE,
+    GROUPED,
+    IMAGEWISE,
+    LOOPS,
+    Family,
+    Kernel,
+    operator_name,
+)
 from graphopt.cost_model.launches import chains, in_steps, time_of
 from graphopt.cost_model.machine import Machine, fingerprint, processor_name
 from graphopt.cost_model.measured import spin, why_busy
@@ -93,7 +103,7 @@ def calibrate(*, progress: bool = True, seconds: float | None = None) -> Machine
                     fixed.append(_seconds_of(spin))
                 for found, taken in _timed(kernels[i], probe):
                     samples[i, found] = min(taken, samples.get((i, found), taken))
-                bar.update(task, completed=5 + 20 * (sweep + min(i / 300, 1)))
+                bar.update(task, completed=5 + 20 * (sweep + min(i / 420, 1)))
             for i, probe in enumerate(operator_probes()):
                 taken_by[i] = min(taken_by[i], time_of(_elsewhere(probe, _IN_CACHES)))
         found_curves = curves([(k, taken) for (_, k), taken in samples.items()], launch["flat"], _precision_rates())
@@ -157,7 +167,7 @@ def _timed(kernel: Kernel, probe: Probe) -> list[tuple[Kernel, float]]:
     """The kernel with its seconds. In a step operands were made some operators ago, so each call takes other copies.
     Convolutions of oneDNN are code made for their sizes, which lies in caches only where nothing else ran in between:
     other memory is gone through before each call. Operators of updates are timed in cache and out of it."""
-    if kernel.family in (*CONVOLUTIONS, *DEPTHWISE):
+    if kernel.family in (*CONVOLUTIONS, *GROUPED, Family.GROUPED_PRODUCTS, *DEPTHWISE):
         other = torch.zeros(_IN_CACHES // 8)
         return [(kernel, time_of(_elsewhere(probe, _IN_CACHES), before=lambda: other.add_(1.0)))]
     if kernel.family is not Family.UPDATE:
@@ -260,7 +270,7 @@ def _product_curve(samples: Sequence[tuple[Kernel, float]], stream: tuple[tuple[
 
 _STEPS = {
     **dict.fromkeys(DEPTHWISE, 2),  # by kernel size
-    **dict.fromkeys(IMAGEWISE, 0),  # by places of an image
+    **dict.fromkeys((*IMAGEWISE, *ALIASED), 0),  # by places of an image
 }
 """Families whose rate jumps between sizes of one dimension of their loops."""
 

@@ -45,7 +45,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Ready:
+class Ready:
     """A network at one batch size: its graph, and the ways to step it."""
 
     name: str
@@ -57,9 +57,9 @@ class _Ready:
 def rows(machine: Machine, seconds: float, progress: Callable[[float], None] = lambda share: None) -> list[Row]:
     """Step the networks, for about ``seconds``."""
     end = perf_counter() + seconds
-    ready: list[_Ready] = []
+    ready: list[Ready] = []
     for case in CASES:
-        ready += _prepared(case)
+        ready += prepared(case)
         progress(len(ready) / (6 * len(CASES)))
     found: dict[tuple[str, int, Mode], float] = {}
     budget = max(end - perf_counter(), 1.0) / (_SWEEPS * len(ready))
@@ -79,7 +79,8 @@ def rows(machine: Machine, seconds: float, progress: Callable[[float], None] = l
 _SWEEPS = 2
 
 
-def _prepared(case: Case) -> Iterator[_Ready]:
+def prepared(case: Case) -> Iterator[Ready]:
+    """A network at each of its batch sizes, ready to be stepped."""
     torch.manual_seed(0)
     model = case.build()
     optimizer = case.optimizer(model.parameters())
@@ -88,7 +89,7 @@ def _prepared(case: Case) -> Iterator[_Ready]:
     for size in case.sizes:
         batch = case.batch(size)
         graph = capture(model, batch, loss=F.cross_entropy, optimizer=optimizer)  # another size may be another graph
-        yield _Ready(
+        yield Ready(
             case.name,
             size,
             graph,

@@ -23,15 +23,16 @@ from graphopt.cost_model.kernel_sizes import (
 from graphopt.graph.op_rules.arguments import operand
 from graphopt.graph.sizes import Expr, product
 
-_WIDE = "AVX512" in torch.backends.cpu.get_cpu_capability()
+WIDE = "AVX512" in torch.backends.cpu.get_cpu_capability()
+"""Whether registers hold 16 numbers, not 8."""
 
-_LANES = 16 if _WIDE else 8
+_LANES = 16 if WIDE else 8
 """Channels in a block of oneDNN's memory layout."""
 
-_IMAGES = (1, 2, 3) if _WIDE else (3,)
+_IMAGES = (1, 2, 3) if WIDE else (3,)
 """Numbers of channels of an input that oneDNN does not reorder for the gradient of the weight."""
 
-_LARGEST_WINDOW = 14 if _WIDE else 13
+_LARGEST_WINDOW = 14 if WIDE else 13
 """The widest window for which it has a direct kernel of that gradient."""
 
 LARGEST_DEPTHWISE = 3
@@ -142,7 +143,7 @@ def _convolution_of(node: fx.Node, sizes: Sizes, operands: Sequence[Any], y: Sha
     if in_channels in _IMAGES and groups == 1:  # read as they are
         for_weight = 0, blocked(kernel, 0), blocked(y, 1)
     elif (
-        _WIDE and isinstance(in_channels, int) and in_channels < _LANES and groups == 1
+        WIDE and isinstance(in_channels, int) and in_channels < _LANES and groups == 1
     ):  # by the kernel for narrower registers
         for_weight = blocked(image, 1, lanes=8), blocked(kernel, 0, 1, lanes=8), blocked(y, 1, lanes=8)
     return _Convolution(
@@ -151,9 +152,9 @@ def _convolution_of(node: fx.Node, sizes: Sizes, operands: Sequence[Any], y: Sha
         for_weight=for_weight, w_last=w_last,
         columns=columns, group_column=group_column, onednn=onednn, in_channels=image[1], strided=strided,
         channels_last=nhwc, copies=sum((sizes.nbytes(o) for o in operands if not fits(tensor_of(o))), 0),
-        gemm=by_gemm(4 if _WIDE else _LANES),
+        gemm=by_gemm(4 if WIDE else _LANES),
         weight_by_gemm=dilated or by_gemm(8) or any(
-            isinstance(k, int) and (k > widest or (isinstance(s, int) and s < k and not _WIDE))
+            isinstance(k, int) and (k > widest or (isinstance(s, int) and s < k and not WIDE))
             for s, k in zip((y if transposed else image)[2:], window, strict=True)
         ),
     )  # fmt: skip

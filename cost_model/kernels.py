@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from graphopt.cost_model.convolution_backends import uses_onednn
-from graphopt.cost_model.convolution_workspace import LARGEST_DEPTHWISE, padded_depthwise_weight
+from graphopt.cost_model.convolution_workspace import LARGEST_DEPTHWISE, WIDE, padded_depthwise_weight
 from graphopt.cost_model.kernel_sizes import reaches
 from graphopt.graph.op_rules import bytes_moved, flops, nodes_read, rule
 from graphopt.graph.op_rules.arguments import operand, operand_names, operand_nodes, shape
@@ -32,9 +32,15 @@ class Family(StrEnum):
     CONVOLUTION = "convolution"
     CONVOLUTION_INPUT = "convolution input gradient"
     CONVOLUTION_WEIGHT = "convolution weight gradient"
+    GROUPED = "grouped convolution"
+    GROUPED_INPUT = "grouped input gradient"
+    GROUPED_WEIGHT = "grouped weight gradient"
+    GROUPED_PRODUCTS = "grouped weight gradient by products"  # image by image and group by group, up to 8 times slower
     IMAGEWISE = "convolution by image"
     IMAGEWISE_INPUT = "input gradient by image"
     IMAGEWISE_WEIGHT = "weight gradient by image"
+    ALIASED_INPUT = "input gradient by image, aliased"
+    ALIASED_WEIGHT = "weight gradient by image, aliased"
     DEPTHWISE = "depthwise convolution"
     DEPTHWISE_INPUT = "depthwise input gradient"
     DEPTHWISE_WEIGHT = "depthwise weight gradient"
@@ -68,9 +74,15 @@ LOOPS = frozenset(list(Family)[: list(Family).index(Family.POINTWISE)])
 """Families whose time follows the dimensions of their loops; that of the others follows bytes alone."""
 
 CONVOLUTIONS = (Family.CONVOLUTION, Family.CONVOLUTION_INPUT, Family.CONVOLUTION_WEIGHT)
+GROUPED = (Family.GROUPED, Family.GROUPED_INPUT, Family.GROUPED_WEIGHT)
 IMAGEWISE = (Family.IMAGEWISE, Family.IMAGEWISE_INPUT, Family.IMAGEWISE_WEIGHT)
+ALIASED = (Family.IMAGEWISE, Family.ALIASED_INPUT, Family.ALIASED_WEIGHT)
 DEPTHWISE = (Family.DEPTHWISE, Family.DEPTHWISE_INPUT, Family.DEPTHWISE_WEIGHT)
 """Forward, gradient of the input, gradient of the weight."""
+
+ALIASING = 512
+"""A weight whose rows are multiples of so many numbers (2 KiB) apart: whoever goes along its columns finds them in few
+sets of the first cache, and takes up to four times as long."""
 
 _BY_RULE = {
     "contraction": Family.GEMM, "transform": Family.GEMM, "attention": Family.ATTENTION, "recurrent": Family.RECURRENT,
@@ -269,6 +281,18 @@ def _beyond_depthwise(kind: Family, image: Sequence[Expr], window: Expr, last: b
     return reaches(window, int(least))
 
 
+def _by_products(weight: Sequence[Expr], groups: Expr, image: Sequence[Expr]) -> bool:
+    """Whether oneDNN makes the gradient of a grouped weight by plain products: it has kernels for groups of 8 channels,
+    and where the window is wider than the image for groups of 16, with registers that hold as many."""
+    if groups == 1:
+        return False
+    narrow = any(isinstance(s, int) and isinstance(k, int) and s < k for s, k in zip(image[2:], weight[2:]))
+    lanes = 16 if narrow else 8
+    return any(isinstance(c, int) and c % lanes for c in (_quotient(weight[0], groups), weight[1])) or (
+        narrow and not WIDE
+    )
+
+
 def _convolution(node: fx.Node, kind: Family, threads: int | None) -> Iterator[Kernel]:
     """Forward: one kernel. Backward: one for each gradient that is wanted."""
     backward = "backward" in operator_name(node)
@@ -312,10 +336,16 @@ def _convolution(node: fx.Node, kind: Family, threads: int | None) -> Iterator[K
         onednn = uses_onednn(node, x.meta["val"], image, weight, threads) if "stride" in names else 1
         often = product(small[2:-1]) * small[0] * groups
         for found in chosen:
+            if found is Family.CONVOLUTION_WEIGHT and _by_products(weight, groups, image):
+                other = Family.GROUPED_PRODUCTS
+                yield Kernel(node, other, each, moved, product(small[2:]), columns, depth, small[0] * groups)
+                continue
             if onednn != 0:
-                yield Kernel(node, found, each * onednn, moved * onednn, small[-1], columns, depth, often * onednn)
+                blocked = found if groups == 1 else GROUPED[CONVOLUTIONS.index(found)]
+                yield Kernel(node, blocked, each * onednn, moved * onednn, small[-1], columns, depth, often * onednn)
             if onednn != 1:
-                other, off = IMAGEWISE[CONVOLUTIONS.index(found)], 1 - onednn
+                aliased = isinstance(depth, int) and depth % ALIASING == 0
+                other, off = (ALIASED if aliased else IMAGEWISE)[CONVOLUTIONS.index(found)], 1 - onednn
                 yield Kernel(
                     node, other, each * off, moved * off, product(small[2:]), columns, depth, small[0] * groups * off,
                     items=int(onednn == 0),
