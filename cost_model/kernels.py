@@ -270,9 +270,8 @@ def _result(node: fx.Node) -> tuple[Expr, ...]:
 
 def _beyond_depthwise(kind: Family, image: Sequence[Expr], window: Expr, last: bool) -> Expr:
     """1 where oneDNN has no kernel of its own for a depthwise convolution, else 0; an expression where the size of the
-    kernel is free. It has none for weight gradients of windows beyond
-    `LARGEST_DEPTHWISE`, nor, channels first, for images narrower than
-    the window (forward: than half of it)."""
+    kernel is free. It has none for weight gradients of windows beyond `LARGEST_DEPTHWISE`, nor, channels first, for
+    images narrower than the window (forward: than half of it)."""
     width = image[-1] if isinstance(image[-1], int) and not last else math.inf
     beyond = {Family.DEPTHWISE: 2 * (width + 1), Family.DEPTHWISE_WEIGHT: min(width + 1, LARGEST_DEPTHWISE + 1)}
     least = beyond.get(kind, math.inf)
@@ -336,7 +335,7 @@ def _convolution(node: fx.Node, kind: Family, threads: int | None) -> Iterator[K
         onednn = uses_onednn(node, x.meta["val"], image, weight, threads) if "stride" in names else 1
         often = product(small[2:-1]) * small[0] * groups
         for found in chosen:
-            if found is Family.CONVOLUTION_WEIGHT and _by_products(weight, groups, image):
+            if found is Family.CONVOLUTION_WEIGHT and onednn == 1 and _by_products(weight, groups, image):
                 other = Family.GROUPED_PRODUCTS
                 yield Kernel(node, other, each, moved, product(small[2:]), columns, depth, small[0] * groups)
                 continue

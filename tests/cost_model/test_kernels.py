@@ -84,6 +84,19 @@ def test_kernels_of_a_grouped_convolution(channels, size, weight):
     assert set(backward) == {Family.GROUPED_INPUT, weight if wide or size > 3 else Family.GROUPED_PRODUCTS}
 
 
+@pytest.mark.parametrize(
+    "channels, gradient", [(500, Family.IMAGEWISE_INPUT), (512, Family.ALIASED_INPUT), (1024, Family.ALIASED_INPUT)]
+)
+def test_rows_of_a_weight_in_one_place_of_the_cache(channels, gradient):
+    """At one thread 1x1 convolutions of few images go image by image."""
+    rest = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+    x, w, g = torch.randn(2, channels, 3, 3), torch.randn(64, channels, 1, 1), torch.randn(2, 64, 3, 3)
+    assert set(started(lambda x, w: aten.convolution.default(x, w, None, *rest), x, w)) == {Family.IMAGEWISE}
+    mask = [True, False, False]
+    backward = lambda g, x, w: aten.convolution_backward.default(g, x, w, None, *rest, mask)
+    assert set(started(backward, g, x, w)) == {gradient}
+
+
 def test_a_transposed_input_of_a_convolution_is_copied_first():
     w = torch.randn(8, 16, 3)
     forward = lambda x, w: aten.convolution.default(x, w, None, [1], [0], [1], False, [0], 1)
