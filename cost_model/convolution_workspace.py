@@ -23,16 +23,15 @@ from graphopt.cost_model.kernel_sizes import (
 from graphopt.graph.op_rules.arguments import operand
 from graphopt.graph.sizes import Expr, product
 
-WIDE = "AVX512" in torch.backends.cpu.get_cpu_capability()
-"""Whether registers hold 16 numbers, not 8."""
+_WIDE = "AVX512" in torch.backends.cpu.get_cpu_capability()
 
-_LANES = 16 if WIDE else 8
+_LANES = 16 if _WIDE else 8
 """Channels in a block of oneDNN's memory layout."""
 
-_IMAGES = (1, 2, 3) if WIDE else (3,)
+_IMAGES = (1, 2, 3) if _WIDE else (3,)
 """Numbers of channels of an input that oneDNN does not reorder for the gradient of the weight."""
 
-_LARGEST_WINDOW = 14 if WIDE else 13
+_LARGEST_WINDOW = 14 if _WIDE else 13
 """The widest window for which it has a direct kernel of that gradient."""
 
 LARGEST_DEPTHWISE = 3
@@ -128,11 +127,7 @@ def _convolution_of(node: fx.Node, sizes: Sizes, operands: Sequence[Any], y: Sha
     def blocked(shape: Shape, *dims: int, lanes: int = _LANES) -> Expr:
         return product(_padded(s, lanes) if i in dims else s for i, s in enumerate(shape)) * itemsize
 
-    per_group = (kernel[0] // groups, kernel[1])
-
-    def by_gemm(lanes: int) -> bool:
-        return groups > 1 and not depthwise and any(isinstance(c, int) and c % lanes for c in per_group)
-
+    small = y if transposed else image
     few = isinstance(in_channels, int) and in_channels < 4
     x_blocked = blocked(image) if few and strided else blocked(image, 1)
     w_blocked = blocked(kernel, 0) if groups > 1 else blocked(kernel, 0, 1)
@@ -143,7 +138,7 @@ def _convolution_of(node: fx.Node, sizes: Sizes, operands: Sequence[Any], y: Sha
     if in_channels in _IMAGES and groups == 1:  # read as they are
         for_weight = 0, blocked(kernel, 0), blocked(y, 1)
     elif (
-        WIDE and isinstance(in_channels, int) and in_channels < _LANES and groups == 1
+        _WIDE and isinstance(in_channels, int) and in_channels < _LANES and groups == 1
     ):  # by the kernel for narrower registers
         for_weight = blocked(image, 1, lanes=8), blocked(kernel, 0, 1, lanes=8), blocked(y, 1, lanes=8)
     return _Convolution(
@@ -152,12 +147,26 @@ def _convolution_of(node: fx.Node, sizes: Sizes, operands: Sequence[Any], y: Sha
         for_weight=for_weight, w_last=w_last,
         columns=columns, group_column=group_column, onednn=onednn, in_channels=image[1], strided=strided,
         channels_last=nhwc, copies=sum((sizes.nbytes(o) for o in operands if not fits(tensor_of(o))), 0),
-        gemm=by_gemm(4 if WIDE else _LANES),
-        weight_by_gemm=dilated or by_gemm(8) or any(
-            isinstance(k, int) and (k > widest or (isinstance(s, int) and s < k and not WIDE))
-            for s, k in zip((y if transposed else image)[2:], window, strict=True)
+        gemm=not depthwise and _unfit(kernel, groups, 4 if _WIDE else _LANES),
+        weight_by_gemm=dilated or (not depthwise and by_products(kernel, groups, small)) or any(
+            isinstance(k, int) and (k > widest or (isinstance(s, int) and s < k and not _WIDE))
+            for s, k in zip(small[2:], window, strict=True)
         ),
     )  # fmt: skip
+
+
+def by_products(kernel: Shape, groups: int, image: Shape) -> bool:
+    """Whether oneDNN makes the gradient of a grouped weight by plain products, image by image and group by group: it
+    has kernels for groups of 8 channels; where the window is wider than the image, for groups of 16, and only for
+    registers that hold as many."""
+    narrow = any(isinstance(s, int) and isinstance(k, int) and s < k for s, k in zip(image[2:], kernel[2:]))
+    return _unfit(kernel, groups, 16 if narrow else 8) or (groups > 1 and narrow and not _WIDE)
+
+
+def _unfit(kernel: Shape, groups: int, lanes: int) -> bool:
+    """Whether the channels of a group, in or out, are no multiple of so many."""
+    per_group = (kernel[0] // groups, kernel[1])
+    return groups > 1 and any(isinstance(c, int) and c % lanes for c in per_group)
 
 
 def padded_depthwise_weight(kernel: Shape, itemsize: int) -> Expr:

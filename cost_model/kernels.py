@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from graphopt.cost_model.convolution_backends import uses_onednn
-from graphopt.cost_model.convolution_workspace import LARGEST_DEPTHWISE, WIDE, padded_depthwise_weight
+from graphopt.cost_model.convolution_workspace import LARGEST_DEPTHWISE, by_products, padded_depthwise_weight
 from graphopt.cost_model.kernel_sizes import reaches
 from graphopt.graph.op_rules import bytes_moved, flops, nodes_read, rule
 from graphopt.graph.op_rules.arguments import operand, operand_names, operand_nodes, shape
@@ -280,18 +280,6 @@ def _beyond_depthwise(kind: Family, image: Sequence[Expr], window: Expr, last: b
     return reaches(window, int(least))
 
 
-def _by_products(weight: Sequence[Expr], groups: Expr, image: Sequence[Expr]) -> bool:
-    """Whether oneDNN makes the gradient of a grouped weight by plain products: it has kernels for groups of 8 channels,
-    and where the window is wider than the image for groups of 16, with registers that hold as many."""
-    if groups == 1:
-        return False
-    narrow = any(isinstance(s, int) and isinstance(k, int) and s < k for s, k in zip(image[2:], weight[2:]))
-    lanes = 16 if narrow else 8
-    return any(isinstance(c, int) and c % lanes for c in (_quotient(weight[0], groups), weight[1])) or (
-        narrow and not WIDE
-    )
-
-
 def _convolution(node: fx.Node, kind: Family, threads: int | None) -> Iterator[Kernel]:
     """Forward: one kernel. Backward: one for each gradient that is wanted."""
     backward = "backward" in operator_name(node)
@@ -335,7 +323,7 @@ def _convolution(node: fx.Node, kind: Family, threads: int | None) -> Iterator[K
         onednn = uses_onednn(node, x.meta["val"], image, weight, threads) if "stride" in names else 1
         often = product(small[2:-1]) * small[0] * groups
         for found in chosen:
-            if found is Family.CONVOLUTION_WEIGHT and onednn == 1 and _by_products(weight, groups, image):
+            if found is Family.CONVOLUTION_WEIGHT and onednn == 1 and by_products(weight, groups, image):
                 other = Family.GROUPED_PRODUCTS
                 yield Kernel(node, other, each, moved, product(small[2:]), columns, depth, small[0] * groups)
                 continue
