@@ -182,7 +182,6 @@ def _calibrated(threads: Sequence[int]) -> dict[int, float]:
     and after, as a calibration takes the shortest of what it times twice."""
     fixed = {}
     for count in threads:
-        torch.set_num_threads(count)
         before = in_own_process(_fixed_seconds, count)
         in_own_process(_calibrate, count)
         fixed[count] = min(before, in_own_process(_fixed_seconds, count))

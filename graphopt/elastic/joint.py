@@ -101,9 +101,9 @@ class _Stem:
         self.supergraph, self.base = supergraph, base
         handles = supergraph.handles
         self._depths = {n: h for n, h in handles.items() if h.first and n in base.pattern}
-        gone = {run.exit for run in self._missing(base.pattern)}
+        self._gone = {run.exit for run in self._missing(base.pattern)}
         runs = [run for handle in self._depths.values() for run in left_out(handle, ())]
-        self.layered = LayeredJoint(base.graph, [run for run in runs if run.exit not in gone])
+        self.layered = LayeredJoint(base.graph, [run for run in runs if run.exit not in self._gone])
         self._left_out: Kept[LeftOut] = Kept()
 
     def of(self, subnet: Subnet) -> TrainingGraph | None:
@@ -114,8 +114,7 @@ class _Stem:
         if any(axis.kind is Kind.HEAD_SIZE or len(indices) < 2 for axis, indices in sizes.items()):
             return None
         draft = Draft(self.layered.graph)
-        gone = {run.exit for run in self._missing(self.base.pattern)}
-        runs = [run for run in self._missing(subnet.pattern) if run.exit not in gone]
+        runs = [run for run in self._missing(subnet.pattern) if run.exit not in self._gone]
         if runs:
             self._without(runs).take_out(draft)
         if sizes:

@@ -168,9 +168,7 @@ class LayeredJoint:
     def _gradient(self, run: Run, names: set[str]) -> tuple[fx.Node, fx.Node] | None:
         """The gradient of a run's entry, with that of its exit, which stands for it; None where neither has one."""
         entry, exit_ = self._gradients.get(run.entry.name), self._gradients.get(run.exit.name)
-        if entry is exit_:
-            return None
-        if entry is None:  # that of the exit is needed by nobody any more, nor what it is made of
+        if entry is None or entry is exit_:  # without the entry's, nobody needs that of the exit any more
             return None
         if exit_ is None:
             raise Inseparable(f"{run}: only its entry has a gradient")
